@@ -1,0 +1,20 @@
+"""Pretrain Mamba language models that start with a large state and shrink it while they learn."""
+
+__version__ = "0.1.0"
+
+from .callback import CompreSSMCallback
+from .config import CompreSSMConfig, CompreSSMSchedule
+from .kernels import install_scan, uninstall_scan
+from .optimizers import parameter_groups
+from .reduction import analyze, compress
+
+__all__ = [
+    "CompreSSMCallback",
+    "CompreSSMConfig",
+    "CompreSSMSchedule",
+    "analyze",
+    "compress",
+    "install_scan",
+    "parameter_groups",
+    "uninstall_scan",
+]

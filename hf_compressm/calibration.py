@@ -1,0 +1,103 @@
+"""Batches to measure on, taken without disturbing the training they come from."""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+Batch = dict[str, Tensor]
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
+
+
+def take_batches(batches: Iterable[dict], count: int) -> list[Batch]:
+    """The first `count` batches, each with `labels`; without labels, the tokens that are not padding are their own.
+
+    Raises:
+        ValueError: fewer batches than asked for, a batch without `input_ids`, or one with no token to predict.
+    """
+    taken = [_checked(batch, position) for position, batch in enumerate(islice(iter(batches), count))]
+    if len(taken) < count:
+        raise ValueError(
+            f"the calibration data ended after {len(taken)} batches, {count} are needed: give more data, or set "
+            "calibration_batches lower (at least 2)."
+        )
+    return taken
+
+
+def draw_batches(dataset, collate_fn, batch_size: int, count: int, seed: int, step: int) -> list[Batch]:
+    """`count` batches of `batch_size` examples that depend on nothing but (seed, step), so that resuming is exact.
+
+    A stream cannot be reached at random: its first batches are taken, the same at every step.
+
+    Raises:
+        ValueError: too little data; a one-shot iterator, which training could not read again.
+    """
+    if is_stream(dataset):
+        if iter(dataset) is dataset:
+            raise ValueError("the training data can be read only once: give the callback its own calibration_loader.")
+        with preserved_random_state():
+            return take_batches(DataLoader(dataset, batch_size, collate_fn=collate_fn), count)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    examples = torch.randperm(len(dataset), generator=generator)[: count * batch_size].tolist()
+    if len(examples) < count * batch_size:
+        raise ValueError(
+            f"the training data has {len(dataset)} examples, {count} calibration batches of {batch_size} are needed: set "
+            "calibration_batches lower (at least 2) or give the callback its own calibration_loader."
+        )
+    chunks = (examples[start : start + batch_size] for start in range(0, len(examples), batch_size))
+    with preserved_random_state():
+        return take_batches((collate_fn([dataset[i] for i in chunk]) for chunk in chunks), count)
+
+
+def is_stream(dataset) -> bool:
+    """Whether the data can only be iterated over."""
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+
+
+def predicted_tokens(batch: Batch) -> int:
+    """Number of tokens that the loss of this batch averages over."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without gradients; afterwards the modes and every random state are as before."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        with preserved_random_state(), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Random states of Python, NumPy and torch as before, whatever the block draws."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _checked(batch: dict, position: int) -> Batch:
+    if "input_ids" not in batch:
+        raise ValueError(
+            f"calibration batch {position} has {sorted(batch)}; it needs input_ids (and may have labels)."
+        )
+    batch = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
+    if "labels" not in batch:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+    if predicted_tokens(batch) == 0:
+        raise ValueError(f"calibration batch {position} has no token to predict: all its labels are -100.")
+    return batch

@@ -1,0 +1,192 @@
+"""`CompreSSMCallback`: analyze and compress, scheduled inside Trainer. No mathematics."""
+
+from dataclasses import asdict
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .calibration import draw_batches, is_stream, take_batches
+from .checkpoint import adopt_checkpoint_sizes
+from .config import CompreSSMConfig, CompreSSMSchedule
+from .engines import check_training_arguments, unwrap, unwrap_optimizer
+from .history import History, save_history
+from .kernels import reference_loop_would_run
+from .layouts import layout_of, state_layers, state_size
+from .reduction import StateReport, analyze, compress
+from .surgery import check_state_tensors
+
+logger = logging.get_logger(__name__)
+
+
+class CompreSSMCallback(TrainerCallback, ExportableState):
+    """Shrinks the state of the model that Trainer trains.
+
+    At each step of the schedule it analyses the model on calibration batches, prints the plan and carries it out, with
+    the optimizer. It refuses at the start of training whatever it could not do when a cut is due. Every checkpoint gets
+    `compressm.json` and `hsv.safetensors`; a run resumes exactly from any of them, in a script that builds the model at
+    its original size, provided the callback is given to Trainer's constructor.
+
+    Args:
+        config: what to keep.
+        schedule: when to cut; the paper's four events in the first tenth of the run by default.
+        calibration_loader: an iterable of calibration batches to use at every event. By default batches are drawn from
+            Trainer's training data, by a generator of their own.
+
+    Attributes:
+        history: what was measured and cut so far.
+
+    Example:
+        >>> callback = CompreSSMCallback(CompreSSMConfig(tolerance=0.01), CompreSSMSchedule(end=0.1, events=4))
+        >>> Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        config: CompreSSMConfig | dict,
+        schedule: CompreSSMSchedule | dict | None = None,
+        calibration_loader=None,
+        needs_calibration_loader: bool = False,
+    ):
+        # Dicts, and needs_calibration_loader, are how Trainer rebuilds the callback from `state()`.
+        self.config = CompreSSMConfig(**config) if isinstance(config, dict) else config
+        self.schedule = (
+            CompreSSMSchedule(**(schedule or {})) if not isinstance(schedule, CompreSSMSchedule) else schedule
+        )
+        self.calibration_loader = calibration_loader
+        self.needs_calibration_loader = needs_calibration_loader or calibration_loader is not None
+        self.history = self._new_history()
+        self.exported_history: dict | None = None
+        self._event_steps: list[int] = []
+        self._stream_batches: list | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs):
+        """The only moment before a checkpoint is loaded: make the model take the checkpoint's size."""
+        layout_of(unwrap(model))
+        adopt_checkpoint_sizes(model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        train_dataloader=None,
+        **kwargs,
+    ):
+        """Refuse now what could not be done later, and take up the history of a resumed run."""
+        check_training_arguments(args)
+        model = unwrap(model)
+        check_state_tensors(model, unwrap_optimizer(optimizer))
+        self._event_steps = self.schedule.event_steps(state.max_steps)
+        self._restore_history(state, _state_sizes(model))
+        self._check_calibration(args, train_dataloader)
+        target = self.config.target_state_size
+        if target is not None and target > max(_state_sizes(model)):
+            raise ValueError(f"target_state_size = {target}; the model has {max(_state_sizes(model))} states already.")
+        device = next(model.parameters()).device
+        if reference_loop_would_run(device.type):
+            logger.warning(
+                "Transformers' own Mamba loop is about to run: its training step is quadratic in the sequence length. Call "
+                "hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        train_dataloader=None,
+        **kwargs,
+    ):
+        """Cut, if an event is due."""
+        if state.global_step not in self._event_steps:
+            return
+        events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
+        config = self.config.for_event(max(_state_sizes(unwrap(model))), events_left, self.history.loss_spent)
+        report = analyze(model, self._calibration_batches(args, state.global_step, train_dataloader), config)
+        self.history.events.append(compress(model, report, optimizer, step=state.global_step))
+        if state.is_world_process_zero:
+            tqdm.write(_announcement(report, state))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Put the history beside the weights."""
+        if state.is_world_process_zero:
+            save_history(self.history, f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def state(self) -> dict:
+        """What Trainer writes into `trainer_state.json`: enough to rebuild the callback, and the history."""
+        return {
+            "args": {
+                "config": asdict(self.config),
+                "schedule": asdict(self.schedule),
+                "needs_calibration_loader": self.needs_calibration_loader,
+            },
+            "attributes": {"exported_history": self.history.to_dict()},
+        }
+
+    def _new_history(self) -> History:
+        return History(config=asdict(self.config), schedule=asdict(self.schedule))
+
+    def _restore_history(self, state: TrainerState, state_sizes: list[int]) -> None:
+        """Take the history from a resumed `trainer_state.json`; a run that starts anew has a new one.
+
+        Raises:
+            ValueError: the history says other sizes than the weights have.
+        """
+        name = type(self).__name__
+        if state.global_step == 0:
+            self.history = self._new_history()
+        elif name in state.stateful_callbacks:
+            self.history = History.from_dict(state.stateful_callbacks[name]["attributes"]["exported_history"])
+            self.history.config, self.history.schedule = asdict(self.config), asdict(self.schedule)
+        state.stateful_callbacks[name] = self.state()
+        if self.history.state_sizes not in (None, state_sizes):
+            raise ValueError(
+                f"the checkpoint's history ends with state sizes {self.history.state_sizes}, its weights have {state_sizes}: "
+                "trainer_state.json and the weights do not belong together. Resume from another checkpoint."
+            )
+
+    def _check_calibration(self, args: TrainingArguments, train_dataloader) -> None:
+        """Draw once for nothing, so that missing data is noticed now; a stream is read here, before training reads it."""
+        if self.needs_calibration_loader and self.calibration_loader is None:
+            raise ValueError(
+                "restore_callback_states_from_checkpoint=True rebuilds the callback without its calibration_loader. Leave it "
+                "at False: the callback takes up its history by itself."
+            )
+        self._stream_batches = None
+        batches = self._calibration_batches(args, 0, train_dataloader)
+        if self.calibration_loader is None and is_stream(train_dataloader.dataset):
+            self._stream_batches = batches
+
+    def _calibration_batches(self, args: TrainingArguments, step: int, train_dataloader) -> list[dict]:
+        count = self.config.calibration_batches
+        if self.calibration_loader is not None:
+            return take_batches(self.calibration_loader, count)
+        if self._stream_batches is not None:
+            return self._stream_batches
+        return draw_batches(
+            train_dataloader.dataset,
+            train_dataloader.collate_fn,
+            args.per_device_train_batch_size,
+            count,
+            self.config.calibration_seed,
+            step,
+        )
+
+
+def _state_sizes(model: nn.Module) -> list[int]:
+    layout = layout_of(model)
+    return [state_size(mixer, layout) for mixer in state_layers(model).values()]
+
+
+def _announcement(report: StateReport, state: TrainerState) -> str:
+    sizes = f"{max(report.state_sizes_before.values())} → {max(report.state_sizes.values())}"
+    what = f"state size {sizes}" if report.is_cut else "nothing cut"
+    return f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {what}\n{report}"

@@ -1,0 +1,110 @@
+"""Checkpoints of reduced models: a model built at its original size adopts the size of the weights it is given.
+
+With one size for all layers a reduced model is a plain Mamba checkpoint; nothing here is needed to load it. Resuming is
+what needs help: the script builds the model at its original size, and Trainer copies the smaller weights into it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .engines import unwrap
+from .layouts import LAYOUTS, StateLayout, layout_of, source_index, state_layers, state_size
+from .surgery import new_parameter_like, set_state_size
+
+
+def adopt_checkpoint_sizes(model: nn.Module) -> list:
+    """Let every mixer take the state size of the weights that are loaded into it, just before they are copied.
+
+    For `load_state_dict` on a model built at another size, as Trainer does when it resumes. The resized tensors are new
+    Parameters, so an optimizer has to be built afterwards.
+
+    Returns:
+        Handles; call `.remove()` on each to stop.
+    """
+    layout = layout_of(unwrap(model))
+
+    def adopt(mixer, state_dict, prefix, *args):
+        decay = state_dict.get(prefix + layout.decay)
+        if decay is not None and decay.shape[layout.tensors[layout.decay].axis] != state_size(mixer, layout):
+            _resize_empty(mixer, layout, decay.shape[layout.tensors[layout.decay].axis])
+
+    return [mixer.register_load_state_dict_pre_hook(adopt) for mixer in state_layers(unwrap(model)).values()]
+
+
+def check_checkpoint(folder: str | Path) -> int:
+    """Read the headers of a checkpoint and refuse what could not be loaded right.
+
+    Returns:
+        Its state size.
+
+    Raises:
+        FileNotFoundError: no config or no safetensors weights in the folder.
+        ValueError: another architecture, a truncated or damaged file, or sizes that do not match the config.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / CONFIG_NAME)
+    layout = LAYOUTS.get(config.get("model_type"))
+    if layout is None:
+        raise ValueError(
+            f"{folder} holds a model of type '{config.get('model_type')}'; supported: {', '.join(LAYOUTS)}. Give the "
+            "folder of a checkpoint of such a model."
+        )
+    expected = config.get(layout.size_field)
+    sizes = {
+        name: shape[layout.tensors[layout.decay].axis]
+        for name, shape in _weight_shapes(folder).items()
+        if name.endswith("." + layout.decay)
+    }
+    if not sizes:
+        raise ValueError(
+            f"the weights in {folder} hold no {layout.decay}; the checkpoint is incomplete, take another."
+        )
+    for name, size in sizes.items():
+        if size != expected:
+            raise ValueError(
+                f"{folder}: {name} has {size} states, {CONFIG_NAME} says {layout.size_field} = {expected}; the files do not "
+                "belong together, take another checkpoint."
+            )
+    return expected
+
+
+def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor, from the headers of the safetensors files."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [SAFE_WEIGHTS_NAME]
+    shapes = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} has no {file}: it is not a complete checkpoint.")
+        try:
+            with safe_open(folder / file, "pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file} is truncated or damaged ({error}); take another checkpoint.") from error
+    return shapes
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); take another checkpoint.") from error
+
+
+@torch.no_grad()
+def _resize_empty(mixer: nn.Module, layout: StateLayout, size: int) -> None:
+    """New Parameters of the right shape, about to be overwritten."""
+    placeholder = torch.zeros(size, dtype=torch.long)
+    lengths = {path: len(source_index(mixer, layout, tensor, placeholder)) for path, tensor in layout.tensors.items()}
+    for path, length in lengths.items():
+        old = mixer.get_parameter(path)
+        shape = list(old.shape)
+        shape[layout.tensors[path].axis] = length
+        module_path, _, name = path.rpartition(".")
+        mixer.get_submodule(module_path)._parameters[name] = new_parameter_like(old, old.new_zeros(shape))
+    set_state_size(mixer, layout, size)

@@ -1,0 +1,153 @@
+"""What to keep (`CompreSSMConfig`) and when to cut (`CompreSSMSchedule`). All checks happen when they are built."""
+
+from dataclasses import dataclass, field, replace
+
+from .criteria import CRITERIA
+
+GOALS = ("tolerance", "target_state_size", "loss_budget", "cut_fraction")
+
+
+def _help(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CompreSSMConfig:
+    """What a reduction keeps. Exactly one of `tolerance`, `target_state_size`, `loss_budget`, `cut_fraction` is given.
+
+    Example: `CompreSSMConfig(loss_budget=0.01)` finds the smallest state whose measured loss is at most 0.01 nats per
+    token higher. `CompreSSMConfig(tolerance=0.02)` drops the weakest states that together hold 2 % of the energy.
+
+    Raises:
+        ValueError: a value out of range, or values that cannot hold together.
+    """
+
+    tolerance: float | None = _help(None, "Share of the state energy that may be discarded at a cut, in (0, 1).")
+    target_state_size: int | None = _help(None, "State size N to arrive at, in states.")
+    loss_budget: float | None = _help(None, "Rise of the measured loss allowed over the whole run, in nats per token.")
+    cut_fraction: float | None = _help(None, "Share of the present states to drop at every cut, in (0, 1).")
+    criterion: str = _help("output", f"Score by which states are ranked: {', '.join(CRITERIA)}.")
+    compensate: bool = _help(True, "Let the kept states make up for the dropped ones (least squares).")
+    allocation: str = _help("uniform", "One state size for all layers, the largest any layer asks for.")
+    min_reduction: float = _help(
+        0.05, "The gate: cut only if at least this share of the states goes, in [0, 1). Not for a target."
+    )
+    min_state_size: int = _help(1, "Never go below this many states.")
+    multiple_of: int = _help(1, "Keep a multiple of this many states, rounding up.")
+    skip_layers: list[int] = field(
+        default_factory=list, metadata={"help": "Layers never cut, by index. Needs per-layer sizes."}
+    )
+    calibration_batches: int = _help(
+        8, "Batches per analysis: every other one for statistics, the rest for losses; at least 2."
+    )
+    calibration_seed: int = _help(0, "Seed of the calibration draw and of the random criterion.")
+
+    def __post_init__(self):
+        given = [goal for goal in GOALS if getattr(self, goal) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(GOALS)}; got {', '.join(given) or 'none'}.")
+        for name in ("tolerance", "cut_fraction"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < 1, name, value, "a share in (0, 1)")
+        _require(
+            self.loss_budget is None or 0 < self.loss_budget < float("inf"), "loss_budget", self.loss_budget, "> 0"
+        )
+        for name in ("min_state_size", "multiple_of"):
+            _require(_is_count(getattr(self, name)), name, getattr(self, name), "a whole number, at least 1")
+        _require(0 <= self.min_reduction < 1, "min_reduction", self.min_reduction, "a share in [0, 1)")
+        batches = self.calibration_batches
+        _require(_is_count(batches) and batches >= 2, "calibration_batches", batches, "a whole number, at least 2")
+        _require(self.criterion in CRITERIA, "criterion", self.criterion, f"one of {', '.join(CRITERIA)}")
+        _require(self.allocation == "uniform", "allocation", self.allocation, "'uniform'")
+        _require(
+            not self.skip_layers,
+            "skip_layers",
+            self.skip_layers,
+            "empty: with one size for all layers none can be skipped",
+        )
+        self._check_target()
+        _require(
+            self.cut_fraction is None or self.cut_fraction >= self.min_reduction,
+            "cut_fraction",
+            self.cut_fraction,
+            f"at least min_reduction = {self.min_reduction}, below which nothing would ever be cut",
+        )
+
+    def _check_target(self) -> None:
+        target = self.target_state_size
+        if target is None:
+            return
+        _require(_is_count(target), "target_state_size", target, "a whole number, at least 1")
+        _require(
+            target >= self.min_state_size, "target_state_size", target, f"≥ min_state_size = {self.min_state_size}"
+        )
+        _require(target % self.multiple_of == 0, "target_state_size", target, f"a multiple of {self.multiple_of}")
+
+    def for_event(self, state_size: int, events_left: int, loss_spent: float) -> "CompreSSMConfig":
+        """The part of the whole run's goal that falls to the next of `events_left` cuts.
+
+        A target is approached by equal factors and a loss budget spent in equal shares of what is left of it. A
+        tolerance and a cut fraction speak of a single cut already.
+
+        Args:
+            state_size: N now.
+            events_left: cuts still to come, this one included.
+            loss_spent: rise of the loss by the cuts so far, nats per token.
+        """
+        if self.target_state_size is not None and self.target_state_size < state_size:
+            step = state_size * (self.target_state_size / state_size) ** (1 / events_left)
+            return replace(self, target_state_size=max(self.target_state_size, self.round_up(step)))
+        if self.loss_budget is not None:
+            left = max(self.loss_budget - loss_spent, 1e-12)  # a spent budget allows nothing more
+            return replace(self, loss_budget=left / events_left)
+        return self
+
+    def round_up(self, state_size: float) -> int:
+        """The smallest size allowed by `multiple_of` and `min_state_size` that is not below `state_size`."""
+        wanted = max(state_size - 1e-9, self.min_state_size)
+        return -int(-wanted // self.multiple_of) * self.multiple_of
+
+
+@dataclass
+class CompreSSMSchedule:
+    """When to cut: `events` equidistant cuts in the window (`start`, `end`] of the run.
+
+    The default is the paper's: four in the first tenth of the steps (arXiv 2510.02823, section 4). Of 1,000 steps:
+    after steps 25, 50, 75 and 100. For language models a later window is often better; see the README.
+
+    Raises:
+        ValueError: a window outside the run, or no event.
+    """
+
+    start: float = _help(0.0, "Start of the window of cuts, as a fraction of the run, in [0, 1).")
+    end: float = _help(0.1, "End of the window of cuts, as a fraction of the run, in (start, 1].")
+    events: int = _help(4, "Number of cuts, equidistant in the window, the last at its end.")
+
+    def __post_init__(self):
+        _require(0 <= self.start < 1, "start", self.start, "a fraction of the run, in [0, 1)")
+        _require(self.start < self.end <= 1, "end", self.end, f"a fraction of the run, in (start = {self.start}, 1]")
+        _require(_is_count(self.events), "events", self.events, "a whole number, at least 1")
+
+    def event_steps(self, max_steps: int) -> list[int]:
+        """The optimizer steps after which to cut, ascending.
+
+        Raises:
+            ValueError: the window of a run this short has no room for the events.
+        """
+        width = (self.end - self.start) / self.events
+        steps = [round(max_steps * (self.start + width * (i + 1))) for i in range(self.events)]
+        if steps[0] < 1 or len(set(steps)) < len(steps):
+            raise ValueError(
+                f"{self.events} cuts do not fit between {self.start:.0%} and {self.end:.0%} of {max_steps} steps "
+                f"(they would fall on steps {steps}): give fewer events, a wider window or more steps."
+            )
+        return steps
+
+
+def _require(condition: bool, name: str, given, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {given!r}; allowed: {allowed}.")
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,165 @@
+"""What was measured and cut, when, and with which Hankel singular values: `compressm.json` and `hsv.safetensors`.
+
+`compressm.json` is readable without this library. The spectra, float64, stand beside it in `hsv.safetensors` under
+`event.<i>.layer.<j>`: the i-th entry of `events`, layer j, (N,), descending.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import __version__
+
+FORMAT_VERSION = 1
+HISTORY_FILE = "compressm.json"
+SPECTRA_FILE = "hsv.safetensors"
+
+
+@dataclass
+class ReductionEvent:
+    """One analysis and what came of it; lists have an entry per layer.
+
+    Attributes:
+        step: optimizer steps done; None outside a training run.
+        state_sizes_before, state_sizes_after: N; equal where nothing was cut.
+        keep: kept states, positions before the cut.
+        energy_discarded: share of the state energy that was dropped, by the criterion.
+        predicted_loss_change: by cutting this layer alone, on one calibration batch; nats per token.
+        loss_before, loss_after: measured on the calibration batches held out, nats per token.
+        tokens: calibration tokens behind the statistics.
+        seconds: time of the analysis.
+        criterion, compensate: how states were ranked and made up for.
+        hankel_singular_values: spectrum before the cut, (N,), descending.
+    """
+
+    step: int | None
+    state_sizes_before: list[int]
+    state_sizes_after: list[int]
+    keep: list[list[int]]
+    energy_discarded: list[float]
+    predicted_loss_change: list[float]
+    loss_before: float
+    loss_after: float
+    tokens: int
+    seconds: float
+    criterion: str
+    compensate: bool
+    hankel_singular_values: list[Tensor] = field(repr=False)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything was removed."""
+        return self.state_sizes_before != self.state_sizes_after
+
+
+@dataclass
+class History:
+    """All events of a run, in order, with the configuration behind them."""
+
+    config: dict
+    schedule: dict | None = None
+    events: list[ReductionEvent] = field(default_factory=list)
+    library_version: str = __version__
+
+    @property
+    def loss_spent(self) -> float:
+        """Rise of the measured loss by all cuts, nats per token; a cut that lowered the loss earns nothing back."""
+        return sum(max(0.0, event.loss_after - event.loss_before) for event in self.events if event.is_cut)
+
+    @property
+    def state_sizes(self) -> list[int] | None:
+        """The sizes the last event left behind, per layer; None before the first."""
+        return self.events[-1].state_sizes_after if self.events else None
+
+    def to_dict(self) -> dict:
+        """JSON types only, spectra included as lists."""
+        events = [
+            asdict(event)
+            | {"hankel_singular_values": [spectrum.tolist() for spectrum in event.hankel_singular_values]}
+            for event in self.events
+        ]
+        return {
+            "format_version": FORMAT_VERSION,
+            "library_version": self.library_version,
+            "config": self.config,
+            "schedule": self.schedule,
+            "events": events,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "History":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: not a history, or one of a later format.
+        """
+        try:
+            version = content["format_version"]
+            if not isinstance(version, int) or version > FORMAT_VERSION:
+                raise ValueError(
+                    f"history format {version!r}; this version reads up to {FORMAT_VERSION}: upgrade hf_compressm."
+                )
+            events = [
+                ReductionEvent(**{f.name: event[f.name] for f in fields(ReductionEvent)})
+                for event in content["events"]
+            ]
+            for event in events:
+                spectra = event.hankel_singular_values
+                event.hankel_singular_values = [torch.as_tensor(spectrum, dtype=torch.float64) for spectrum in spectra]
+            return cls(content["config"], content["schedule"], events, content["library_version"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"malformed history ({type(error).__name__}: {error}); it was not written by this library."
+            ) from error
+
+
+def save_history(history: History, folder: str | Path) -> None:
+    """Write `compressm.json` and `hsv.safetensors` into `folder`, each aside first and then renamed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = history.to_dict()
+    spectra = {}
+    for i, event in enumerate(content["events"]):
+        del event["hankel_singular_values"]
+        for j, spectrum in enumerate(history.events[i].hankel_singular_values):
+            spectra[f"event.{i}.layer.{j}"] = spectrum.clone()
+    write_aside(folder / SPECTRA_FILE, lambda path: save_file(spectra, path))
+    write_aside(folder / HISTORY_FILE, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def load_history(folder: str | Path) -> History:
+    """Read what `save_history` wrote.
+
+    Raises:
+        FileNotFoundError: there is no history in the folder.
+        ValueError: a file is damaged, or the two do not belong together.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / HISTORY_FILE).read_text())
+        spectra = load_file(folder / SPECTRA_FILE)
+        for i, event in enumerate(content["events"]):
+            layers = range(len(event["state_sizes_before"]))
+            event["hankel_singular_values"] = [spectra.pop(f"event.{i}.layer.{j}") for j in layers]
+    except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"the history in {folder} is damaged ({error}); take it from another checkpoint.") from error
+    if spectra:
+        raise ValueError(f"{SPECTRA_FILE} in {folder} holds {sorted(spectra)}, of which {HISTORY_FILE} knows nothing.")
+    return History.from_dict(content)
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` to a temporary name beside `path`, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

