@@ -46,8 +46,8 @@ def draw_batches(dataset, collate_fn, batch_size: int, count: int, seed: int, st
     examples = torch.randperm(len(dataset), generator=generator)[: count * batch_size].tolist()
     if len(examples) < count * batch_size:
         raise ValueError(
-            f"the training data has {len(dataset)} examples, {count} calibration batches of {batch_size} are needed: set "
-            "calibration_batches lower (at least 2) or give the callback its own calibration_loader."
+            f"the training data has {len(dataset)} examples, {count} calibration batches of {batch_size} are needed: "
+            "set calibration_batches lower (at least 2) or give the callback its own calibration_loader."
         )
     chunks = (examples[start : start + batch_size] for start in range(0, len(examples), batch_size))
     with preserved_random_state():

@@ -26,9 +26,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     """Shrinks the state of the model that Trainer trains.
 
     At each step of the schedule it analyses the model on calibration batches, prints the plan and carries it out, with
-    the optimizer. It refuses at the start of training whatever it could not do when a cut is due. Every checkpoint gets
-    `compressm.json` and `hsv.safetensors`; a run resumes exactly from any of them, in a script that builds the model at
-    its original size, provided the callback is given to Trainer's constructor.
+    the optimizer. It refuses at the start of training whatever it could not do when a cut is due. Every checkpoint
+    gets `compressm.json` and `hsv.safetensors`; a run resumes exactly from any of them, in a script that builds the
+    model at its original size, provided the callback is given to Trainer's constructor.
 
     Args:
         config: what to keep.
@@ -91,8 +91,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         device = next(model.parameters()).device
         if reference_loop_would_run(device.type):
             logger.warning(
-                "Transformers' own Mamba loop is about to run: its training step is quadratic in the sequence length. Call "
-                "hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
+                "Transformers' own Mamba loop is about to run: its training step is quadratic in the sequence length. "
+                "Call hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
             )
 
     def on_step_end(
@@ -149,16 +149,16 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks[name] = self.state()
         if self.history.state_sizes not in (None, state_sizes):
             raise ValueError(
-                f"the checkpoint's history ends with state sizes {self.history.state_sizes}, its weights have {state_sizes}: "
-                "trainer_state.json and the weights do not belong together. Resume from another checkpoint."
+                f"the checkpoint's history ends with state sizes {self.history.state_sizes}, its weights have "
+                f"{state_sizes}: trainer_state.json and the weights do not belong together. Resume from another one."
             )
 
     def _check_calibration(self, args: TrainingArguments, train_dataloader) -> None:
-        """Draw once for nothing, so that missing data is noticed now; a stream is read here, before training reads it."""
+        """Draw once in advance: missing data is noticed now, and a stream is read before training reads it."""
         if self.needs_calibration_loader and self.calibration_loader is None:
             raise ValueError(
-                "restore_callback_states_from_checkpoint=True rebuilds the callback without its calibration_loader. Leave it "
-                "at False: the callback takes up its history by itself."
+                "restore_callback_states_from_checkpoint=True rebuilds the callback without its calibration_loader. "
+                "Leave it at False: the callback takes up its history by itself."
             )
         self._stream_batches = None
         batches = self._calibration_batches(args, 0, train_dataloader)

@@ -1,7 +1,7 @@
 """Checkpoints of reduced models: a model built at its original size adopts the size of the weights it is given.
 
-With one size for all layers a reduced model is a plain Mamba checkpoint; nothing here is needed to load it. Resuming is
-what needs help: the script builds the model at its original size, and Trainer copies the smaller weights into it.
+With one size for all layers a reduced model is a plain Mamba checkpoint; nothing here is needed to load it. Resuming
+is what needs help: the script builds the model at its original size, and Trainer copies the smaller weights into it.
 """
 
 import json
@@ -20,8 +20,8 @@ from .surgery import new_parameter_like, set_state_size
 def adopt_checkpoint_sizes(model: nn.Module) -> list:
     """Let every mixer take the state size of the weights that are loaded into it, just before they are copied.
 
-    For `load_state_dict` on a model built at another size, as Trainer does when it resumes. The resized tensors are new
-    Parameters, so an optimizer has to be built afterwards.
+    For `load_state_dict` on a model built at another size, as Trainer does when it resumes. The resized tensors are
+    new Parameters, so an optimizer has to be built afterwards.
 
     Returns:
         Handles; call `.remove()` on each to stop.
@@ -67,8 +67,8 @@ def check_checkpoint(folder: str | Path) -> int:
     for name, size in sizes.items():
         if size != expected:
             raise ValueError(
-                f"{folder}: {name} has {size} states, {CONFIG_NAME} says {layout.size_field} = {expected}; the files do not "
-                "belong together, take another checkpoint."
+                f"{folder}: {name} has {size} states, {CONFIG_NAME} says {layout.size_field} = {expected}; the files "
+                "do not belong together, take another checkpoint."
             )
     return expected
 

@@ -26,8 +26,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or type(parameter.data) is not torch.Tensor:
             raise ValueError(
-                f"{name} is a {type(parameter.data).__name__} on device '{parameter.device.type}': the model is sharded "
-                f"or offloaded. {ONE_PROCESS}"
+                f"{name} is a {type(parameter.data).__name__} on device '{parameter.device.type}': the model is "
+                f"sharded or offloaded. {ONE_PROCESS}"
             )
     return model
 
@@ -53,6 +53,6 @@ def check_training_arguments(args: TrainingArguments) -> None:
         raise ValueError("torch_compile=True is not supported while the state shrinks: set it to False.")
     if args.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end=True would load weights of another state size under the optimizer: set it to False "
-            "and load the best checkpoint after training with from_pretrained."
+            "load_best_model_at_end=True would load weights of another state size under the optimizer: set it to "
+            "False and load the best checkpoint after training with from_pretrained."
         )

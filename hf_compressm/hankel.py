@@ -47,7 +47,7 @@ def _gramian_factor(gramian: Tensor, name: str) -> Tensor:
 
 
 def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05) -> int | Tensor:
-    """Smallest rank whose discarded share of the energy Σσ is at most `tolerance`: r(τ) = min {r : Σ_{i>r} σ_i ≤ τ Σσ}.
+    """Smallest rank that discards at most the share τ of the energy: r(τ) = min {r : Σ_{i>r} σ_i ≤ τ Σσ}.
 
     Args:
         sigma: energies, descending and not negative, (..., N).

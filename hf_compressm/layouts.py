@@ -105,7 +105,7 @@ def state_size(mixer: nn.Module, layout: StateLayout) -> int:
 
 
 def projection_rows(mixer: nn.Module, layout: StateLayout, block: str, size: int | None = None) -> slice:
-    """The rows of the projection that make `block` (`STATE_INPUT` for B, `STATE_OUTPUT` for C), with N = `size` if given."""
+    """The rows of the projection that make `block` (`STATE_INPUT`: B, `STATE_OUTPUT`: C), at N = `size` if given."""
     start = 0
     for name in layout.tensors[layout.projection].blocks:
         length = _block_length(mixer, layout, name, size)

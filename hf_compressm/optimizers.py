@@ -37,8 +37,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
     """
     if type(optimizer).__name__ in REFUSED:
         raise ValueError(
-            f"{type(optimizer).__name__} keeps state that is tied to whole parameters or to the order of all of them; use "
-            "AdamW, SGD, Adafactor or another optimizer with a state per parameter."
+            f"{type(optimizer).__name__} keeps state that is tied to whole parameters or to the order of all of them; "
+            "use AdamW, SGD, Adafactor or another optimizer with a state per parameter."
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in parameters.items():

@@ -3,10 +3,11 @@
 The callback, the scripts and any hand-written training loop all go through these two functions.
 """
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,10 @@ class StateReport:
         selections: layer → what is kept, with the compensation.
         state_sizes_before: layer → N when analysed.
         energies: layer → energy of each state, in stored order, (N,).
-        hankel_singular_values: layer → spectrum, (N,), descending: σ of the surrogate Gramians, averaged over a sample of
-            channels.
-        loss_before, loss_after: nats per token, measured on held-out calibration batches: of the model, and of the model
-            as the plan would leave it.
+        hankel_singular_values: layer → spectrum, (N,), descending: σ of the surrogate Gramians, averaged over a sample
+            of channels.
+        loss_before, loss_after: nats per token, measured on held-out calibration batches: of the model, and of the
+            model as the plan would leave it.
         predicted_loss_change: layer → nats per token, by cutting that layer alone, on one held-out batch. Their sum
             falls short of, or exceeds, the measured change where layers interact.
         tokens: calibration tokens behind the statistics.
@@ -173,7 +174,8 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
     sizes = {index: state_size(mixer, layout_of(model)) for index, mixer in state_layers(model).items()}
     if sizes != report.state_sizes_before:
         raise ValueError(
-            f"the report was made for state sizes {report.state_sizes_before}, the model has {sizes}; call analyze again."
+            f"the report was made for state sizes {report.state_sizes_before}, the model has {sizes}; "
+            "call analyze again."
         )
     if report.is_cut:
         shrink_state(model, report.selections, optimizer)
@@ -245,8 +247,8 @@ def score_states(model: nn.Module, statistics: dict[int, Statistics], config: Co
         energies[index] = CRITERIA[config.criterion](layer)
         if not torch.isfinite(energies[index]).all() or energies[index].sum() <= 0:
             raise ValueError(
-                f"layer {index}: the state energies are not finite, or all zero. The model's activations overflow or its "
-                "weights are degenerate; nothing was changed."
+                f"layer {index}: the state energies are not finite, or all zero. The model's activations overflow or "
+                "its weights are degenerate; nothing was changed."
             )
     return energies
 
@@ -305,38 +307,35 @@ class _LossMeter:
 
     def __init__(self, model: nn.Module, batches: list[Batch]):
         self.model, self.batches, self.seconds = model, batches, 0.0
-        self._mean_losses: dict[tuple[int, ...], float] = {}
+        self.tokens = [predicted_tokens(batch) for batch in batches]
+        self._measured: dict[tuple[int, ...], list[float]] = {}
 
     def of(self, plan: Plan) -> float:
-        """Mean loss over all batches, nats per predicted token; measured once for a plan of the same sizes."""
-        key = tuple(len(selection.keep) for selection in plan.values())
-        if key not in self._mean_losses:
-            self._mean_losses[key] = self._measure(plan, self.batches)
-        return self._mean_losses[key]
+        """Mean loss over all batches, nats per predicted token; plans of the same sizes are measured once."""
+        losses = self._losses(plan)
+        return sum(loss * count for loss, count in zip(losses, self.tokens, strict=True)) / sum(self.tokens)
 
     def change_by_one_layer(self, index: int, selection: Selection) -> float:
         """Change of the loss on the first batch when only this layer is cut."""
-        return self._measure({index: selection}, self.batches[:1]) - self._first_batch_loss
+        return self._measure({index: selection}, self.batches[:1])[0] - self._losses({})[0]
 
-    @cached_property
-    def _first_batch_loss(self) -> float:
-        return self._measure({}, self.batches[:1])
+    def _losses(self, plan: Plan) -> list[float]:
+        key = tuple(len(selection.keep) for selection in plan.values())
+        if key not in self._measured:
+            self._measured[key] = self._measure(plan, self.batches)
+        return self._measured[key]
 
-    def _measure(self, plan: Plan, batches: list[Batch]) -> float:
+    def _measure(self, plan: Plan, batches: list[Batch]) -> list[float]:
+        """Mean loss of each batch, nats per predicted token."""
         started = time.perf_counter()
-        total, tokens = 0.0, 0
         masks = self._masked_projections(plan)
-        for batch in batches:
-            count = predicted_tokens(batch)
-            total += _forward(self.model, batch, masks).loss.double().item() * count
-            tokens += count
+        losses = [_forward(self.model, batch, masks).loss.item() for batch in batches]
         self.seconds += time.perf_counter() - started
-        loss = total / tokens
-        if not torch.isfinite(torch.tensor(loss)):
+        if not all(math.isfinite(loss) for loss in losses):
             raise ValueError(
-                "the loss on the calibration batches is NaN or Inf: training has diverged; nothing was changed."
+                "the loss on the calibration batches is NaN or Inf: training has diverged. Nothing was changed."
             )
-        return loss
+        return losses
 
     def _masked_projections(self, plan: Plan) -> dict[str, Tensor]:
         layout, names = layout_of(self.model), {parameter: name for name, parameter in self.model.named_parameters()}

@@ -5,8 +5,8 @@
 
 B_t and C_t are shared by all D channels, A is not, so no dense balancing transform can be written back into the
 weights. What can be: dropping the shared coordinate n, and a linear map of the rows that make C. This file gives the
-sums that decide which coordinates to drop (`Statistics`), the surrogate Gramians built from them, and the map that makes
-up for what was dropped (`compensation`). Mathematics only; sums in float64.
+sums that decide which coordinates to drop (`Statistics`), the surrogate Gramians built from them, and the map that
+makes up for what was dropped (`compensation`). Mathematics only; sums in float64.
 """
 
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ from .kernels.torch_scan import states
 
 SAMPLED_CHANNELS = 32
 RIDGE = 1e-4  # of the mean diagonal of Π_KK, so that near-collinear states leave the solve well posed
-CHUNK = 16  # sequence positions whose states are held at a time
+CHUNK = 8  # sequence positions whose states are held at a time
 
 Surrogate = Literal["mean", "second_moment"]
 
@@ -79,7 +79,8 @@ class Statistics:
             mask: 1 for tokens that count, 0 for padding, (batch, L).
         """
         sample = sampled_channels(u.shape[1]).to(u.device)
-        mask = torch.ones_like(u[:, 0]) if mask is None else mask.to(u.dtype)  # (batch, L)
+        padded = mask is not None
+        mask = mask.to(u.dtype) if padded else torch.ones_like(u[:, 0])  # (batch, L)
         gain = channel_weight.to(u.dtype)[:, None] * mask[:, None]  # w_d g_d², (batch, D, L)
         gain = gain * F.silu(gate.to(u.dtype)).square() if gate is not None else gain.expand_as(u)
         step, drive, B, C = (
@@ -99,18 +100,23 @@ class Statistics:
 
         gain, C, mask = gain.permute(2, 0, 1), C.permute(2, 0, 1), mask.T  # (L, batch, …), as the states come
         for positions, decay, h in states(u, time_step, A, B, CHUNK):
-            decay = decay * mask[positions, :, None, None]
-            self.decay += decay.sum((0, 1))
-            self.decay_square += torch.einsum("tbdn,tbdn->dn", decay, decay)
-            self.sampled_decay += torch.einsum("tbsn,tbsm->snm", decay[:, :, sample], decay[:, :, sample])
+            if padded:
+                decay.mul_(mask[positions, :, None, None])
+            self._accumulate_decay(decay, sample)
             self._accumulate_output(h, C[positions], gain[positions])
 
+    def _accumulate_decay(self, decay: Tensor, sample: Tensor) -> None:
+        """Decay (t, batch, D, N); sample (S,)."""
+        sampled = decay[:, :, sample].flatten(0, 1).transpose(0, 1)  # (S, t·batch, N)
+        self.sampled_decay += sampled.mT @ sampled
+        self.decay += decay.sum((0, 1))
+        self.decay_square += decay.square_().sum((0, 1))
+
     def _accumulate_output(self, h: Tensor, C: Tensor, gain: Tensor) -> None:
-        """h (t, batch, D, N), C (t, batch, N), gain (t, batch, D)."""
-        gated = h * gain.sqrt().unsqueeze(-1)
-        self.output_energy += (gated * C.unsqueeze(2)).square().sum((0, 1, 2))
-        gated = gated.flatten(0, 2)
+        """States h (t, batch, D, N), C (t, batch, N), gain (t, batch, D)."""
+        gated = h.mul_(gain.sqrt().unsqueeze(-1)).flatten(0, 2)
         self.gated_covariance += gated.T @ gated
+        self.output_energy += h.mul_(C.unsqueeze(2)).square_().sum((0, 1, 2))
 
 
 def sampled_channels(channels: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Resize the state of a model in place, with its optimizer state and config: shrink, pad, grow. No policy.
 
 Every operation checks first, then computes all new tensors, then swaps them in by plain assignments: it happens as a
-whole or not at all. A resized tensor is a new Parameter: `param.data = …` would keep autograd metadata of the old shape.
+whole or not at all. A resized tensor is a new Parameter: `param.data = …` would keep autograd metadata of the old
+shape.
 """
 
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def shrink_state(model: nn.Module, selections: dict[int, Selection], optimizer=N
 def pad_state(model: nn.Module, size: int) -> None:
     """Enlarge every layer to `size` states by states that do nothing: rows of B and C zero, decay rate -1.
 
-    Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; `grow_state` is to learn with.
+    Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; to learn with, `grow_state`.
     """
     _enlarge(unwrap(model), size, None, lambda index, mixer, tensors: None)
 
@@ -125,8 +126,8 @@ def check_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Non
             raise ValueError(f"{name} holds NaN or Inf: training has diverged; go back to an earlier checkpoint.")
         if optimizer is not None and parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{name} is trained in {parameter.dtype}, which ruins the decay spectrum. Keep the weights in float32 and "
-                "train with autocast: TrainingArguments(bf16=True) and a model loaded with dtype=torch.float32."
+                f"{name} is trained in {parameter.dtype}, which ruins the decay spectrum. Keep the weights in float32 "
+                "and train with autocast: TrainingArguments(bf16=True) and a model loaded with dtype=torch.float32."
             )
     if optimizer is not None:
         check_optimizer(optimizer, parameters)

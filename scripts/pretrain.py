@@ -175,9 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Validation perplexity: {perplexity:.2f} at N = {model.config.state_size}")
     print(f"Sample: {sample(model, tokenizer, data_args.prompt)}")
     print(f"Saved in {training_args.output_dir}. To load it, with transformers alone:\n")
-    print(
-        f"    from transformers import AutoModelForCausalLM\n    model = AutoModelForCausalLM.from_pretrained('{training_args.output_dir}')"
-    )
+    print("    from transformers import AutoModelForCausalLM")
+    print(f"    model = AutoModelForCausalLM.from_pretrained('{training_args.output_dir}')")
 
 
 def parse_arguments(argv: list[str]):

@@ -88,7 +88,7 @@ def states(u: Tensor, time_step: Tensor, A: Tensor, B: Tensor, chunk: int) -> It
 
     Yields:
         (positions, decay, h): a slice of the L positions, 1 - exp(Δ A) without cancellation and h, both
-        (positions, batch, D, N). The tensors are reused by the next chunk.
+        (positions, batch, D, N). The caller may overwrite both; the next chunk reuses them.
     """
     batch, channels, length = u.shape
     step, drive, B = _time_major(time_step), _time_major(time_step * u), _time_major(B)
@@ -102,8 +102,8 @@ def states(u: Tensor, time_step: Tensor, A: Tensor, B: Tensor, chunk: int) -> It
             h = torch.addcmul(h, decay, h, value=-1, out=state_buffer[i])
             h.baddbmm_(drive[t].unsqueeze(-1), B[t].unsqueeze(1))
         count = positions.stop - positions.start
-        yield positions, decay_buffer[:count], state_buffer[:count]
         h = h.clone()
+        yield positions, decay_buffer[:count], state_buffer[:count]
 
 
 class _SelectiveScan(torch.autograd.Function):
