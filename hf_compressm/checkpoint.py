@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from .engines import unwrap
 from .layouts import LAYOUTS, StateLayout, layout_of, source_index, state_layers, state_size
-from .surgery import new_parameter_like, set_state_size
+from .surgery import assign_parameter, new_parameter_like, set_state_size
 
 
 def adopt_checkpoint_sizes(model: nn.Module) -> list:
@@ -105,6 +105,5 @@ def _resize_empty(mixer: nn.Module, layout: StateLayout, size: int) -> None:
         old = mixer.get_parameter(path)
         shape = list(old.shape)
         shape[layout.tensors[path].axis] = length
-        module_path, _, name = path.rpartition(".")
-        mixer.get_submodule(module_path)._parameters[name] = new_parameter_like(old, old.new_zeros(shape))
+        assign_parameter(mixer, path, new_parameter_like(old, old.new_zeros(shape)))
     set_state_size(mixer, layout, size)

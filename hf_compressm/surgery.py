@@ -36,8 +36,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Replacement:
-    module: nn.Module
-    name: str
+    mixer: nn.Module
+    path: str
     old: nn.Parameter
     new: nn.Parameter
     optimizer_state: dict
@@ -75,7 +75,7 @@ def shrink_state(model: nn.Module, selections: dict[int, Selection], optimizer=N
 def pad_state(model: nn.Module, size: int) -> None:
     """Enlarge every layer to `size` states by states that do nothing: rows of B and C zero, decay rate -1.
 
-    Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; to learn with, `grow_state`.
+    Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; `grow_state` learns.
     """
     _enlarge(unwrap(model), size, None, lambda index, mixer, tensors: None)
 
@@ -160,26 +160,20 @@ def _resize(model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit
         for path, value in values.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"layer {index}: the resized {path} would hold NaN or Inf; nothing was changed.")
-            replacements.append(
-                _replacement(mixer, path, value, layout.tensors[path].axis, positions[path], optimizer)
-            )
+            state, axis = {}, layout.tensors[path].axis
+            if optimizer is not None:
+                state = resized_state(optimizer, f"layer {index} {path}", old[path], axis, positions[path])
+            new = new_parameter_like(old[path], value)
+            if old[path].grad is not None:
+                new.grad = gather(old[path].grad, axis, positions[path])
+            replacements.append(_Replacement(mixer, path, old[path], new, state))
 
     for replacement in replacements:
-        replacement.module._parameters[replacement.name] = replacement.new
+        assign_parameter(replacement.mixer, replacement.path, replacement.new)
         if optimizer is not None:
             swap_parameter(optimizer, replacement.old, replacement.new, replacement.optimizer_state)
     for index, mixer in mixers.items():
         set_state_size(mixer, layout, len(sources[index]))
-
-
-def _replacement(mixer, path: str, value: Tensor, axis: int, positions: Tensor, optimizer) -> _Replacement:
-    module_path, _, name = path.rpartition(".")
-    old = mixer.get_parameter(path)
-    new = new_parameter_like(old, value)
-    if old.grad is not None:
-        new.grad = gather(old.grad, axis, positions)
-    state = {} if optimizer is None else resized_state(optimizer, path, old, axis, positions)
-    return _Replacement(mixer.get_submodule(module_path), name, old, new, state)
 
 
 def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
@@ -187,6 +181,12 @@ def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
     new = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     return new
+
+
+def assign_parameter(mixer: nn.Module, path: str, new: nn.Parameter) -> None:
+    """Put `new` in the place of the mixer's parameter at `path`."""
+    module_path, _, name = path.rpartition(".")
+    mixer.get_submodule(module_path)._parameters[name] = new
 
 
 def set_state_size(mixer: nn.Module, layout: StateLayout, size: int) -> None:

@@ -1,0 +1,116 @@
+"""Real text, a real tokenizer, a small Mamba: what the tests share."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from more; two workers share two cores
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import ByteLevelBPETokenizer
+from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
+
+from hf_compressm import install_scan, parameter_groups, uninstall_scan
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY, LENGTH, LAYERS, STATE_SIZE = 512, 32, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def installed_scan():
+    """Every test starts and ends with the scan installed by one test and no longer."""
+    install_scan()
+    yield
+    uninstall_scan()
+
+
+@pytest.fixture(scope="session")
+def verses() -> list[str]:
+    folder = Path(importlib.util.find_spec("bible").submodule_search_locations[0])
+    with open(folder / "data" / "kjv.jsonl") as lines:
+        return [json.loads(next(lines))["text"] for _ in range(2000)]
+
+
+@pytest.fixture(scope="session")
+def blocks(verses) -> torch.Tensor:
+    """Tokens of real text, (blocks, L)."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(verses, vocab_size=VOCABULARY, show_progress=False)
+    ids = torch.tensor(tokenizer.encode("\n".join(verses)).ids)
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+@pytest.fixture(scope="session")
+def dataset(blocks) -> Dataset:
+    return Dataset.from_dict({"input_ids": blocks.tolist(), "labels": blocks.tolist()})
+
+
+@pytest.fixture
+def batches(blocks) -> list[dict]:
+    """Ten batches of eight sequences."""
+    return [{"input_ids": blocks[8 * i : 8 * i + 8], "labels": blocks[8 * i : 8 * i + 8]} for i in range(10)]
+
+
+def build_model(seed: int = 0, **changes) -> MambaForCausalLM:
+    set_seed(seed)
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, state_size=STATE_SIZE, num_hidden_layers=LAYERS)
+    return MambaForCausalLM(MambaConfig(**(sizes | changes)))
+
+
+def train_steps(model, optimizer, batches) -> list[float]:
+    """Plain training steps, one for each batch; the losses."""
+    model.train()
+    losses = []
+    for batch in batches:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def trained(batches):
+    """(model, optimizer) after a few real steps, so that states and moments are not those of the initialiser."""
+    model = build_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3)
+    train_steps(model, optimizer, batches)
+    return model, optimizer
+
+
+def build_trainer(folder, dataset, callbacks=(), model=None, **changes) -> Trainer:
+    options = dict(
+        output_dir=str(folder),
+        max_steps=20,
+        per_device_train_batch_size=8,
+        learning_rate=3e-3,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return Trainer(
+        model=build_model() if model is None else model,
+        args=TrainingArguments(**(options | changes)),
+        train_dataset=dataset,
+        data_collator=default_data_collator,
+        callbacks=list(callbacks),
+    )
+
+
+def losses_of(trainer: Trainer) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_identical(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)

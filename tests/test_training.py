@@ -1,0 +1,196 @@
+"""Real Trainer runs: the callback disturbs nothing, cuts on schedule, writes its history and resumes exactly."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import assert_identical, build_model, build_trainer, losses_of, weights_of
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MambaForCausalLM
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, uninstall_scan
+from hf_compressm.history import load_history
+
+SCHEDULE = CompreSSMSchedule(start=0.0, end=0.5, events=2)  # of 20 steps: after 5 and 10
+
+
+def cutting_callback(**changes) -> CompreSSMCallback:
+    return CompreSSMCallback(CompreSSMConfig(**({"target_state_size": 4} | changes)), SCHEDULE)
+
+
+def test_a_callback_that_never_cuts_leaves_the_run_bit_identical(tmp_path, dataset):
+    plain = build_trainer(tmp_path, dataset)
+    plain.train()
+    callback = CompreSSMCallback(CompreSSMConfig(tolerance=1e-9), SCHEDULE)
+    watched = build_trainer(tmp_path, dataset, [callback])
+    watched.train()
+
+    assert [event.is_cut for event in callback.history.events] == [False, False]
+    assert losses_of(watched) == losses_of(plain)
+    assert_identical(weights_of(watched.model), weights_of(plain.model))
+
+
+def test_a_run_cuts_at_its_steps_and_says_so(tmp_path, dataset, capsys):
+    callback = cutting_callback()
+    trainer = build_trainer(tmp_path, dataset, [callback])
+    trainer.train()
+    assert [(event.step, event.state_sizes_after) for event in callback.history.events] == [(5, [8, 8]), (10, [4, 4])]
+    assert trainer.model.config.state_size == 4
+    printed = capsys.readouterr().out
+    assert "CompreSSM, step 5 of 20: state size 16 → 8" in printed
+    assert "energy discarded" in printed and "measured loss" in printed
+    losses = losses_of(trainer)
+    assert losses[20] < losses[10] < losses[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_accumulation_steps": 3}, {"gradient_checkpointing": True}, {"bf16": True}]
+)
+def test_cuts_work_with(tmp_path, dataset, options):
+    trainer = build_trainer(tmp_path, dataset, [cutting_callback()], **options)
+    trainer.train()
+    assert trainer.model.config.state_size == 4
+    assert losses_of(trainer)[20] < losses_of(trainer)[1]
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("checkpoint", [4, 5, 8, 12])  # before, at, between and after the cuts
+@pytest.mark.parametrize("options", [{}, {"restore_callback_states_from_checkpoint": True}])
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, dataset, checkpoint, options):
+    options = options | {"save_strategy": "steps", "save_steps": 1}
+    uninterrupted = build_trainer(tmp_path / "a", dataset, [cutting_callback()], **options)
+    uninterrupted.train()
+
+    resumed = build_trainer(tmp_path / "b", dataset, [cutting_callback()], model=build_model(seed=1), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{checkpoint}"))
+    expected = losses_of(uninterrupted)
+    assert losses_of(resumed) == expected
+    assert_identical(weights_of(resumed.model), weights_of(uninterrupted.model))
+    assert resumed.model.config.state_size == 4
+
+    histories = [load_history(tmp_path / run / "checkpoint-20") for run in "ab"]
+    for left, right in zip(*(history.events for history in histories), strict=True):
+        assert (left.step, left.keep, left.loss_after) == (right.step, right.keep, right.loss_after)
+
+
+def test_a_resume_in_a_new_process_repeats_the_run_exactly(tmp_path, dataset):
+    callback = cutting_callback()
+    trainer = build_trainer(tmp_path / "a", dataset, [callback], save_strategy="steps", save_steps=7)
+    trainer.train()
+    dataset.save_to_disk(tmp_path / "data")
+    script = f"""
+import json, sys
+sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
+from datasets import load_from_disk
+from conftest import build_model, build_trainer, losses_of
+from test_training import cutting_callback
+from hf_compressm import install_scan
+install_scan()
+trainer = build_trainer({str(tmp_path / "b")!r}, load_from_disk({str(tmp_path / "data")!r}), [cutting_callback()],
+                        model=build_model(seed=3), save_strategy="steps", save_steps=7)
+trainer.train(resume_from_checkpoint={str(tmp_path / "a" / "checkpoint-14")!r})
+print(json.dumps(losses_of(trainer)))
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert json.loads(output.splitlines()[-1]) == {str(step): loss for step, loss in losses_of(trainer).items()}
+
+
+def test_every_checkpoint_is_a_plain_mamba_with_its_history_beside_it(tmp_path, dataset):
+    trainer = build_trainer(tmp_path, dataset, [cutting_callback()], save_strategy="steps", save_steps=4)
+    trainer.train()
+    for step, size, events in ((4, 16, 0), (8, 8, 1), (12, 4, 2), (20, 4, 2)):
+        folder = tmp_path / f"checkpoint-{step}"
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert type(model) is MambaForCausalLM and model.config.state_size == size
+        assert len(json.loads((folder / "compressm.json").read_text())["events"]) == events
+        assert sorted(load_file(folder / "hsv.safetensors")) == [
+            f"event.{event}.layer.{layer}" for event in range(events) for layer in range(2)
+        ]
+    assert_identical(weights_of(model), weights_of(trainer.model))
+
+
+def test_a_history_written_and_read_is_the_same(tmp_path, dataset):
+    callback = cutting_callback()
+    build_trainer(tmp_path, dataset, [callback], save_strategy="steps", save_steps=20).train()
+    history = load_history(tmp_path / "checkpoint-20")
+    assert history.to_dict() == callback.history.to_dict()
+    for event in history.events:
+        for spectrum, size in zip(event.hankel_singular_values, event.state_sizes_before, strict=True):
+            assert spectrum.shape == (size,) and (spectrum.diff() <= 0).all() and spectrum[-1] >= 0
+
+
+def test_the_callback_added_after_construction_cuts_too(tmp_path, dataset):
+    trainer = build_trainer(tmp_path, dataset, save_strategy="steps", save_steps=20)
+    trainer.add_callback(cutting_callback())
+    trainer.train()
+    assert trainer.model.config.state_size == 4
+
+
+def test_a_second_training_goes_on_from_the_cut_model(tmp_path, dataset):
+    callback = cutting_callback()
+    trainer = build_trainer(tmp_path, dataset, [callback])
+    trainer.train()
+    weights = weights_of(trainer.model)
+    trainer.train()
+    assert trainer.model.config.state_size == 4
+    moved = {name: not torch.equal(tensor, weights[name]) for name, tensor in trainer.model.state_dict().items()}
+    assert all(moved.values()), moved
+
+
+def test_a_stream_is_calibrated_on_its_first_batches_and_not_disturbed(tmp_path, blocks):
+    def stream():
+        for block in blocks.tolist():
+            yield {"input_ids": block, "labels": block}
+
+    from datasets import IterableDataset
+
+    plain = build_trainer(tmp_path, IterableDataset.from_generator(stream))
+    plain.train()
+    never = CompreSSMCallback(CompreSSMConfig(tolerance=1e-9), SCHEDULE)
+    watched = build_trainer(tmp_path, IterableDataset.from_generator(stream), [never])
+    watched.train()
+    assert losses_of(watched) == losses_of(plain)
+    assert len(never.history.events) == 2
+
+    cut = build_trainer(tmp_path, IterableDataset.from_generator(stream), [cutting_callback()])
+    cut.train()
+    assert cut.model.config.state_size == 4
+
+
+def test_a_calibration_loader_of_ones_own_is_used_and_training_data_is_not(tmp_path, dataset, batches):
+    class Counting(list):
+        readings = 0
+
+        def __iter__(self):
+            Counting.readings += 1
+            return super().__iter__()
+
+    callback = CompreSSMCallback(CompreSSMConfig(target_state_size=4), SCHEDULE, calibration_loader=Counting(batches))
+    build_trainer(tmp_path, dataset, [callback]).train()
+    assert Counting.readings == 3  # once to check, twice to cut
+
+
+def test_the_slow_loop_is_announced_once_before_it_runs(tmp_path, dataset, caplog):
+    uninstall_scan()
+    short = dataset.map(lambda row: {"input_ids": row["input_ids"][:4], "labels": row["labels"][:4]})
+    build_trainer(tmp_path, short, [cutting_callback()]).train()
+    assert sum("hf_compressm.install_scan()" in record.message for record in caplog.records) == 1
+
+
+def test_padded_batches_with_a_mask_are_calibrated_on_their_tokens_only(tmp_path, blocks):
+    rows = []
+    for i, block in enumerate(blocks[:200].tolist()):
+        length = 12 + i % 20
+        rows.append(
+            {
+                "input_ids": block[:length] + [0] * (32 - length),
+                "attention_mask": [1] * length + [0] * (32 - length),
+                "labels": block[:length] + [-100] * (32 - length),
+            }
+        )
+    callback = cutting_callback()
+    build_trainer(tmp_path, Dataset.from_list(rows), [callback]).train()
+    assert all(4 * 8 * 12 <= event.tokens < 4 * 8 * 32 for event in callback.history.events)
