@@ -1,4 +1,4 @@
-"""Removing states equals masking them, before and after further training; padding and growth leave the function alone."""
+"""Removing states equals masking them, before and after training; padding and growth leave the function alone."""
 
 import copy
 
@@ -131,7 +131,7 @@ def test_a_failure_in_the_last_layer_leaves_everything_as_it_was(trained, batche
     report.selections[1].compensation.fill_(float("inf"))
     before, parameters = weights_of(model), list(model.parameters())
     moments = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="layer 1: the resized x_proj.weight would hold NaN or Inf"):
+    with pytest.raises(ValueError, match=r"layer 1: the resized x_proj\.weight would hold NaN or Inf"):
         compress(model, report, optimizer)
     assert_identical(weights_of(model), before)
     assert all(left is right for left, right in zip(model.parameters(), parameters, strict=True))

@@ -1,0 +1,170 @@
+"""What a configuration asks for is what the plan keeps: ranks, gates, staged goals, and the loss budget's word."""
+
+import pytest
+import torch
+from conftest import assert_identical, build_model, train_steps, weights_of
+
+from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
+from hf_compressm.hankel import truncation_rank
+from hf_compressm.reduction import _forward
+
+
+@pytest.mark.parametrize("criterion", ["output", "second_moment", "mean", "magnitude", "random"])
+def test_the_strongest_states_are_kept_by_every_criterion(trained, batches, criterion):
+    model, _ = trained
+    report = analyze(model, batches, CompreSSMConfig(target_state_size=5, criterion=criterion))
+    for index, energy in report.energies.items():
+        assert torch.equal(report.keep[index], energy.topk(5).indices.sort().values)
+        assert report.energy_discarded[index] == pytest.approx(float(energy.sort().values[:11].sum() / energy.sum()))
+
+
+def test_a_tolerance_keeps_the_largest_rank_that_any_layer_asks_for(trained, batches):
+    model, _ = trained
+    report = analyze(model, batches, CompreSSMConfig(tolerance=0.3))
+    ranks = [truncation_rank(energy.sort(descending=True).values, 0.3) for energy in report.energies.values()]
+    assert set(report.state_sizes.values()) == {max(ranks)}
+    assert max(ranks) < 16
+    assert all(0 < share <= 0.3 for share in report.energy_discarded.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"cut_fraction": 0.25}, 12),
+        ({"cut_fraction": 0.3, "multiple_of": 4}, 12),
+        ({"cut_fraction": 0.9, "min_state_size": 7}, 7),
+        ({"cut_fraction": 0.9, "min_state_size": 7, "multiple_of": 4}, 8),
+        ({"cut_fraction": 0.1, "multiple_of": 16}, 16),
+        ({"target_state_size": 15}, 15),  # the gate does not stand in the way of an explicit size
+        ({"tolerance": 1e-6}, 16),
+    ],
+)
+def test_sizes_are_rounded_up_and_gated(trained, batches, options, expected):
+    report = analyze(trained[0], batches, CompreSSMConfig(**options))
+    assert set(report.state_sizes.values()) == {expected}
+    assert report.is_cut == (expected < 16)
+    if not report.is_cut:
+        assert report.loss_after == report.loss_before
+
+
+def loss_of(model, batches) -> float:
+    """On the half of the calibration batches that is held out for losses."""
+    model.eval()
+    with torch.no_grad():
+        return sum(_forward(model, batch, {}).loss.item() for batch in batches[1:8:2]) / 4
+
+
+@pytest.fixture(scope="module")
+def learned(blocks):
+    """Weights of a model trained long enough for its states to matter."""
+    model = build_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=5e-3)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).split(8)[:200]
+    train_steps(model, optimizer, [{"input_ids": blocks[i], "labels": blocks[i]} for i in order])
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 3])
+@pytest.mark.parametrize("budget", [0.002, 0.01, 0.05])
+def test_a_loss_budget_is_kept_and_one_step_fewer_would_break_it(learned, batches, budget, multiple_of):
+    model = build_model()
+    model.load_state_dict(learned)
+    before = loss_of(model, batches)
+    report = analyze(model, batches, CompreSSMConfig(loss_budget=budget, multiple_of=multiple_of, min_reduction=0))
+    chosen = max(report.state_sizes.values())
+    compress(model, report)
+    assert loss_of(model, batches) - before <= budget + 1e-6
+
+    smaller = chosen - multiple_of if chosen < 16 or 16 % multiple_of == 0 else 16 - 16 % multiple_of
+    if smaller >= 1:
+        model = build_model()
+        model.load_state_dict(learned)
+        compress(model, analyze(model, batches, CompreSSMConfig(target_state_size=smaller)))
+        assert loss_of(model, batches) - before > budget - 1e-6
+
+
+def test_a_generous_budget_stops_at_the_floor(learned, batches):
+    model = build_model()
+    model.load_state_dict(learned)
+    report = analyze(model, batches, CompreSSMConfig(loss_budget=100.0, min_state_size=3, multiple_of=2))
+    assert set(report.state_sizes.values()) == {4}
+
+
+def test_over_several_cuts_the_total_counts(learned, batches):
+    model = build_model()
+    model.load_state_dict(learned)
+    config, spent, sizes = CompreSSMConfig(loss_budget=0.003, min_reduction=0), 0.0, [16]
+    for events_left in (3, 2, 1):
+        report = analyze(model, batches, config.for_event(sizes[-1], events_left, spent))
+        event = compress(model, report)
+        spent += max(0.0, event.loss_after - event.loss_before)
+        sizes.append(model.config.state_size)
+    assert 0.001 < spent <= 0.003
+    assert 1 < sizes[-1] < sizes[1] < 16
+    assert not analyze(model, batches, config.for_event(sizes[-1], 1, loss_spent=0.003)).is_cut
+
+
+def test_a_target_is_approached_by_equal_factors():
+    config, sizes = CompreSSMConfig(target_state_size=4), [64]
+    for events_left in (4, 3, 2, 1):
+        sizes.append(config.for_event(sizes[-1], events_left, 0.0).target_state_size)
+    assert sizes == [64, 32, 16, 8, 4]
+    assert CompreSSMConfig(target_state_size=16, multiple_of=8).for_event(64, 4, 0.0).target_state_size == 48
+
+
+def test_events_are_equidistant_and_end_with_the_window():
+    assert CompreSSMSchedule().event_steps(1000) == [25, 50, 75, 100]
+    assert CompreSSMSchedule(start=0.2, end=0.5, events=3).event_steps(100) == [30, 40, 50]
+    assert CompreSSMSchedule(end=1.0, events=1).event_steps(7) == [7]
+
+
+@pytest.mark.parametrize("criterion", ["output", "mean"])
+def test_analysis_changes_nothing(trained, batches, criterion):
+    model, _ = trained
+    model.train()
+    model.backbone.layers[0].eval()  # a mixed mode is restored as it was
+    modes = [module.training for module in model.modules()]
+    before, random_state = weights_of(model), torch.get_rng_state()
+    parameters = list(model.parameters())
+    analyze(model, batches, CompreSSMConfig(loss_budget=0.01, criterion=criterion))
+    assert_identical(weights_of(model), before)
+    assert all(left is right for left, right in zip(model.parameters(), parameters, strict=True))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_analysis_does_not_depend_on_what_else_is_drawn(trained, batches):
+    model, _ = trained
+    config = CompreSSMConfig(target_state_size=4, criterion="random", calibration_seed=7)
+    first = analyze(model, batches, config)
+    torch.rand(3)
+    second = analyze(model, batches, config)
+    assert {i: k.tolist() for i, k in first.keep.items()} == {i: k.tolist() for i, k in second.keep.items()}
+    assert first.loss_after == second.loss_after
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trained_model_in_half_precision_is_analysed_in_float32_and_cast_back(learned, batches, dtype):
+    model = build_model()
+    model.load_state_dict(learned)
+    model = model.to(dtype)
+    exact = build_model()
+    exact.load_state_dict(model.state_dict())
+    config = CompreSSMConfig(target_state_size=6)
+    report, reference = analyze(model, batches, config), analyze(exact, batches, config)
+    assert report.loss_after == pytest.approx(reference.loss_after, abs=1e-5)
+    compress(model, report)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.config.state_size == 6
+    assert model(input_ids=batches[0]["input_ids"]).logits.isfinite().all()
+
+
+def test_the_report_is_a_table_that_names_every_layer(trained, batches):
+    text = str(analyze(trained[0], batches, CompreSSMConfig(target_state_size=5)))
+    header, first, second, measured = text.splitlines()
+    assert header.split("  ") == ["layer", "N before", "N after", "energy discarded", "predicted loss change"]
+    assert first.split()[:3] == ["0", "16", "5"] and second.split()[:3] == ["1", "16", "5"]
+    assert "%" in first and "nats" in first
+    assert measured.startswith("measured loss: ")
