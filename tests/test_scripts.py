@@ -1,0 +1,117 @@
+"""`scripts/pretrain.py` as a user runs it: real text, a real tokenizer, in processes of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SMALL = """
+    --max_steps 20 --end 0.5 --events 2 --target_state_size 4 --state_size 16 --hidden_size 32 --num_hidden_layers 2
+    --block_size 32 --vocab_size 512 --logging_steps 1 --save_steps 8 --save_total_limit 5 --calibration_batches 2
+    --use_cpu --validation_examples 50
+""".split()
+
+
+def pretrain(folder, *options, launcher=(sys.executable,), check=True) -> subprocess.CompletedProcess:
+    command = [*launcher, str(ROOT / "scripts" / "pretrain.py"), *SMALL, "--output_dir", str(folder), *options]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(folder.parent / "cache"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory, verses):
+    path = tmp_path_factory.mktemp("data") / "verses.txt"
+    path.write_text("\n".join(verses))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_file):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, pretrain(folder, "--train_file", str(text_file)).stdout
+
+
+def test_a_run_shows_what_it_did(finished):
+    folder, output = finished
+    assert "CompreSSM, step 5 of 20: state size 16 → 8" in output
+    assert "CompreSSM, step 10 of 20: state size 8 → 4" in output
+    assert re.search(r"N = +4: +[\d,]+ tokens per second \([\d.]+×\)", output)
+    assert re.search(r"Validation perplexity: [\d.]+ at N = 4", output)
+    assert "Sample: And God said" in output
+    assert f"AutoModelForCausalLM.from_pretrained('{folder}')" in output
+
+
+def test_the_two_printed_lines_load_the_model(finished):
+    folder, output = finished
+    lines = [line.strip() for line in output.splitlines() if line.startswith("    ")][-2:]
+    check = [*lines, "assert model.config.state_size == 4", "from transformers import AutoTokenizer"]
+    check.append(f"assert len(AutoTokenizer.from_pretrained({str(folder)!r})) == 512")
+    subprocess.run([sys.executable, "-c", "\n".join(check)], check=True)
+    assert len(json.loads((folder / "compressm.json").read_text())["events"]) == 2
+
+
+def test_a_run_can_be_resumed_from_the_command_line(finished, text_file):
+    folder, _ = finished
+    resumed = folder.with_name("resumed")
+    options = ["--train_file", str(text_file), "--resume_from_checkpoint", str(folder / "checkpoint-8")]
+    pretrain(resumed, *options)
+    logs = [json.loads((f / "checkpoint-20/trainer_state.json").read_text())["log_history"] for f in (folder, resumed)]
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(finished, text_file):
+    folder, _ = finished
+    weights = folder / "checkpoint-16" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    options = ["--train_file", str(text_file), "--resume_from_checkpoint", str(folder / "checkpoint-16")]
+    failed = pretrain(folder.with_name("damaged"), *options, check=False)
+    weights.write_bytes(content)
+    assert failed.returncode != 0
+    assert "model.safetensors is truncated or damaged" in failed.stderr.splitlines()[-1]
+
+
+def test_it_streams_the_embedded_text_under_accelerate_launch(tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    output = pretrain(tmp_path / "run", "--streaming", launcher=launcher).stdout
+    assert "state size 8 → 4" in output and "Validation perplexity" in output
+
+
+def test_several_processes_are_refused_at_the_start_of_training(tmp_path, text_file):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    options = ["--train_file", str(text_file), "--ddp_backend", "gloo"]
+    failed = pretrain(tmp_path / "run", *options, launcher=launcher, check=False)
+    assert failed.returncode != 0
+    assert (
+        "ValueError: 2 processes" in failed.stderr
+        and "This version resizes models in one process only" in failed.stderr
+    )
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_local_files_of_other_formats_are_read(tmp_path, verses, suffix):
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"words": verses})
+    data.to_json(tmp_path / "text.jsonl") if suffix == "jsonl" else data.to_parquet(tmp_path / "text.parquet")
+    options = ["--train_file", str(tmp_path / f"text.{suffix}"), "--text_column", "words", "--save_strategy", "no"]
+    assert "Validation perplexity" in pretrain(tmp_path / "run", *options).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train_file", "book.pdf"], "allowed: one of .txt, .json, .jsonl, .parquet"),
+        (["--tolerance", "0.1"], "give exactly one of tolerance, target_state_size"),
+        (["--train_file", "x.txt", "--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, options, message):
+    failed = pretrain(tmp_path / "run", *options, check=False)
+    assert failed.returncode != 0 and message in failed.stderr.splitlines()[-1]
