@@ -191,7 +191,8 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """The folder to resume from ("last" is the newest in the output folder), checked before anything is loaded."""
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint in ("last", "True", "true"):
-        checkpoint = get_last_checkpoint(training_args.output_dir)
+        folder = Path(training_args.output_dir)
+        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
         if checkpoint is None:
             raise ValueError(f"no checkpoint to resume from in {training_args.output_dir}.")
     if checkpoint:
