@@ -1,12 +1,14 @@
 """Pretrain Mamba language models that start with a large state and shrink it while they learn."""
 
-__version__ = "0.1.0"
+from importlib.metadata import version
 
 from .callback import CompreSSMCallback
 from .config import CompreSSMConfig, CompreSSMSchedule
 from .kernels import install_scan, uninstall_scan
 from .optimizers import parameter_groups
 from .reduction import analyze, compress
+
+__version__ = version("hf_compressm")
 
 __all__ = [
     "CompreSSMCallback",

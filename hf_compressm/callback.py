@@ -85,9 +85,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._event_steps = self.schedule.event_steps(state.max_steps)
         self._restore_history(state, _state_sizes(model))
         self._check_calibration(args, train_dataloader)
-        target = self.config.target_state_size
-        if target is not None and target > max(_state_sizes(model)):
-            raise ValueError(f"target_state_size = {target}; the model has {max(_state_sizes(model))} states already.")
+        self.config.check_target(max(_state_sizes(model)))
         device = next(model.parameters()).device
         if reference_loop_would_run(device.type):
             logger.warning(

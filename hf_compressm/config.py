@@ -83,6 +83,18 @@ class CompreSSMConfig:
         )
         _require(target % self.multiple_of == 0, "target_state_size", target, f"a multiple of {self.multiple_of}")
 
+    def check_target(self, state_size: int) -> None:
+        """Refuse a target above the present size N; anything else fits any size.
+
+        Raises:
+            ValueError: names both.
+        """
+        if self.target_state_size is not None and self.target_state_size > state_size:
+            raise ValueError(
+                f"target_state_size = {self.target_state_size} is above the model's {state_size} states; "
+                f"give 1 … {state_size}."
+            )
+
     def for_event(self, state_size: int, events_left: int, loss_spent: float) -> "CompreSSMConfig":
         """The part of the whole run's goal that falls to the next of `events_left` cuts.
 
@@ -112,7 +124,7 @@ class CompreSSMConfig:
 class CompreSSMSchedule:
     """When to cut: `events` equidistant cuts in the window (`start`, `end`] of the run.
 
-    The default is the paper's: four in the first tenth of the steps (arXiv 2510.02823, section 4). Of 1,000 steps:
+    The default is the paper's: four in the first tenth of the steps (arXiv 2510.02823). Of 1,000 steps:
     after steps 25, 50, 75 and 100. For language models a later window is often better; see the README.
 
     Raises:

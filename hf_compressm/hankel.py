@@ -24,7 +24,7 @@ def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
     Raises:
         ValueError: a Gramian is not finite, or is indefinite by more than round-off.
 
-    Source: Chahine et al., arXiv 2510.02823, section 2; Antoulas, *Approximation of Large-Scale Dynamical Systems*, 7.
+    Source: Antoulas, *Approximation of Large-Scale Dynamical Systems* (2005), chapter 7.
     """
     return torch.linalg.svdvals(_gramian_factor(Q, "Q").mH @ _gramian_factor(P, "P"))
 
@@ -60,7 +60,7 @@ def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05
     Raises:
         ValueError: tolerance outside (0, 1), or a spectrum that is not finite, negative or ascending.
 
-    Source: arXiv 2510.02823, section 3.
+    Source: Chahine et al., arXiv 2510.02823.
     """
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie in (0, 1), got {tolerance}: it is the share of the energy to discard.")

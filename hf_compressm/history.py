@@ -8,14 +8,14 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from . import __version__
 
 FORMAT_VERSION = 1
 HISTORY_FILE = "compressm.json"
@@ -66,7 +66,7 @@ class History:
     config: dict
     schedule: dict | None = None
     events: list[ReductionEvent] = field(default_factory=list)
-    library_version: str = __version__
+    library_version: str = field(default_factory=partial(version, "hf_compressm"))
 
     @property
     def loss_spent(self) -> float:
@@ -101,10 +101,10 @@ class History:
             ValueError: not a history, or one of a later format.
         """
         try:
-            version = content["format_version"]
-            if not isinstance(version, int) or version > FORMAT_VERSION:
+            format_version = content["format_version"]
+            if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
                 raise ValueError(
-                    f"history format {version!r}; this version reads up to {FORMAT_VERSION}: upgrade hf_compressm."
+                    f"history format {format_version!r}; readable up to {FORMAT_VERSION}: upgrade hf_compressm."
                 )
             events = [
                 ReductionEvent(**{f.name: event[f.name] for f in fields(ReductionEvent)})

@@ -3,7 +3,6 @@
 The callback, the scripts and any hand-written training loop all go through these two functions.
 """
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,20 +10,18 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .calibration import Batch, predicted_tokens, take_batches, undisturbed
+from .calibration import take_batches, undisturbed
 from .config import CompreSSMConfig
 from .criteria import CRITERIA, LayerStates
 from .engines import unwrap
 from .hankel import truncation_rank
 from .history import ReductionEvent
-from .kernels import observed_scan, scan_installed
-from .layouts import STATE_INPUT, STATE_OUTPUT, StateLayout, layout_of, projection_rows, state_layers, state_size
-from .selective import Statistics, compensation, complement, layer_hankel_singular_values
-from .surgery import Selection, check_state_tensors, compensated_output_rows, shrink_state
-
-Plan = dict[int, Selection]
+from .kernels import scan_installed
+from .layouts import STATE_INPUT, STATE_OUTPUT, layout_of, projection_rows, state_layers, state_size
+from .measurement import LossMeter, Plan, collect_statistics
+from .selective import Statistics, compensation, layer_hankel_singular_values
+from .surgery import Selection, check_state_tensors, shrink_state
 
 
 @dataclass
@@ -121,7 +118,7 @@ def analyze(model: nn.Module, batches: Iterable[dict], config: CompreSSMConfig) 
     model = unwrap(model)
     check_state_tensors(model)
     sizes = {index: state_size(mixer, layout_of(model)) for index, mixer in state_layers(model).items()}
-    _check_target(config, max(sizes.values()))
+    config.check_target(max(sizes.values()))
     device = next(model.parameters()).device
     batches = [
         {name: value.to(device) for name, value in batch.items()}
@@ -131,7 +128,7 @@ def analyze(model: nn.Module, batches: Iterable[dict], config: CompreSSMConfig) 
     with undisturbed(model), scan_installed():
         statistics = collect_statistics(model, batches[0::2])
         energies = score_states(model, statistics, config)
-        losses = _LossMeter(model, batches[1::2])
+        losses = LossMeter(model, batches[1::2])
         plan = partial(_plan, energies, statistics, compensate=config.compensate)
         selections = plan(_choose_size(plan, losses, energies, config, max(sizes.values())))
         spectra = {i: layer_hankel_singular_values(s, _spectrum_of(config)) for i, s in statistics.items()}
@@ -197,38 +194,6 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
     )
 
 
-def collect_statistics(model: nn.Module, batches: list[Batch]) -> dict[int, Statistics]:
-    """Layer → `Statistics` over the batches, from forward passes of an unwrapped model in eval mode."""
-    layout, mixers = layout_of(model), state_layers(model)
-    statistics = {
-        index: Statistics.empty(*mixer.get_parameter(layout.decay).shape, device=next(mixer.parameters()).device)
-        for index, mixer in mixers.items()
-    }
-    weights = {
-        i: m.get_parameter(layout.output_projection).detach().double().square().sum(0) for i, m in mixers.items()
-    }
-    running: list[int] = []  # the layer whose scan comes next
-    handles = [
-        mixer.register_forward_pre_hook(lambda module, args, index=index: running.append(index))
-        for index, mixer in mixers.items()
-    ]
-    mask = None
-
-    def observer(u, time_step, A, B, C, gate):
-        index = running.pop()
-        statistics[index].accumulate(u, time_step, A, B, C, gate, weights[index], mask)
-
-    try:
-        with observed_scan(observer):
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                _forward(model, batch, {})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return statistics
-
-
 def score_states(model: nn.Module, statistics: dict[int, Statistics], config: CompreSSMConfig) -> dict[int, Tensor]:
     """Layer → energy of each state by the configured criterion, (N,).
 
@@ -253,13 +218,6 @@ def score_states(model: nn.Module, statistics: dict[int, Statistics], config: Co
     return energies
 
 
-def _check_target(config: CompreSSMConfig, size: int) -> None:
-    if config.target_state_size is not None and config.target_state_size > size:
-        raise ValueError(
-            f"target_state_size = {config.target_state_size} is above the model's {size} states; give 1 … {size}."
-        )
-
-
 def _spectrum_of(config: CompreSSMConfig) -> str:
     return "mean" if config.criterion == "mean" else "second_moment"
 
@@ -274,7 +232,7 @@ def _plan(energies: dict[int, Tensor], statistics: dict[int, Statistics], size: 
     return plan
 
 
-def _choose_size(plan, losses: "_LossMeter", energies: dict[int, Tensor], config: CompreSSMConfig, size: int) -> int:
+def _choose_size(plan, losses: LossMeter, energies: dict[int, Tensor], config: CompreSSMConfig, size: int) -> int:
     """The one state size for all layers that the configuration asks for, or `size` where the gate stays shut."""
     if config.target_state_size is not None:
         return config.target_state_size
@@ -288,7 +246,7 @@ def _choose_size(plan, losses: "_LossMeter", energies: dict[int, Tensor], config
     return chosen if chosen < (1 - config.min_reduction) * size else size
 
 
-def _smallest_within_budget(plan, losses: "_LossMeter", config: CompreSSMConfig, size: int) -> int:
+def _smallest_within_budget(plan, losses: LossMeter, config: CompreSSMConfig, size: int) -> int:
     """A size whose measured loss keeps the budget while the next smaller one breaks it (bisection), or the floor."""
     allowed = losses.of({}) + config.loss_budget
     candidates = [*range(config.round_up(1), size, config.multiple_of), size]  # the last is the model as it is
@@ -300,70 +258,3 @@ def _smallest_within_budget(plan, losses: "_LossMeter", config: CompreSSMConfig,
         else:
             breaks = middle
     return candidates[keeps]
-
-
-class _LossMeter:
-    """Measures the loss of a model as a plan would leave it, by masks: dropped rows of B and C zero, C compensated."""
-
-    def __init__(self, model: nn.Module, batches: list[Batch]):
-        self.model, self.batches, self.seconds = model, batches, 0.0
-        self.tokens = [predicted_tokens(batch) for batch in batches]
-        self._measured: dict[tuple[int, ...], list[float]] = {}
-
-    def of(self, plan: Plan) -> float:
-        """Mean loss over all batches, nats per predicted token; plans of the same sizes are measured once."""
-        losses = self._losses(plan)
-        return sum(loss * count for loss, count in zip(losses, self.tokens, strict=True)) / sum(self.tokens)
-
-    def change_by_one_layer(self, index: int, selection: Selection) -> float:
-        """Change of the loss on the first batch when only this layer is cut."""
-        return self._measure({index: selection}, self.batches[:1])[0] - self._losses({})[0]
-
-    def _losses(self, plan: Plan) -> list[float]:
-        key = tuple(len(selection.keep) for selection in plan.values())
-        if key not in self._measured:
-            self._measured[key] = self._measure(plan, self.batches)
-        return self._measured[key]
-
-    def _measure(self, plan: Plan, batches: list[Batch]) -> list[float]:
-        """Mean loss of each batch, nats per predicted token."""
-        started = time.perf_counter()
-        masks = self._masked_projections(plan)
-        losses = [_forward(self.model, batch, masks).loss.item() for batch in batches]
-        self.seconds += time.perf_counter() - started
-        if not all(math.isfinite(loss) for loss in losses):
-            raise ValueError(
-                "the loss on the calibration batches is NaN or Inf: training has diverged. Nothing was changed."
-            )
-        return losses
-
-    def _masked_projections(self, plan: Plan) -> dict[str, Tensor]:
-        layout, names = layout_of(self.model), {parameter: name for name, parameter in self.model.named_parameters()}
-        masked = {}
-        for index, mixer in state_layers(self.model).items():
-            if index in plan and len(plan[index].keep) < state_size(mixer, layout):
-                parameter = mixer.get_parameter(layout.projection)
-                masked[names[parameter]] = masked_projection(mixer, layout, plan[index])
-        return masked
-
-
-def masked_projection(mixer: nn.Module, layout: StateLayout, selection: Selection) -> Tensor:
-    """The projection at its full size with which the mixer computes what it will after the cut."""
-    projection = mixer.get_parameter(layout.projection).detach().clone()
-    dropped = complement(selection.keep, state_size(mixer, layout)).to(projection.device)
-    for block in (STATE_INPUT, STATE_OUTPUT):
-        projection[projection_rows(mixer, layout, block)][dropped] = 0
-    kept_rows = projection_rows(mixer, layout, STATE_OUTPUT)
-    projection[kept_rows][selection.keep] = compensated_output_rows(mixer, layout, selection)
-    return projection
-
-
-def _forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):
-    """One forward pass with some parameters overridden; half-precision weights are taken in float32."""
-    halves = {
-        name: parameter.float()
-        for name, parameter in model.named_parameters()
-        if parameter.dtype in (torch.float16, torch.bfloat16)
-    }
-    overrides = halves | {name: value.float() if name in halves else value for name, value in overrides.items()}
-    return functional_call(model, overrides, kwargs={**batch, "use_cache": False})

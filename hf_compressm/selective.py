@@ -137,7 +137,7 @@ def gramian_diagonals(statistics: Statistics, surrogate: Surrogate) -> tuple[Ten
 def sampled_gramians(statistics: Statistics, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
     """Surrogate Gramians (P, Q) of the sampled channels, float64, (S, N, N) each.
 
-    `mean`: the system frozen at ā = E[exp(Δ A)], b̄ = E[Δ B], c̄ = E[C] (arXiv 2510.02823, section 5): Gramians of a
+    `mean`: the system frozen at ā = E[exp(Δ A)], b̄ = E[Δ B], c̄ = E[C] (arXiv 2510.02823): Gramians of a
     time-invariant system. `second_moment`: inputs white in time, and the mean-square Lyapunov equations
     P = E[Ā P Ā] + E[B̄ B̄ᵀ], Q = E[Ā Q Ā] + E[C̄ᵀ C̄] in their central form, solved entry by entry.
     """

@@ -133,9 +133,7 @@ def test_a_report_is_applied_once_and_to_its_own_sizes(batches):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_masters_are_refused_in_training(tmp_path, dataset, batches, dtype):
     model = build_model().to(dtype)
-    with pytest.raises(
-        ValueError, match=f"is trained in {dtype}.*Keep the weights in float32"
-    ):
+    with pytest.raises(ValueError, match=f"is trained in {dtype}.*Keep the weights in float32"):
         compress(model, analyze(model, batches, TARGET), torch.optim.AdamW(model.parameters()))
     trainer = build_trainer(tmp_path, dataset, [CompreSSMCallback(TARGET, SCHEDULE)], model=model)
     with pytest.raises(ValueError, match="Keep the weights in float32"):

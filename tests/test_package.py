@@ -14,7 +14,7 @@ import hf_compressm
 # Imports run one way: a file may import from those before it.
 ORDER = """
     hankel kernels.torch_scan selective criteria kernels.dispatch kernels layouts config engines optimizers surgery
-    calibration history reduction checkpoint callback
+    calibration measurement history reduction checkpoint callback
 """.split()
 MATHEMATICS = {"hankel", "kernels.torch_scan", "selective", "criteria"}
 

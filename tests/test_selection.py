@@ -6,7 +6,7 @@ from conftest import assert_identical, build_model, train_steps, weights_of
 
 from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
 from hf_compressm.hankel import truncation_rank
-from hf_compressm.reduction import _forward
+from hf_compressm.measurement import forward
 
 
 @pytest.mark.parametrize("criterion", ["output", "second_moment", "mean", "magnitude", "random"])
@@ -51,7 +51,7 @@ def loss_of(model, batches) -> float:
     """On the half of the calibration batches that is held out for losses."""
     model.eval()
     with torch.no_grad():
-        return sum(_forward(model, batch, {}).loss.item() for batch in batches[1:8:2]) / 4
+        return sum(forward(model, batch, {}).loss.item() for batch in batches[1:8:2]) / 4
 
 
 @pytest.fixture(scope="module")
