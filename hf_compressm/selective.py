@@ -78,38 +78,38 @@ class Statistics:
             channel_weight: w, (D,).
             mask: 1 for tokens that count, 0 for padding, (batch, L).
         """
-        sample = sampled_channels(u.shape[1]).to(u.device)
-        padded = mask is not None
-        mask = mask.to(u.dtype) if padded else torch.ones_like(u[:, 0])  # (batch, L)
-        gain = channel_weight.to(u.dtype)[:, None] * mask[:, None]  # w_d g_d², (batch, D, L)
-        gain = gain * F.silu(gate.to(u.dtype)).square() if gate is not None else gain.expand_as(u)
-        step, drive, B, C = (
-            time_step * mask[:, None],
-            time_step * u * mask[:, None],
-            B * mask[:, None],
-            C * mask[:, None],
-        )
+        with torch.autocast(u.device.type, enabled=False):
+            mask = torch.ones_like(u[:, 0]) if mask is None else mask.to(u.dtype)
+            gain = (channel_weight.to(u.dtype)[:, None] * mask[:, None]).expand_as(u)  # w_d g_d², (batch, D, L)
+            if gate is not None:
+                gain = gain * F.silu(gate.to(u.dtype)).square()
+            B, C = B * mask[:, None], C * mask[:, None]
+            self.tokens += mask.sum()
+            self._accumulate_maps(time_step, time_step * u, B, C, gain)
+            # As the states come: (L, batch, …).
+            gain, C, mask = gain.permute(2, 0, 1), C.permute(2, 0, 1), mask.T
+            for positions, decay, h in states(u, time_step, A, B, CHUNK):
+                self._accumulate_decay(decay.mul_(mask[positions, :, None, None]))
+                self._accumulate_output(h, C[positions], gain[positions])
 
-        self.tokens += mask.sum()
-        self.input_map += torch.einsum("bdl,bnl->dn", step, B)
+    def _accumulate_maps(self, time_step: Tensor, drive: Tensor, B: Tensor, C: Tensor, gain: Tensor) -> None:
+        """Time step, drive Δ u and gain (batch, D, L), B and C (batch, N, L)."""
+        sample = sampled_channels(drive.shape[1]).to(drive.device)
+        self.input_map += torch.einsum("bdl,bnl->dn", time_step, B)
         self.input_square += torch.einsum("bdl,bnl->dn", drive.square(), B.square())
         self.output_map += C.sum((0, 2))
         self.output_square += torch.einsum("bdl,bnl->dn", gain, C.square())
         self.sampled_input += _outer_sums(drive[:, sample].square(), B)
         self.sampled_output += _outer_sums(gain[:, sample], C)
 
-        gain, C, mask = gain.permute(2, 0, 1), C.permute(2, 0, 1), mask.T  # (L, batch, …), as the states come
-        for positions, decay, h in states(u, time_step, A, B, CHUNK):
-            if padded:
-                decay.mul_(mask[positions, :, None, None])
-            self._accumulate_decay(decay, sample)
-            self._accumulate_output(h, C[positions], gain[positions])
-
-    def _accumulate_decay(self, decay: Tensor, sample: Tensor) -> None:
-        """Decay (t, batch, D, N); sample (S,)."""
-        sampled = decay[:, :, sample].flatten(0, 1).transpose(0, 1)  # (S, t·batch, N)
+    def _accumulate_decay(self, decay: Tensor) -> None:
+        """Decay x (t, batch, D, N)."""
+        sample = sampled_channels(decay.shape[2]).to(decay.device)
+        sampled = decay[:, :, sample].flatten(0, 1).transpose(0, 1).contiguous().double()  # (S, t·batch, N)
         self.sampled_decay += sampled.mT @ sampled
-        self.decay += decay.sum((0, 1))
+        total = decay.sum((0, 1)).double()
+        total[sample] = sampled.sum(1)
+        self.decay += total
         self.decay_square += decay.square_().sum((0, 1))
 
     def _accumulate_output(self, h: Tensor, C: Tensor, gain: Tensor) -> None:
@@ -195,6 +195,10 @@ def _discounted(x: Tensor, y: Tensor, product: Tensor) -> Tensor:
 
 
 def _outer_sums(weight: Tensor, vectors: Tensor) -> Tensor:
-    """Σ_{b,l} weight[b, s, l] v[b, n, l] v[b, m, l], (S, N, N)."""
+    """Σ_{b,l} weight[b, s, l] v[b, n, l] v[b, m, l], (S, N, N).
+
+    Multiplied in float64: products rounded to float32 make a matrix that is indefinite by more than round-off.
+    """
+    weight, vectors = weight.double(), vectors.double()
     weighted = torch.einsum("bsl,bnl->snbl", weight, vectors).flatten(2)
     return weighted @ vectors.transpose(0, 1).flatten(1).T

@@ -76,11 +76,11 @@ def observed_scan(observer: Observer) -> Iterator[None]:
     """Within the block every scan of a model in eval mode is shown to `observer` before it runs."""
     global _observer
     with scan_installed():
-        _observer = observer
+        previous, _observer = _observer, observer
         try:
             yield
         finally:
-            _observer = None
+            _observer = previous
 
 
 def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **options):

@@ -55,7 +55,7 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check_shapes(u, time_step, A, B, C, initial_state)
+    _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
     with torch.autocast(u.device.type, enabled=False):
         dtype = state_dtype(u, time_step, A, B, C)
         u_, A, B, C = (tensor.to(dtype) for tensor in (u, A, B, C))
@@ -132,32 +132,39 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y, grad_last_state):
         u, time_step, step, drive, A, B, C, *saved = ctx.saved_tensors
-        grad_y = _time_major(grad_y)
-        grad_h = grad_last_state.clone()  # ∂loss/∂h_t, running backwards; (batch, D, N)
-        grad_step, grad_drive = torch.empty_like(step), torch.empty_like(drive)
-        grad_A, grad_B, grad_C = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
-        decay = u.new_empty(ctx.chunk, *grad_h.shape)
-        h = u.new_empty(ctx.chunk + 1, *grad_h.shape)
+        with torch.autocast(u.device.type, enabled=False):
+            grads = _recurrence_gradients(step, drive, A, B, C, saved, ctx.chunk, _time_major(grad_y), grad_last_state)
+        grad_step, grad_drive, grad_B, grad_C = (grad.permute(1, 2, 0) for grad in grads[:4])
+        grad_A, grad_initial_state = grads[4:]
+        return grad_drive * time_step, grad_step + grad_drive * u, grad_A, grad_B, grad_C, grad_initial_state
 
-        for start, first_state in reversed(list(zip(range(0, len(step), ctx.chunk), saved, strict=True))):
-            positions = range(start, min(start + ctx.chunk, len(step)))
-            h[0] = first_state
-            for i, t in enumerate(positions):
-                torch.mul(step[t].unsqueeze(-1), A, out=decay[i]).exp_()
-                torch.mul(h[i], decay[i], out=h[i + 1]).baddbmm_(drive[t].unsqueeze(-1), B[t].unsqueeze(1))
-            for i, t in reversed(list(enumerate(positions))):
-                grad_h.baddbmm_(grad_y[t].unsqueeze(-1), C[t].unsqueeze(1))
-                torch.bmm(grad_y[t].unsqueeze(1), h[i + 1], out=grad_C[t].unsqueeze(1))
-                torch.bmm(drive[t].unsqueeze(1), grad_h, out=grad_B[t].unsqueeze(1))
-                torch.bmm(grad_h, B[t].unsqueeze(-1), out=grad_drive[t].unsqueeze(-1))
-                grad_h.mul_(decay[i])
-                grad_exponent = torch.mul(grad_h, h[i], out=decay[i])  # ∂loss/∂(Δ_t A)
-                grad_step[t] = torch.einsum("bdn,dn->bd", grad_exponent, A)
-                grad_A += torch.einsum("bdn,bd->dn", grad_exponent, step[t])
 
-        grad_drive = grad_drive.permute(1, 2, 0)
-        grad_time_step = grad_step.permute(1, 2, 0) + grad_drive * u
-        return grad_drive * time_step, grad_time_step, grad_A, grad_B.permute(1, 2, 0), grad_C.permute(1, 2, 0), grad_h
+def _recurrence_gradients(step, drive, A, B, C, saved, chunk, grad_y, grad_last_state) -> tuple[Tensor, ...]:
+    """Gradients for Δ (in the exponent alone), Δ u, B and C, all (L, batch, …), for A (D, N) and h_0 (batch, D, N).
+
+    From the last chunk to the first: its states again, then its gradients backwards in time.
+    """
+    grad_h = grad_last_state.clone()  # ∂loss/∂h_t, (batch, D, N)
+    grad_step, grad_drive = torch.empty_like(step), torch.empty_like(drive)
+    grad_A, grad_B, grad_C = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
+    decay, h = drive.new_empty(chunk, *grad_h.shape), drive.new_empty(chunk + 1, *grad_h.shape)
+
+    for start, first_state in reversed(list(zip(range(0, len(step), chunk), saved, strict=True))):
+        positions = range(start, min(start + chunk, len(step)))
+        h[0] = first_state
+        for i, t in enumerate(positions):
+            torch.mul(step[t].unsqueeze(-1), A, out=decay[i]).exp_()
+            torch.mul(h[i], decay[i], out=h[i + 1]).baddbmm_(drive[t].unsqueeze(-1), B[t].unsqueeze(1))
+        for i, t in reversed(list(enumerate(positions))):
+            grad_h.baddbmm_(grad_y[t].unsqueeze(-1), C[t].unsqueeze(1))
+            torch.bmm(grad_y[t].unsqueeze(1), h[i + 1], out=grad_C[t].unsqueeze(1))
+            torch.bmm(drive[t].unsqueeze(1), grad_h, out=grad_B[t].unsqueeze(1))
+            torch.bmm(grad_h, B[t].unsqueeze(-1), out=grad_drive[t].unsqueeze(-1))
+            grad_h.mul_(decay[i])
+            grad_exponent = torch.mul(grad_h, h[i], out=decay[i])  # ∂loss/∂(Δ_t A)
+            grad_step[t] = torch.einsum("bdn,dn->bd", grad_exponent, A)
+            grad_A += torch.einsum("bdn,bd->dn", grad_exponent, step[t])
+    return grad_step, grad_drive, grad_B, grad_C, grad_A, grad_h
 
 
 def _time_major(tensor: Tensor) -> Tensor:
@@ -165,7 +172,9 @@ def _time_major(tensor: Tensor) -> Tensor:
     return tensor.permute(2, 0, 1).contiguous()
 
 
-def _check_shapes(u: Tensor, time_step: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
+def _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state) -> None:
+    if u.ndim != 3:
+        raise ValueError(f"u has shape {tuple(u.shape)}, expected (batch, D, L).")
     batch, channels, length = u.shape
     state_size = A.shape[-1]
     expected = {
@@ -173,11 +182,13 @@ def _check_shapes(u: Tensor, time_step: Tensor, A: Tensor, B: Tensor, C: Tensor,
         "A": (A, (channels, state_size)),
         "B": (B, (batch, state_size, length)),
         "C": (C, (batch, state_size, length)),
+        "D": (D, (channels,)),
+        "gate": (gate, (batch, channels, length)),
+        "time_step_bias": (time_step_bias, (channels,)),
+        "initial_state": (initial_state, (batch, channels, state_size)),
     }
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (batch, channels, state_size))
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected {shape} for u of shape {tuple(u.shape)}."
             )
