@@ -88,14 +88,14 @@ class PretrainingArguments(TrainingArguments):
     """TrainingArguments with defaults that suit the small example."""
 
     output_dir: str = "runs/pretrain"
-    max_steps: int = 600
+    max_steps: int = 900
     learning_rate: float = 3e-3
     warmup_steps: float = 0.05
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
     logging_steps: float = 50
-    save_steps: float = 200
+    save_steps: float = 300
     save_total_limit: int | None = 2
 
 
