@@ -20,11 +20,12 @@ def take_batches(batches: Iterable[dict], count: int) -> list[Batch]:
     Raises:
         ValueError: fewer batches than asked for, a batch without `input_ids`, or one with no token to predict.
     """
-    taken = [_checked(batch, position) for position, batch in enumerate(islice(iter(batches), count))]
+    with preserved_random_state():  # a DataLoader draws a seed when it starts
+        taken = [_checked(batch, position) for position, batch in enumerate(islice(iter(batches), count))]
     if len(taken) < count:
         raise ValueError(
-            f"the calibration data ended after {len(taken)} batches, {count} are needed: give more data, or set "
-            "calibration_batches lower (at least 2)."
+            f"the calibration data ended after {len(taken)} batches, {count} are needed: give more data (the callback "
+            "takes a calibration_loader), or set calibration_batches lower (at least 2)."
         )
     return taken
 
@@ -32,7 +33,8 @@ def take_batches(batches: Iterable[dict], count: int) -> list[Batch]:
 def draw_batches(dataset, collate_fn, batch_size: int, count: int, seed: int, step: int) -> list[Batch]:
     """`count` batches of `batch_size` examples that depend on nothing but (seed, step), so that resuming is exact.
 
-    A stream cannot be reached at random: its first batches are taken, the same at every step.
+    Batches without a token to predict are passed over. A stream cannot be reached at random: its first batches are
+    taken, the same at every step.
 
     Raises:
         ValueError: too little data; a one-shot iterator, which training could not read again.
@@ -40,18 +42,13 @@ def draw_batches(dataset, collate_fn, batch_size: int, count: int, seed: int, st
     if is_stream(dataset):
         if iter(dataset) is dataset:
             raise ValueError("the training data can be read only once: give the callback its own calibration_loader.")
-        with preserved_random_state():
-            return take_batches(DataLoader(dataset, batch_size, collate_fn=collate_fn), count)
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    examples = torch.randperm(len(dataset), generator=generator)[: count * batch_size].tolist()
-    if len(examples) < count * batch_size:
-        raise ValueError(
-            f"the training data has {len(dataset)} examples, {count} calibration batches of {batch_size} are needed: "
-            "set calibration_batches lower (at least 2) or give the callback its own calibration_loader."
-        )
-    chunks = (examples[start : start + batch_size] for start in range(0, len(examples), batch_size))
-    with preserved_random_state():
-        return take_batches((collate_fn([dataset[i] for i in chunk]) for chunk in chunks), count)
+        examples = DataLoader(dataset, batch_size, collate_fn=collate_fn)
+    else:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+        order = torch.randperm(len(dataset), generator=generator)
+        whole_batches = order[: len(order) // batch_size * batch_size].view(-1, batch_size)
+        examples = (collate_fn([dataset[i] for i in batch.tolist()]) for batch in whole_batches)
+    return take_batches((batch for batch in examples if _is_usable(batch)), count)
 
 
 def is_stream(dataset) -> bool:
@@ -94,10 +91,21 @@ def _checked(batch: dict, position: int) -> Batch:
         raise ValueError(
             f"calibration batch {position} has {sorted(batch)}; it needs input_ids (and may have labels)."
         )
-    batch = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
-    if "labels" not in batch:
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+    batch = _with_labels({name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None})
     if predicted_tokens(batch) == 0:
         raise ValueError(f"calibration batch {position} has no token to predict: all its labels are -100.")
     return batch
+
+
+def _is_usable(batch: dict) -> bool:
+    batch = _with_labels(batch)
+    return "labels" not in batch or predicted_tokens(batch) > 0
+
+
+def _with_labels(batch: dict) -> dict:
+    """The batch; without labels, the tokens that are not padding become them."""
+    if batch.get("labels") is not None or "input_ids" not in batch:
+        return batch
+    mask = batch.get("attention_mask")
+    labels = batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
+    return {**batch, "labels": labels}

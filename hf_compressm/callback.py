@@ -1,6 +1,9 @@
 """`CompreSSMCallback`: analyze and compress, scheduled inside Trainer. No mathematics."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -37,7 +40,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             Trainer's training data, by a generator of their own.
 
     Attributes:
-        history: what was measured and cut so far.
+        history: what was measured and cut in this run; a second `train()` that does not resume starts a new one.
 
     Example:
         >>> callback = CompreSSMCallback(CompreSSMConfig(tolerance=0.01), CompreSSMSchedule(end=0.1, events=4))
@@ -58,8 +61,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         )
         self.calibration_loader = calibration_loader
         self.needs_calibration_loader = needs_calibration_loader or calibration_loader is not None
+        if isinstance(calibration_loader, Iterator):
+            raise ValueError(
+                "calibration_loader can be read only once, and every cut reads it: give a list or a DataLoader."
+            )
         self.history = self._new_history()
-        self.exported_history: dict | None = None
+        self.exported_history: dict | None = None  # where Trainer puts the saved history; read from its state instead
         self._event_steps: list[int] = []
         self._stream_batches: list | None = None
 
@@ -80,6 +87,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ):
         """Refuse now what could not be done later, and take up the history of a resumed run."""
         check_training_arguments(args)
+        if state.is_hyper_param_search:
+            raise ValueError(
+                "a hyper-parameter search starts every trial from the same model: search without this callback."
+            )
         model = unwrap(model)
         check_state_tensors(model, unwrap_optimizer(optimizer))
         self._event_steps = self.schedule.event_steps(state.max_steps)
@@ -106,17 +117,21 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Cut, if an event is due."""
         if state.global_step not in self._event_steps:
             return
+        started = time.perf_counter()
         events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
         config = self.config.for_event(max(_state_sizes(unwrap(model))), events_left, self.history.loss_spent)
         report = analyze(model, self._calibration_batches(args, state.global_step, train_dataloader), config)
-        self.history.events.append(compress(model, report, optimizer, step=state.global_step))
+        event = compress(model, report, optimizer, step=state.global_step)
+        event.seconds = time.perf_counter() - started
+        self.history.events.append(event)
         if state.is_world_process_zero:
             tqdm.write(_announcement(report, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Put the history beside the weights."""
-        if state.is_world_process_zero:
-            save_history(self.history, f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            save_history(self.history, folder)
 
     def state(self) -> dict:
         """What Trainer writes into `trainer_state.json`: enough to rebuild the callback, and the history."""
@@ -133,23 +148,32 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         return History(config=asdict(self.config), schedule=asdict(self.schedule))
 
     def _restore_history(self, state: TrainerState, state_sizes: list[int]) -> None:
-        """Take the history from a resumed `trainer_state.json`; a run that starts anew has a new one.
+        """Take the history from a resumed `trainer_state.json`; any other run starts a new one.
 
         Raises:
-            ValueError: the history says other sizes than the weights have.
+            ValueError: the history says other sizes than the weights have, or there are two callbacks of this class.
         """
         name = type(self).__name__
-        if state.global_step == 0:
-            self.history = self._new_history()
-        elif name in state.stateful_callbacks:
-            self.history = History.from_dict(state.stateful_callbacks[name]["attributes"]["exported_history"])
-            self.history.config, self.history.schedule = asdict(self.config), asdict(self.schedule)
-        state.stateful_callbacks[name] = self.state()
+        exported = state.stateful_callbacks.get(name)
+        if isinstance(exported, list):
+            raise ValueError(f"{len(exported)} {name}s would each cut the same model: give Trainer one.")
+        self.history = self._new_history()
+        if state.global_step > 0 and exported:
+            recorded = History.from_dict(exported["attributes"]["exported_history"])
+            if (recorded.config, recorded.schedule) != (self.history.config, self.history.schedule):
+                logger.warning("The run is resumed with another configuration or schedule than its checkpoint has.")
+            self.history.events = recorded.events
         if self.history.state_sizes not in (None, state_sizes):
             raise ValueError(
                 f"the checkpoint's history ends with state sizes {self.history.state_sizes}, its weights have "
                 f"{state_sizes}: trainer_state.json and the weights do not belong together. Resume from another one."
             )
+        due, done = [step for step in self._event_steps if step <= state.global_step], self.history.steps
+        if due != done:
+            logger.warning(
+                f"By step {state.global_step} cuts were due after steps {due}; the history has them at {done}."
+            )
+        state.stateful_callbacks[name] = self.state()
 
     def _check_calibration(self, args: TrainingArguments, train_dataloader) -> None:
         """Draw once in advance: missing data is noticed now, and a stream is read before training reads it."""

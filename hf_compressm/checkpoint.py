@@ -5,6 +5,7 @@ is what needs help: the script builds the model at its original size, and Traine
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .engines import unwrap
-from .layouts import LAYOUTS, StateLayout, layout_of, source_index, state_layers, state_size
+from .layouts import LAYOUTS, StateLayout, layout_of, source_index, state_layers, state_size, state_size_of
 from .surgery import assign_parameter, new_parameter_like, set_state_size
 
 
@@ -27,13 +28,19 @@ def adopt_checkpoint_sizes(model: nn.Module) -> list:
         Handles; call `.remove()` on each to stop.
     """
     layout = layout_of(unwrap(model))
+    hook = partial(_adopt_size, layout=layout)
+    return [mixer.register_load_state_dict_pre_hook(hook) for mixer in state_layers(unwrap(model)).values()]
 
-    def adopt(mixer, state_dict, prefix, *args):
-        decay = state_dict.get(prefix + layout.decay)
-        if decay is not None and decay.shape[layout.tensors[layout.decay].axis] != state_size(mixer, layout):
-            _resize_empty(mixer, layout, decay.shape[layout.tensors[layout.decay].axis])
 
-    return [mixer.register_load_state_dict_pre_hook(adopt) for mixer in state_layers(unwrap(model)).values()]
+def _adopt_size(mixer: nn.Module, state_dict: dict, prefix: str, *args, layout: StateLayout) -> None:
+    """Take N from any of the mixer's tensors: those of one layer may lie in different shards."""
+    for path, tensor in layout.tensors.items():
+        weights = state_dict.get(prefix + path)
+        if weights is not None:
+            size = state_size_of(weights.shape[tensor.axis], mixer, tensor)
+            if size != state_size(mixer, layout):
+                _resize_empty(mixer, layout, size)
+            return
 
 
 def check_checkpoint(folder: str | Path) -> int:

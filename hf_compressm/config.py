@@ -15,8 +15,9 @@ def _help(default, text: str):
 class CompreSSMConfig:
     """What a reduction keeps. Exactly one of `tolerance`, `target_state_size`, `loss_budget`, `cut_fraction` is given.
 
-    Example: `CompreSSMConfig(loss_budget=0.01)` finds the smallest state whose measured loss is at most 0.01 nats per
-    token higher. `CompreSSMConfig(tolerance=0.02)` drops the weakest states that together hold 2 % of the energy.
+    Example: `CompreSSMConfig(loss_budget=0.01)` finds a state size whose measured loss is at most 0.01 nats per token
+    higher, while the next smaller one breaks that. `CompreSSMConfig(tolerance=0.02)` drops the weakest states that
+    together hold 2 % of the energy.
 
     Raises:
         ValueError: a value out of range, or values that cannot hold together.
@@ -30,7 +31,8 @@ class CompreSSMConfig:
     compensate: bool = _help(True, "Let the kept states make up for the dropped ones (least squares).")
     allocation: str = _help("uniform", "One state size for all layers, the largest any layer asks for.")
     min_reduction: float = _help(
-        0.05, "The gate: cut only if at least this share of the states goes, in [0, 1). Not for a target."
+        0.05,
+        "The gate: cut only if at least this share of the states goes, in [0, 1). Not for a target or cut fraction.",
     )
     min_state_size: int = _help(1, "Never go below this many states.")
     multiple_of: int = _help(1, "Keep a multiple of this many states, rounding up.")
@@ -66,12 +68,6 @@ class CompreSSMConfig:
             "empty: with one size for all layers none can be skipped",
         )
         self._check_target()
-        _require(
-            self.cut_fraction is None or self.cut_fraction >= self.min_reduction,
-            "cut_fraction",
-            self.cut_fraction,
-            f"at least min_reduction = {self.min_reduction}, below which nothing would ever be cut",
-        )
 
     def _check_target(self) -> None:
         target = self.target_state_size
@@ -107,8 +103,9 @@ class CompreSSMConfig:
             loss_spent: rise of the loss by the cuts so far, nats per token.
         """
         if self.target_state_size is not None and self.target_state_size < state_size:
-            step = state_size * (self.target_state_size / state_size) ** (1 / events_left)
-            return replace(self, target_state_size=max(self.target_state_size, self.round_up(step)))
+            step = self.round_up(state_size * (self.target_state_size / state_size) ** (1 / events_left))
+            reachable = self.target_state_size <= step <= state_size
+            return replace(self, target_state_size=step if reachable else self.target_state_size)
         if self.loss_budget is not None:
             left = max(self.loss_budget - loss_spent, 1e-12)  # a spent budget allows nothing more
             return replace(self, loss_budget=left / events_left)

@@ -6,6 +6,8 @@ One process without a wrapper is served so far; DDP and FSDP2 are refused before
 import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import TrainingArguments
@@ -23,6 +25,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = model._orig_mod
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ValueError(f"the model is wrapped in {type(model).__name__}. {ONE_PROCESS}")
+    if getattr(model, "peft_config", None):
+        raise ValueError("the model carries PEFT adapters, and only they would be saved: merge them into it first.")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or "mps" in {device.type for device in devices}:
+        raise ValueError(
+            f"the model is on {sorted(map(str, devices))}: use one CPU or CUDA device (float64 is needed)."
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or type(parameter.data) is not torch.Tensor:
             raise ValueError(
@@ -47,10 +56,15 @@ def check_training_arguments(args: TrainingArguments) -> None:
     """
     if args.world_size > 1 or args.n_gpu > 1 or (dist.is_initialized() and dist.get_world_size() > 1):
         raise ValueError(f"{args.world_size} processes on {args.n_gpu} GPUs each. {ONE_PROCESS}")
-    if args.deepspeed or args.fsdp:
-        raise ValueError(f"{'deepspeed' if args.deepspeed else 'fsdp'} is set. {ONE_PROCESS}")
-    if args.torch_compile:
-        raise ValueError("torch_compile=True is not supported while the state shrinks: set it to False.")
+    if args.deepspeed_plugin or args.fsdp or args.distributed_state.distributed_type is not DistributedType.NO:
+        engine = "fsdp" if args.fsdp else args.distributed_state.distributed_type.value
+        raise ValueError(f"the engine '{engine}' was asked for. {ONE_PROCESS}")
+    if args.torch_compile or AcceleratorState().dynamo_plugin.backend is not DynamoBackend.NO:
+        raise ValueError("torch_compile is not supported while the state shrinks: set it to False.")
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True would restart the run with a model that is cut already: set it to False."
+        )
     if args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end=True would load weights of another state size under the optimizer: set it to "

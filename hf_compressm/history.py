@@ -34,7 +34,8 @@ class ReductionEvent:
         predicted_loss_change: by cutting this layer alone, on one calibration batch; nats per token.
         loss_before, loss_after: measured on the calibration batches held out, nats per token.
         tokens: calibration tokens behind the statistics.
-        seconds: time of the analysis.
+        seconds: time of the analysis and the surgery; in Trainer, of the whole event.
+        measuring_seconds: the part of it that went into measuring losses.
         criterion, compensate: how states were ranked and made up for.
         hankel_singular_values: spectrum before the cut, (N,), descending.
     """
@@ -49,6 +50,7 @@ class ReductionEvent:
     loss_after: float
     tokens: int
     seconds: float
+    measuring_seconds: float
     criterion: str
     compensate: bool
     hankel_singular_values: list[Tensor] = field(repr=False)
@@ -77,6 +79,11 @@ class History:
     def state_sizes(self) -> list[int] | None:
         """The sizes the last event left behind, per layer; None before the first."""
         return self.events[-1].state_sizes_after if self.events else None
+
+    @property
+    def steps(self) -> list[int | None]:
+        """The steps of the events."""
+        return [event.step for event in self.events]
 
     def to_dict(self) -> dict:
         """JSON types only, spectra included as lists."""

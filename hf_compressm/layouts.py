@@ -115,6 +115,13 @@ def projection_rows(mixer: nn.Module, layout: StateLayout, block: str, size: int
     raise KeyError(block)
 
 
+def state_size_of(length: int, mixer: nn.Module, tensor: StateTensor) -> int:
+    """The N at which a tensor has `length` entries on its state axis."""
+    states = [name in (STATE, STATE_INPUT, STATE_OUTPUT) for name in tensor.blocks]
+    others = sum(getattr(mixer, name) for name, is_state in zip(tensor.blocks, states, strict=True) if not is_state)
+    return (length - others) // sum(states)
+
+
 def source_index(mixer: nn.Module, layout: StateLayout, tensor: StateTensor, source: Tensor) -> Tensor:
     """Positions along the tensor's state axis that a resize to the states `source` takes, -1 where a state is new.
 

@@ -106,7 +106,8 @@ def analyze(model: nn.Module, batches: Iterable[dict], config: CompreSSMConfig) 
     Every other calibration batch feeds the statistics; losses are measured on the rest.
 
     Args:
-        model: a supported Transformers causal language model, any floating dtype (analysed in float32 at least).
+        model: a supported Transformers causal language model, any floating dtype. Weights are taken in float32 at
+            least; forward passes run as the model's own do, so in autocast inside Trainer(bf16=True).
         batches: dicts of tensors (`input_ids`, optional `attention_mask`, `labels`); the first
             `config.calibration_batches` are read. A DataLoader will do.
         config: what to keep.
@@ -165,6 +166,7 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
     Raises:
         ValueError: the report was applied before or was made for other sizes; anything `shrink_state` refuses.
     """
+    started = time.perf_counter()
     model = unwrap(model)
     if report.applied:
         raise ValueError("this report has been applied already; call analyze again.")
@@ -187,7 +189,8 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
         loss_before=report.loss_before,
         loss_after=report.loss_after,
         tokens=report.tokens,
-        seconds=report.seconds,
+        seconds=report.seconds + time.perf_counter() - started,
+        measuring_seconds=report.measuring_seconds,
         criterion=report.config.criterion,
         compensate=report.config.compensate,
         hankel_singular_values=[spectrum.cpu() for spectrum in report.hankel_singular_values.values()],
@@ -207,7 +210,7 @@ def score_states(model: nn.Module, statistics: dict[int, Statistics], config: Co
             statistics=statistics[index],
             B_rows=projection[projection_rows(mixer, layout, STATE_INPUT)],
             C_rows=projection[projection_rows(mixer, layout, STATE_OUTPUT)],
-            generator=torch.Generator().manual_seed(config.calibration_seed + index),
+            generator=torch.Generator().manual_seed(config.calibration_seed * 1_000_003 + index),
         )
         energies[index] = CRITERIA[config.criterion](layer)
         if not torch.isfinite(energies[index]).all() or energies[index].sum() <= 0:
@@ -239,7 +242,7 @@ def _choose_size(plan, losses: LossMeter, energies: dict[int, Tensor], config: C
     if config.loss_budget is not None:
         chosen = _smallest_within_budget(plan, losses, config, size)
     elif config.cut_fraction is not None:
-        chosen = config.round_up(size * (1 - config.cut_fraction))
+        return min(size, config.round_up(size * (1 - config.cut_fraction)))
     else:
         spectra = [energy.sort(descending=True).values for energy in energies.values()]
         chosen = config.round_up(max(truncation_rank(spectrum, config.tolerance, 0.0) for spectrum in spectra))

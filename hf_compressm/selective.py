@@ -6,7 +6,7 @@
 B_t and C_t are shared by all D channels, A is not, so no dense balancing transform can be written back into the
 weights. What can be: dropping the shared coordinate n, and a linear map of the rows that make C. This file gives the
 sums that decide which coordinates to drop (`Statistics`), the surrogate Gramians built from them, and the map that
-makes up for what was dropped (`compensation`). Mathematics only; sums in float64.
+makes up for what was dropped (`compensation`). Mathematics only; sums accumulate in float64.
 """
 
 from dataclasses import dataclass, fields
@@ -199,6 +199,5 @@ def _outer_sums(weight: Tensor, vectors: Tensor) -> Tensor:
 
     Multiplied in float64: products rounded to float32 make a matrix that is indefinite by more than round-off.
     """
-    weight, vectors = weight.double(), vectors.double()
-    weighted = torch.einsum("bsl,bnl->snbl", weight, vectors).flatten(2)
-    return weighted @ vectors.transpose(0, 1).flatten(1).T
+    weight, vectors = weight.double().transpose(0, 1).flatten(1), vectors.double().transpose(0, 1).flatten(1)
+    return torch.stack([(vectors * channel) @ vectors.T for channel in weight])

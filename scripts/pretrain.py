@@ -24,7 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from datasets import load_dataset
@@ -50,6 +50,7 @@ from hf_compressm.history import save_history
 
 EXAMPLE_GOAL = ["--target_state_size", "16", "--calibration_batches", "6"]
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_EXAMPLES = 100_000  # read to train a tokenizer; enough for any vocabulary, little of a large stream
 FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -121,12 +122,23 @@ class ThroughputCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.seconds[model.config.state_size].append(time.perf_counter() - self.started)
 
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if "loss" in logs:
+            size = model.config.state_size
+            rates = self.rates()
+            logs |= {"state_size": size} | ({"tokens_per_second": round(rates[size])} if size in rates else {})
+
+    def rates(self) -> dict[int, float]:
+        """State size → tokens per second, from the median step."""
+        return {size: self.tokens_per_step / statistics.median(times) for size, times in self.seconds.items()}
+
     def __str__(self) -> str:
-        rates = {size: self.tokens_per_step / statistics.median(times) for size, times in self.seconds.items()}
+        rates = self.rates()
         first = next(iter(rates.values()))
-        return "\n".join(
+        rows = [
             f"  N = {size:3d}: {rate:8,.0f} tokens per second ({rate / first:.2f}×)" for size, rate in rates.items()
-        )
+        ]
+        return "\n".join(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,41 +149,28 @@ def main(argv: list[str] | None = None) -> None:
 
     train_text, validation_text = load_text(data_args, training_args.seed)
     tokenizer = load_tokenizer(model_args, train_text, data_args.text_column)
-    train_dataset = tokenized(train_text, tokenizer, data_args)
-    model = MambaForCausalLM(
-        MambaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=model_args.hidden_size,
-            state_size=model_args.state_size,
-            num_hidden_layers=model_args.num_hidden_layers,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-    )
-    print(f"Mamba of {model.num_parameters() / 1e6:.2f} M parameters, N = {model_args.state_size}")
-
-    throughput = ThroughputCallback(
-        training_args.train_batch_size * training_args.gradient_accumulation_steps * data_args.block_size
-    )
-    shrink = CompreSSMCallback(config, schedule)
+    model = build_model(model_args, tokenizer)
+    sequences_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps
+    throughput = ThroughputCallback(sequences_per_step * data_args.block_size)
     trainer = PretrainingTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_dataset,
+        train_dataset=tokenized(train_text, tokenizer, data_args),
         eval_dataset=tokenized(validation_text, tokenizer, data_args),
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[throughput, shrink],
+        callbacks=[throughput, CompreSSMCallback(config, schedule)],
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    training_seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     perplexity = math.exp(trainer.evaluate()["eval_loss"])
 
+    # Not the callback from above: with restore_callback_states_from_checkpoint Trainer puts another in its place.
+    (shrink,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, CompreSSMCallback))
     trainer.save_model()
     save_history(shrink.history, training_args.output_dir)
-    analysis = sum(event.seconds for event in shrink.history.events)
+    cutting_seconds = sum(event.seconds for event in shrink.history.events)
     print(f"\nTraining steps, median:\n{throughput}")
-    print(f"Analysis of the states: {analysis:.1f} s of {result.metrics['train_runtime']:.1f} s of training")
+    print(f"Analysis and surgery: {cutting_seconds:.1f} s of {training_seconds:.1f} s of training")
     print(f"Validation perplexity: {perplexity:.2f} at N = {model.config.state_size}")
     print(f"Sample: {sample(model, tokenizer, data_args.prompt)}")
     print(f"Saved in {training_args.output_dir}. To load it, with transformers alone:\n")
@@ -181,10 +180,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str]):
     """The five groups of options; without a word on what to keep, `EXAMPLE_GOAL`."""
-    if not any(word.split("=")[0] == f"--{goal}" for word in argv for goal in GOALS):
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    if not given & set(GOALS):
         argv = [*EXAMPLE_GOAL, *argv]
     groups = (PretrainingArguments, CompreSSMConfig, CompreSSMSchedule, ModelArguments, DataArguments)
-    return HfArgumentParser(groups).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(groups, allow_abbrev=False)
+    return parser.parse_args_into_dataclasses(argv)
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
@@ -203,6 +204,8 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
 def load_text(args: DataArguments, seed: int):
     """(training, validation) datasets with a text column."""
     files = {split: file for split, file in (("train", args.train_file), ("validation", args.validation_file)) if file}
+    if args.validation_file and (args.dataset_name or not args.train_file):
+        raise ValueError("validation_file goes with train_file: give both, or neither.")
     if args.dataset_name:
         splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     else:
@@ -232,13 +235,34 @@ def embedded_text() -> Path:
 def load_tokenizer(args: ModelArguments, train_text, text_column: str):
     """The named tokenizer, or a byte-level BPE trained on the text."""
     if args.tokenizer_name:
-        return AutoTokenizer.from_pretrained(args.tokenizer_name)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{args.tokenizer_name} has no end-of-text token, which keeps texts apart: set eos_token."
+            )
+        return tokenizer
     bpe = ByteLevelBPETokenizer()
-    lines = (example[text_column] for example in train_text)
+    lines = (example[text_column] for example in islice(train_text, TOKENIZER_EXAMPLES))
     bpe.train_from_iterator(lines, vocab_size=args.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
+
+
+def build_model(args: ModelArguments, tokenizer) -> MambaForCausalLM:
+    """A new Mamba at its original size."""
+    config = MambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        state_size=args.state_size,
+        num_hidden_layers=args.num_hidden_layers,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    model = MambaForCausalLM(config)
+    print(f"Mamba of {model.num_parameters() / 1e6:.2f} M parameters, N = {args.state_size}")
+    return model
 
 
 def tokenized(text, tokenizer, args: DataArguments):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import LAYERS, assert_identical, build_model, build_trainer, weights_of
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress
 from hf_compressm.checkpoint import check_checkpoint
@@ -25,7 +26,6 @@ SCHEDULE = CompreSSMSchedule(end=0.5, events=2)
         ({"tolerance": 1.0}, "tolerance = 1.0"),
         ({"tolerance": float("nan")}, "tolerance = nan"),
         ({"cut_fraction": 1.5}, "cut_fraction = 1.5"),
-        ({"cut_fraction": 0.01}, "cut_fraction = 0.01; allowed: at least min_reduction"),
         ({"loss_budget": 0.0}, "loss_budget = 0.0"),
         ({"loss_budget": float("inf")}, "loss_budget = inf"),
         ({"target_state_size": 0}, "target_state_size = 0; allowed: a whole number, at least 1"),
@@ -94,7 +94,7 @@ def test_calibration_data_that_is_missing_or_unusable_is_refused(batches, messag
 
 def test_too_little_training_data_to_calibrate_on_is_refused_before_training(tmp_path, dataset):
     trainer = build_trainer(tmp_path, dataset.select(range(20)), [CompreSSMCallback(TARGET, SCHEDULE)])
-    with pytest.raises(ValueError, match="has 20 examples, 8 calibration batches of 8 are needed"):
+    with pytest.raises(ValueError, match="ended after 2 batches, 8 are needed"):
         trainer.train()
 
 
@@ -188,8 +188,9 @@ def test_an_adapter_on_the_projection_is_refused(batches):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}, "load_best_model_at_end"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
         ({"torch_compile": True}, "torch_compile"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
     ],
 )
 def test_options_that_a_resize_would_break_are_refused_before_training(tmp_path, dataset, options, message):
@@ -197,6 +198,51 @@ def test_options_that_a_resize_would_break_are_refused_before_training(tmp_path,
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_layer_wise_optimizer_is_refused_before_training(tmp_path, dataset):
+    trainer = build_trainer(tmp_path, dataset, [CompreSSMCallback(TARGET, SCHEDULE)])
+    trainer.optimizer = LayerWiseDummyOptimizer()
+    with pytest.raises(ValueError, match="LayerWiseDummyOptimizer"):
+        trainer.train()
+
+
+def test_a_second_callback_is_refused_before_training(tmp_path, dataset):
+    callbacks = [CompreSSMCallback(TARGET, SCHEDULE), CompreSSMCallback(TARGET, SCHEDULE)]
+    with pytest.raises(ValueError, match="2 CompreSSMCallbacks would each cut the same model"):
+        build_trainer(tmp_path, dataset, callbacks).train()
+
+
+def test_calibration_data_that_can_be_read_only_once_is_refused(tmp_path, batches):
+    with pytest.raises(ValueError, match="calibration_loader can be read only once"):
+        CompreSSMCallback(TARGET, SCHEDULE, calibration_loader=iter(batches))
+
+    class OneShot(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return {"input_ids": torch.ones(8, dtype=torch.long)}
+
+    trainer = build_trainer(tmp_path, OneShot(), [CompreSSMCallback(TARGET, SCHEDULE)])
+    with pytest.raises(ValueError, match="the training data can be read only once"):
+        trainer.train()
+
+
+def test_a_restored_callback_that_lost_its_loader_is_refused(tmp_path, dataset, batches):
+    options = {"save_strategy": "steps", "save_steps": 10, "restore_callback_states_from_checkpoint": True}
+    callback = CompreSSMCallback(TARGET, SCHEDULE, calibration_loader=batches)
+    build_trainer(tmp_path, dataset, [callback], **options).train()
+    trainer = build_trainer(tmp_path, dataset, [callback], **options)
+    with pytest.raises(ValueError, match="rebuilds the callback without its calibration_loader"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+def test_a_model_with_adapters_is_refused(batches):
+    model = build_model()
+    model.peft_config = {"default": object()}
+    with pytest.raises(ValueError, match="carries PEFT adapters"):
+        analyze(model, batches, TARGET)
 
 
 def test_wrapped_models_are_refused(batches):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -38,9 +39,13 @@ USE = """
 
 
 def test_the_wheel_alone_analyses_compresses_saves_and_loads(tmp_path):
+    source = tmp_path / "source"  # a clean copy: a build folder in the checkout would leak into the wheel
+    shutil.copytree(ROOT / "hf_compressm", source / "hf_compressm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "wheel")]
-    subprocess.run([*pip, "wheel", str(ROOT), *options], check=True, cwd=tmp_path)
+    subprocess.run([*pip, "wheel", str(source), *options], check=True, cwd=tmp_path)
     (wheel,) = (tmp_path / "wheel").iterdir()
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)

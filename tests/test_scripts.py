@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from datasets import Dataset
 
 SMALL = """
     --max_steps 20 --end 0.5 --events 2 --target_state_size 4 --state_size 16 --hidden_size 32 --num_hidden_layers 2
@@ -16,8 +17,8 @@ SMALL = """
 """.split()
 
 
-def pretrain(folder, *options, launcher=(sys.executable,), check=True) -> subprocess.CompletedProcess:
-    command = [*launcher, str(ROOT / "scripts" / "pretrain.py"), *SMALL, "--output_dir", str(folder), *options]
+def pretrain(folder, *more, launcher=(sys.executable,), check=True, options=SMALL) -> subprocess.CompletedProcess:
+    command = [*launcher, str(ROOT / "scripts" / "pretrain.py"), *options, "--output_dir", str(folder), *more]
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=check, env=environment)
 
@@ -83,7 +84,7 @@ def test_it_streams_the_embedded_text_under_accelerate_launch(tmp_path):
 
 
 def test_several_processes_are_refused_at_the_start_of_training(tmp_path, text_file):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     options = ["--train_file", str(text_file), "--ddp_backend", "gloo"]
     failed = pretrain(tmp_path / "run", *options, launcher=launcher, check=False)
     assert failed.returncode != 0
@@ -94,14 +95,22 @@ def test_several_processes_are_refused_at_the_start_of_training(tmp_path, text_f
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_local_files_of_other_formats_are_read(tmp_path, verses, suffix):
-    from datasets import Dataset
+def test_jsonl_files_for_training_and_validation_are_read(tmp_path, verses):
+    for name, rows in (("train", verses[:1500]), ("validation", verses[1500:])):
+        Dataset.from_dict({"words": rows}).to_json(tmp_path / f"{name}.jsonl")
+    files = ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "validation.jsonl")]
+    output = pretrain(tmp_path / "run", *files, "--text_column", "words", "--save_strategy", "no").stdout
+    assert "Validation perplexity" in output
 
-    data = Dataset.from_dict({"words": verses})
-    data.to_json(tmp_path / "text.jsonl") if suffix == "jsonl" else data.to_parquet(tmp_path / "text.parquet")
-    options = ["--train_file", str(tmp_path / f"text.{suffix}"), "--text_column", "words", "--save_strategy", "no"]
-    assert "Validation perplexity" in pretrain(tmp_path / "run", *options).stdout
+
+def test_a_dataset_and_a_tokenizer_are_taken_by_name(finished, tmp_path, verses):
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"text": verses}).to_parquet(tmp_path / "data" / "train.parquet")
+    names = ["--dataset_name", str(tmp_path / "data"), "--tokenizer_name", str(finished[0])]
+    goal = ["--cut-fraction", "0.5"]  # argparse takes hyphens too
+    small = [word for word in SMALL if word not in ("--target_state_size", "4")]
+    output = pretrain(tmp_path / "run", *names, *goal, "--save_strategy", "no", options=small).stdout
+    assert re.search(r"Validation perplexity: [\d.]+ at N = 4", output)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +118,7 @@ def test_local_files_of_other_formats_are_read(tmp_path, verses, suffix):
     [
         (["--train_file", "book.pdf"], "allowed: one of .txt, .json, .jsonl, .parquet"),
         (["--tolerance", "0.1"], "give exactly one of tolerance, target_state_size"),
+        (["--validation_file", "x.txt"], "validation_file goes with train_file"),
         (["--train_file", "x.txt", "--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
     ],
 )

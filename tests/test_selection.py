@@ -1,8 +1,12 @@
 """What a configuration asks for is what the plan keeps: ranks, gates, staged goals, and the loss budget's word."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from conftest import assert_identical, build_model, train_steps, weights_of
+from torch.utils.data import DataLoader
 
 from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
 from hf_compressm.hankel import truncation_rank
@@ -35,6 +39,8 @@ def test_a_tolerance_keeps_the_largest_rank_that_any_layer_asks_for(trained, bat
         ({"cut_fraction": 0.9, "min_state_size": 7}, 7),
         ({"cut_fraction": 0.9, "min_state_size": 7, "multiple_of": 4}, 8),
         ({"cut_fraction": 0.1, "multiple_of": 16}, 16),
+        ({"cut_fraction": 0.05}, 16),  # of 16 states less than one
+        ({"cut_fraction": 0.07}, 15),
         ({"target_state_size": 15}, 15),  # the gate does not stand in the way of an explicit size
         ({"tolerance": 1e-6}, 16),
     ],
@@ -110,6 +116,8 @@ def test_a_target_is_approached_by_equal_factors():
         sizes.append(config.for_event(sizes[-1], events_left, 0.0).target_state_size)
     assert sizes == [64, 32, 16, 8, 4]
     assert CompreSSMConfig(target_state_size=16, multiple_of=8).for_event(64, 4, 0.0).target_state_size == 48
+    # A step that rounds to more than there is goes all the way.
+    assert CompreSSMConfig(target_state_size=8, multiple_of=8).for_event(12, 2, 0.0).target_state_size == 8
 
 
 def test_events_are_equidistant_and_end_with_the_window():
@@ -133,6 +141,17 @@ def test_analysis_changes_nothing(trained, batches, criterion):
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_data_loader_gives_batches_and_no_random_state_is_touched(trained, dataset, batches):
+    model, _ = trained
+    loader = DataLoader(dataset.with_format("torch"), batch_size=8)
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    report = analyze(model, loader, CompreSSMConfig(target_state_size=4))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all() and random.getstate() == python_state
+    reference = analyze(model, batches, CompreSSMConfig(target_state_size=4))
+    assert report.loss_after == reference.loss_after
 
 
 def test_analysis_does_not_depend_on_what_else_is_drawn(trained, batches):

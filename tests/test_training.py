@@ -1,9 +1,11 @@
 """Real Trainer runs: the callback disturbs nothing, cuts on schedule, writes its history and resumes exactly."""
 
 import json
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_identical, build_model, build_trainer, losses_of, weights_of
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaForCausalLM
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, uninstall_scan
+from hf_compressm.checkpoint import adopt_checkpoint_sizes
 from hf_compressm.history import load_history
 
 SCHEDULE = CompreSSMSchedule(start=0.0, end=0.5, events=2)  # of 20 steps: after 5 and 10
@@ -21,13 +24,20 @@ def cutting_callback(**changes) -> CompreSSMCallback:
     return CompreSSMCallback(CompreSSMConfig(**({"target_state_size": 4} | changes)), SCHEDULE)
 
 
+def random_state() -> tuple:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
 def test_a_callback_that_never_cuts_leaves_the_run_bit_identical(tmp_path, dataset):
-    plain = build_trainer(tmp_path, dataset)
+    small = dataset.select(range(88))  # two epochs
+    plain = build_trainer(tmp_path, small)
     plain.train()
+    plain_random_state = random_state()
     callback = CompreSSMCallback(CompreSSMConfig(tolerance=1e-9), SCHEDULE)
-    watched = build_trainer(tmp_path, dataset, [callback])
+    watched = build_trainer(tmp_path, small, [callback])
     watched.train()
 
+    assert random_state() == plain_random_state
     assert [event.is_cut for event in callback.history.events] == [False, False]
     assert losses_of(watched) == losses_of(plain)
     assert_identical(weights_of(watched.model), weights_of(plain.model))
@@ -58,9 +68,12 @@ def test_cuts_work_with(tmp_path, dataset, options):
 
 
 @pytest.mark.parametrize("checkpoint", [4, 5, 8, 12])  # before, at, between and after the cuts
-@pytest.mark.parametrize("options", [{}, {"restore_callback_states_from_checkpoint": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"restore_callback_states_from_checkpoint": True}, {"gradient_accumulation_steps": 2}]
+)
 def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, dataset, checkpoint, options):
     options = options | {"save_strategy": "steps", "save_steps": 1}
+    dataset = dataset.select(range(120))  # several epochs
     uninterrupted = build_trainer(tmp_path / "a", dataset, [cutting_callback()], **options)
     uninterrupted.train()
 
@@ -74,6 +87,51 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, dataset, 
     histories = [load_history(tmp_path / run / "checkpoint-20") for run in "ab"]
     for left, right in zip(*(history.events for history in histories), strict=True):
         assert (left.step, left.keep, left.loss_after) == (right.step, right.keep, right.loss_after)
+
+
+def test_a_loss_budget_holds_over_a_run_with_several_cuts_and_a_resume(tmp_path, dataset):
+    callback = cutting_callback(target_state_size=None, loss_budget=1e-3, min_reduction=0.0)
+    trainer = build_trainer(tmp_path, dataset, [callback], save_strategy="steps", save_steps=7)
+    trainer.train()
+    assert trainer.model.config.state_size < 16
+    assert all(event.measuring_seconds < event.seconds for event in callback.history.events)
+    rises = [event.loss_after - event.loss_before for event in callback.history.events if event.is_cut]
+    assert sum(max(0.0, rise) for rise in rises) == callback.history.loss_spent <= 1e-3
+
+    resumed_callback = cutting_callback(target_state_size=None, loss_budget=1e-3, min_reduction=0.0)
+    resumed = build_trainer(tmp_path, dataset, [resumed_callback], save_strategy="steps", save_steps=7)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert resumed_callback.history.loss_spent == callback.history.loss_spent
+    assert_identical(weights_of(resumed.model), weights_of(trainer.model))
+
+
+def test_weights_in_shards_are_adopted_in_any_order():
+    small = build_model(state_size=5)
+    weights = small.state_dict()
+    model = build_model()
+    adopt_checkpoint_sizes(model)
+    for name in sorted(weights, key=lambda name: "A_log" in name):  # x_proj before A_log, one tensor a shard
+        model.load_state_dict({name: weights[name]}, strict=False)
+    assert model.config.state_size == 5
+    assert_identical(weights_of(model), weights_of(small))
+
+
+def test_a_run_resumed_from_a_checkpoint_of_another_schedule_says_so(tmp_path, dataset, caplog):
+    build_trainer(tmp_path, dataset, save_strategy="steps", save_steps=8).train()
+    callback = cutting_callback()
+    trainer = build_trainer(tmp_path, dataset, [callback], save_strategy="steps", save_steps=8)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert "By step 8 cuts were due after steps [5]; the history has them at []" in caplog.text
+    assert trainer.model.config.state_size == 4
+    assert [event.step for event in callback.history.events] == [10]
+
+
+def test_batches_without_a_token_to_predict_are_passed_over(tmp_path, dataset):
+    silent = [{"input_ids": row["input_ids"], "labels": [-100] * 32} for row in dataset.select(range(60))]
+    mixed = Dataset.from_list([*silent, *dataset.select(range(60))])
+    callback = cutting_callback(calibration_batches=20)
+    build_trainer(tmp_path, mixed, [callback], per_device_train_batch_size=1).train()
+    assert len(callback.history.events) == 2
 
 
 def test_a_resume_in_a_new_process_repeats_the_run_exactly(tmp_path, dataset):
