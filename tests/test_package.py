@@ -35,6 +35,7 @@ USE = """
     save_history(history, "model")
     assert AutoModelForCausalLM.from_pretrained("model").config.state_size == 4
     assert load_history("model").state_sizes == [4, 4]
+    print("used", hf_compressm.__version__)
 """
 
 
@@ -50,7 +51,9 @@ def test_the_wheel_alone_analyses_compresses_saves_and_loads(tmp_path):
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     use = [sys.executable, "-c", textwrap.dedent(USE), str(site)]
-    subprocess.run(use, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)})
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    used = subprocess.run(use, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    assert used == f"used {hf_compressm.__version__}\n"
 
 
 def imports_of(module: str) -> set[str]:
