@@ -144,13 +144,15 @@ def test_analysis_changes_nothing(trained, batches, criterion):
     model, _ = trained
     model.train()
     model.backbone.layers[0].eval()  # a mixed mode is restored as it was
-    modes = [module.training for module in model.modules()]
+    modes, modes_seen = [module.training for module in model.modules()], []
+    model.backbone.register_forward_hook(lambda module, *_: modes_seen.append(module.training))
     before, random_state = weights_of(model), torch.get_rng_state()
     parameters = list(model.parameters())
     analyze(model, batches, CompreSSMConfig(loss_budget=0.01, criterion=criterion))
     assert_identical(weights_of(model), before)
     assert all(left is right for left, right in zip(model.parameters(), parameters, strict=True))
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert modes_seen and not any(modes_seen)  # in training mode a GPU's fused path would show nothing
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
