@@ -83,6 +83,17 @@ def trained(batches):
     return model, optimizer
 
 
+@pytest.fixture(scope="session")
+def learned(blocks) -> dict[str, torch.Tensor]:
+    """Weights of a model trained long enough for its states to matter."""
+    install_scan()
+    model = build_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=5e-3)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).split(8)[:200]
+    train_steps(model, optimizer, [{"input_ids": blocks[i], "labels": blocks[i]} for i in order])
+    return weights_of(model)
+
+
 def build_trainer(folder, dataset, callbacks=(), model=None, **changes) -> Trainer:
     options = dict(
         output_dir=str(folder),

@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import assert_identical, build_model, train_steps, weights_of
+from conftest import assert_identical, build_model, weights_of
 from torch.utils.data import DataLoader
 
-from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
+from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress
 from hf_compressm.hankel import truncation_rank
 from hf_compressm.measurement import forward
 
@@ -58,16 +58,6 @@ def loss_of(model, batches) -> float:
     model.eval()
     with torch.no_grad():
         return sum(forward(model, batch, {}).loss.item() for batch in batches[1:8:2]) / 4
-
-
-@pytest.fixture(scope="module")
-def learned(blocks):
-    """Weights of a model trained long enough for its states to matter."""
-    model = build_model()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=5e-3)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).split(8)[:200]
-    train_steps(model, optimizer, [{"input_ids": blocks[i], "labels": blocks[i]} for i in order])
-    return weights_of(model)
 
 
 @pytest.mark.parametrize("multiple_of", [1, 3])

@@ -89,20 +89,34 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, dataset, 
         assert (left.step, left.keep, left.loss_after) == (right.step, right.keep, right.loss_after)
 
 
-def test_a_loss_budget_holds_over_a_run_with_several_cuts_and_a_resume(tmp_path, dataset):
-    callback = cutting_callback(target_state_size=None, loss_budget=1e-3, min_reduction=0.0)
-    trainer = build_trainer(tmp_path, dataset, [callback], save_strategy="steps", save_steps=7)
-    trainer.train()
-    assert trainer.model.config.state_size < 16
-    assert all(event.measuring_seconds < event.seconds for event in callback.history.events)
-    rises = [event.loss_after - event.loss_before for event in callback.history.events if event.is_cut]
-    assert sum(max(0.0, rise) for rise in rises) == callback.history.loss_spent <= 1e-3
+def test_a_loss_budget_holds_over_a_run_with_several_cuts_and_a_resume(tmp_path, dataset, learned):
+    class Recording(CompreSSMConfig):
+        def for_event(self, state_size, events_left, loss_spent):
+            spent.append((events_left, loss_spent))
+            return super().for_event(state_size, events_left, loss_spent)
 
-    resumed_callback = cutting_callback(target_state_size=None, loss_budget=1e-3, min_reduction=0.0)
-    resumed = build_trainer(tmp_path, dataset, [resumed_callback], save_strategy="steps", save_steps=7)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
-    assert resumed_callback.history.loss_spent == callback.history.loss_spent
-    assert_identical(weights_of(resumed.model), weights_of(trainer.model))
+    def train(checkpoint=None):
+        goal = {"loss_budget": 0.0015, "min_reduction": 0.0, "criterion": "random", "compensate": False}
+        callback = CompreSSMCallback(Recording(**goal), SCHEDULE)
+        model = build_model()
+        model.load_state_dict(learned)
+        options = {"learning_rate": 1e-6, "save_strategy": "steps", "save_steps": 7}
+        trainer = build_trainer(tmp_path, dataset, [callback], model=model, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.model, callback.history
+
+    spent = []
+    model, history = train()
+    rises = [max(0.0, event.loss_after - event.loss_before) for event in history.events]
+    assert rises[0] > 0 and sum(rises) == history.loss_spent <= 0.0015
+    assert spent == [(2, 0.0), (1, rises[0])]
+    assert all(event.measuring_seconds < event.seconds for event in history.events)
+
+    spent = []
+    resumed_model, resumed_history = train(str(tmp_path / "checkpoint-7"))
+    assert spent == [(1, rises[0])]
+    assert resumed_history.loss_spent == history.loss_spent
+    assert_identical(weights_of(resumed_model), weights_of(model))
 
 
 def test_weights_in_shards_are_adopted_in_any_order():
