@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -18,7 +17,7 @@ from .config import CompreSSMConfig, CompreSSMSchedule
 from .engines import check_training_arguments, unwrap, unwrap_optimizer
 from .history import History, save_history
 from .kernels import reference_loop_would_run
-from .layouts import layout_of, state_layers, state_size
+from .layouts import layout_of, state_sizes
 from .reduction import StateReport, analyze, compress
 from .surgery import check_state_tensors
 
@@ -94,9 +93,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         model = unwrap(model)
         check_state_tensors(model, unwrap_optimizer(optimizer))
         self._event_steps = self.schedule.event_steps(state.max_steps)
-        self._restore_history(state, _state_sizes(model))
+        sizes = list(state_sizes(model).values())
+        self._restore_history(state, sizes)
         self._check_calibration(args, train_dataloader)
-        self.config.check_target(max(_state_sizes(model)))
+        self.config.check_target(max(sizes))
         device = next(model.parameters()).device
         if reference_loop_would_run(device.type):
             logger.warning(
@@ -119,7 +119,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             return
         started = time.perf_counter()
         events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
-        config = self.config.for_event(max(_state_sizes(unwrap(model))), events_left, self.history.loss_spent)
+        size = max(state_sizes(unwrap(model)).values())
+        config = self.config.for_event(size, events_left, self.history.loss_spent)
         report = analyze(model, self._calibration_batches(args, state.global_step, train_dataloader), config)
         event = compress(model, report, optimizer, step=state.global_step)
         event.seconds = time.perf_counter() - started
@@ -147,7 +148,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _new_history(self) -> History:
         return History(config=asdict(self.config), schedule=asdict(self.schedule))
 
-    def _restore_history(self, state: TrainerState, state_sizes: list[int]) -> None:
+    def _restore_history(self, state: TrainerState, sizes: list[int]) -> None:
         """Take the history from a resumed `trainer_state.json`; any other run starts a new one.
 
         Raises:
@@ -163,10 +164,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             if (recorded.config, recorded.schedule) != (self.history.config, self.history.schedule):
                 logger.warning("The run is resumed with another configuration or schedule than its checkpoint has.")
             self.history.events = recorded.events
-        if self.history.state_sizes not in (None, state_sizes):
+        if self.history.state_sizes not in (None, sizes):
             raise ValueError(
                 f"the checkpoint's history ends with state sizes {self.history.state_sizes}, its weights have "
-                f"{state_sizes}: trainer_state.json and the weights do not belong together. Resume from another one."
+                f"{sizes}: trainer_state.json and the weights do not belong together. Resume from another one."
             )
         due, done = [step for step in self._event_steps if step <= state.global_step], self.history.steps
         if due != done:
@@ -201,11 +202,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self.config.calibration_seed,
             step,
         )
-
-
-def _state_sizes(model: nn.Module) -> list[int]:
-    layout = layout_of(model)
-    return [state_size(mixer, layout) for mixer in state_layers(model).values()]
 
 
 def _announcement(report: StateReport, state: TrainerState) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .engines import unwrap
-from .layouts import LAYOUTS, StateLayout, layout_of, source_index, state_layers, state_size, state_size_of
+from .layouts import LAYOUTS, StateLayout, axis_length, layout_of, state_layers, state_size, state_size_of
 from .surgery import assign_parameter, new_parameter_like, set_state_size
 
 
@@ -37,7 +37,7 @@ def _adopt_size(mixer: nn.Module, state_dict: dict, prefix: str, *args, layout: 
     for path, tensor in layout.tensors.items():
         weights = state_dict.get(prefix + path)
         if weights is not None:
-            size = state_size_of(weights.shape[tensor.axis], mixer, tensor)
+            size = state_size_of(weights.shape[tensor.axis], mixer, layout, tensor)
             if size != state_size(mixer, layout):
                 _resize_empty(mixer, layout, size)
             return
@@ -106,11 +106,9 @@ def _read_json(path: Path) -> dict:
 @torch.no_grad()
 def _resize_empty(mixer: nn.Module, layout: StateLayout, size: int) -> None:
     """New Parameters of the right shape, about to be overwritten."""
-    placeholder = torch.zeros(size, dtype=torch.long)
-    lengths = {path: len(source_index(mixer, layout, tensor, placeholder)) for path, tensor in layout.tensors.items()}
-    for path, length in lengths.items():
+    for path, tensor in layout.tensors.items():
         old = mixer.get_parameter(path)
         shape = list(old.shape)
-        shape[layout.tensors[path].axis] = length
+        shape[tensor.axis] = axis_length(mixer, layout, tensor, size)
         assign_parameter(mixer, path, new_parameter_like(old, old.new_zeros(shape)))
     set_state_size(mixer, layout, size)

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-STATE_INPUT, STATE_OUTPUT, STATE = (
-    "B",
-    "C",
-    "state",
-)  # blocks of one entry per state; other blocks name a mixer attribute
+STATE_INPUT, STATE_OUTPUT, STATE = "B", "C", "state"
+STATE_BLOCKS = (STATE_INPUT, STATE_OUTPUT, STATE)  # one entry per state; other blocks name an attribute of the mixer
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,17 @@ def state_size(mixer: nn.Module, layout: StateLayout) -> int:
     return getattr(mixer, layout.size_attribute)
 
 
+def state_sizes(model: nn.Module) -> dict[int, int]:
+    """N by layer index."""
+    layout = layout_of(model)
+    return {index: state_size(mixer, layout) for index, mixer in state_layers(model).items()}
+
+
+def projection_module(mixer: nn.Module, layout: StateLayout) -> nn.Module:
+    """The module that owns the projection."""
+    return mixer.get_submodule(layout.projection.rpartition(".")[0])
+
+
 def projection_rows(mixer: nn.Module, layout: StateLayout, block: str, size: int | None = None) -> slice:
     """The rows of the projection that make `block` (`STATE_INPUT`: B, `STATE_OUTPUT`: C), at N = `size` if given."""
     start = 0
@@ -115,11 +123,15 @@ def projection_rows(mixer: nn.Module, layout: StateLayout, block: str, size: int
     raise KeyError(block)
 
 
-def state_size_of(length: int, mixer: nn.Module, tensor: StateTensor) -> int:
+def axis_length(mixer: nn.Module, layout: StateLayout, tensor: StateTensor, size: int | None = None) -> int:
+    """Entries that a tensor has on its state axis, at N = `size` if given."""
+    return sum(_block_length(mixer, layout, block, size) for block in tensor.blocks)
+
+
+def state_size_of(length: int, mixer: nn.Module, layout: StateLayout, tensor: StateTensor) -> int:
     """The N at which a tensor has `length` entries on its state axis."""
-    states = [name in (STATE, STATE_INPUT, STATE_OUTPUT) for name in tensor.blocks]
-    others = sum(getattr(mixer, name) for name, is_state in zip(tensor.blocks, states, strict=True) if not is_state)
-    return (length - others) // sum(states)
+    fixed = axis_length(mixer, layout, tensor, size=0)
+    return (length - fixed) // (axis_length(mixer, layout, tensor, size=1) - fixed)
 
 
 def source_index(mixer: nn.Module, layout: StateLayout, tensor: StateTensor, source: Tensor) -> Tensor:
@@ -131,20 +143,20 @@ def source_index(mixer: nn.Module, layout: StateLayout, tensor: StateTensor, sou
     positions, start = [], 0
     for name in tensor.blocks:
         length = _block_length(mixer, layout, name)
-        entries = source if name in (STATE, STATE_INPUT, STATE_OUTPUT) else torch.arange(length, device=source.device)
+        entries = source if name in STATE_BLOCKS else torch.arange(length, device=source.device)
         positions.append(torch.where(entries < 0, -1, start + entries))
         start += length
     return torch.cat(positions)
 
 
 def _block_length(mixer: nn.Module, layout: StateLayout, block: str, size: int | None = None) -> int:
-    if block in (STATE, STATE_INPUT, STATE_OUTPUT):
+    if block in STATE_BLOCKS:
         return state_size(mixer, layout) if size is None else size
     return getattr(mixer, block)
 
 
 def _check_mixer(mixer: nn.Module, layout: StateLayout, index: int) -> None:
-    module = mixer.get_submodule(layout.projection.rpartition(".")[0])
+    module = projection_module(mixer, layout)
     if type(module) is not nn.Linear:
         raise ValueError(
             f"layer {index}: {layout.projection} belongs to a {type(module).__name__}, expected a plain nn.Linear. "
@@ -152,7 +164,7 @@ def _check_mixer(mixer: nn.Module, layout: StateLayout, index: int) -> None:
         )
     for path, tensor in layout.tensors.items():
         given = mixer.get_parameter(path).shape[tensor.axis]
-        expected = sum(_block_length(mixer, layout, block) for block in tensor.blocks)
+        expected = axis_length(mixer, layout, tensor)
         if given != expected:
             raise ValueError(
                 f"layer {index}: {path} has {given} entries on its state axis, but state_size = "

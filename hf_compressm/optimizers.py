@@ -22,10 +22,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Returns:
         `[{"params": […], "weight_decay": weight_decay}, {"params": […], "weight_decay": 0.0}]`, trainable ones only.
     """
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in trainable if parameter.ndim > 1 and not name.endswith("A_log")]
-    is_decayed = {id(parameter) for parameter in decayed}
-    others = [parameter for _, parameter in trainable if id(parameter) not in is_decayed]
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim > 1 and not name.endswith("A_log") else others).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -18,7 +18,7 @@ from .engines import unwrap
 from .hankel import truncation_rank
 from .history import ReductionEvent
 from .kernels import scan_installed
-from .layouts import STATE_INPUT, STATE_OUTPUT, layout_of, projection_rows, state_layers, state_size
+from .layouts import STATE_INPUT, STATE_OUTPUT, layout_of, projection_rows, state_layers, state_sizes
 from .measurement import LossMeter, Plan, collect_statistics
 from .selective import Statistics, compensation, layer_hankel_singular_values
 from .surgery import Selection, check_state_tensors, shrink_state
@@ -118,7 +118,7 @@ def analyze(model: nn.Module, batches: Iterable[dict], config: CompreSSMConfig) 
     started = time.perf_counter()
     model = unwrap(model)
     check_state_tensors(model)
-    sizes = {index: state_size(mixer, layout_of(model)) for index, mixer in state_layers(model).items()}
+    sizes = state_sizes(model)
     config.check_target(max(sizes.values()))
     device = next(model.parameters()).device
     batches = [
@@ -170,7 +170,7 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
     model = unwrap(model)
     if report.applied:
         raise ValueError("this report has been applied already; call analyze again.")
-    sizes = {index: state_size(mixer, layout_of(model)) for index, mixer in state_layers(model).items()}
+    sizes = state_sizes(model)
     if sizes != report.state_sizes_before:
         raise ValueError(
             f"the report was made for state sizes {report.state_sizes_before}, the model has {sizes}; "

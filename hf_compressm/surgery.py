@@ -17,10 +17,12 @@ from .layouts import (
     STATE_OUTPUT,
     StateLayout,
     layout_of,
+    projection_module,
     projection_rows,
     source_index,
     state_layers,
     state_size,
+    state_sizes,
 )
 from .optimizers import check_optimizer, gather, resized_state, swap_parameter
 from .selective import complement
@@ -134,14 +136,14 @@ def check_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Non
 
 
 def _enlarge(model: nn.Module, size: int, optimizer, edit: _Edit) -> None:
-    layout, mixers = layout_of(model), state_layers(model)
-    largest = max(state_size(mixer, layout) for mixer in mixers.values())
+    sizes = state_sizes(model)
+    largest = max(sizes.values())
     if size < largest:
         raise ValueError(f"cannot enlarge to {size} states: a layer has {largest}. Give at least {largest}.")
     sources = {}
-    for index, mixer in mixers.items():
+    for index, old_size in sizes.items():
         sources[index] = torch.full((size,), -1)
-        sources[index][: state_size(mixer, layout)] = torch.arange(state_size(mixer, layout))
+        sources[index][:old_size] = torch.arange(old_size)
     _resize(model, sources, optimizer, edit)
 
 
@@ -192,7 +194,7 @@ def assign_parameter(mixer: nn.Module, path: str, new: nn.Parameter) -> None:
 def set_state_size(mixer: nn.Module, layout: StateLayout, size: int) -> None:
     """Make what is derived from N true again: the mixer's attribute, the projection's, the config's field."""
     setattr(mixer, layout.size_attribute, size)
-    projection = mixer.get_submodule(layout.projection.rpartition(".")[0])
+    projection = projection_module(mixer, layout)
     projection.out_features = projection.weight.shape[0]
     setattr(mixer.config, layout.size_field, size)
 
