@@ -5,6 +5,7 @@ from importlib.metadata import version
 from .callback import CompreSSMCallback
 from .config import CompreSSMConfig, CompreSSMSchedule
 from .kernels import install_scan, uninstall_scan
+from .lru import LRUConfig, LRUForSequenceClassification, LRUModel
 from .optimizers import parameter_groups
 from .reduction import analyze, compress
 
@@ -14,6 +15,9 @@ __all__ = [
     "CompreSSMCallback",
     "CompreSSMConfig",
     "CompreSSMSchedule",
+    "LRUConfig",
+    "LRUForSequenceClassification",
+    "LRUModel",
     "analyze",
     "compress",
     "install_scan",

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 Batch = dict[str, Tensor]
-MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
+SEQUENCES = ("input_ids", "input_values")
+MODEL_INPUTS = (*SEQUENCES, "attention_mask", "labels")
 
 
 def take_batches(batches: Iterable[dict], count: int) -> list[Batch]:
     """The first `count` batches, each with `labels`; without labels, the tokens that are not padding are their own.
 
     Raises:
-        ValueError: fewer batches than asked for, a batch without `input_ids`, or one with no token to predict.
+        ValueError: fewer batches than asked for, a batch without a sequence, or one with nothing to predict.
     """
     with preserved_random_state():  # a DataLoader draws a seed when it starts
         taken = [_checked(batch, position) for position, batch in enumerate(islice(iter(batches), count))]
@@ -56,9 +57,10 @@ def is_stream(dataset) -> bool:
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
-def predicted_tokens(batch: Batch) -> int:
-    """Number of tokens that the loss of this batch averages over."""
-    return int((batch["labels"][:, 1:] != -100).sum())
+def prediction_count(batch: Batch) -> int:
+    """Number of predictions that the loss of this batch averages over: next tokens, or a label for each sequence."""
+    labels = batch["labels"]
+    return int(((labels[:, 1:] if labels.ndim > 1 else labels) != -100).sum())
 
 
 @contextmanager
@@ -87,19 +89,21 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def _checked(batch: dict, position: int) -> Batch:
-    if "input_ids" not in batch:
+    batch_with_labels = _with_labels({name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None})
+    if "labels" not in batch_with_labels or not any(name in batch_with_labels for name in SEQUENCES):
         raise ValueError(
-            f"calibration batch {position} has {sorted(batch)}; it needs input_ids (and may have labels)."
+            f"calibration batch {position} has {sorted(batch)}; it needs input_ids (and may have labels), or "
+            "input_values and labels."
         )
-    batch = _with_labels({name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None})
-    if predicted_tokens(batch) == 0:
+    batch = batch_with_labels
+    if prediction_count(batch) == 0:
         raise ValueError(f"calibration batch {position} has no token to predict: all its labels are -100.")
     return batch
 
 
 def _is_usable(batch: dict) -> bool:
     batch = _with_labels(batch)
-    return "labels" not in batch or predicted_tokens(batch) > 0
+    return "labels" not in batch or prediction_count(batch) > 0
 
 
 def _with_labels(batch: dict) -> dict:

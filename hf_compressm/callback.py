@@ -1,7 +1,7 @@
 """`CompreSSMCallback`: analyze and compress, scheduled inside Trainer. No mathematics."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from .calibration import draw_batches, is_stream, take_batches
 from .checkpoint import adopt_checkpoint_sizes
 from .config import CompreSSMConfig, CompreSSMSchedule
 from .engines import check_training_arguments, unwrap, unwrap_optimizer
-from .history import History, save_history
+from .history import History, Observation, save_history
 from .kernels import reference_loop_would_run
-from .layouts import layout_of, state_sizes
-from .reduction import StateReport, analyze, compress
+from .layouts import SelectiveLayout, layout_of, state_sizes
+from .monitor import StateMonitor
+from .reduction import StateReport, analyze, check_config, compress
 from .surgery import check_state_tensors
 
 logger = logging.get_logger(__name__)
@@ -68,6 +69,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.exported_history: dict | None = None  # where Trainer puts the saved history; read from its state instead
         self._event_steps: list[int] = []
         self._stream_batches: list | None = None
+        self._monitor = StateMonitor()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         """The only moment before a checkpoint is loaded: make the model take the checkpoint's size."""
@@ -96,9 +98,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         sizes = list(state_sizes(model).values())
         self._restore_history(state, sizes)
         self._check_calibration(args, train_dataloader)
-        self.config.check_target(max(sizes))
+        check_config(self.config, model)
+        self._monitor = StateMonitor()
         device = next(model.parameters()).device
-        if reference_loop_would_run(device.type):
+        if isinstance(layout_of(model), SelectiveLayout) and reference_loop_would_run(device.type):
             logger.warning(
                 "Transformers' own Mamba loop is about to run: its training step is quadratic in the sequence length. "
                 "Call hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
@@ -114,19 +117,25 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         train_dataloader=None,
         **kwargs,
     ):
-        """Cut, if an event is due."""
-        if state.global_step not in self._event_steps:
-            return
-        started = time.perf_counter()
-        events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
-        size = max(state_sizes(unwrap(model)).values())
-        config = self.config.for_event(size, events_left, self.history.loss_spent)
-        report = analyze(model, self._calibration_batches(args, state.global_step, train_dataloader), config)
-        event = compress(model, report, optimizer, step=state.global_step)
-        event.seconds = time.perf_counter() - started
-        self.history.events.append(event)
-        if state.is_world_process_zero:
-            tqdm.write(_announcement(report, state))
+        """Observe and cut, whatever is due."""
+        step = state.global_step
+        if self.schedule.monitor_steps and step % self.schedule.monitor_steps == 0:
+            batches = self._calibration_batches(args, step, train_dataloader)
+            observation = self._monitor.observe(model, batches, self.config, step)
+            self.history.observations.append(observation)
+            if state.is_world_process_zero:
+                tqdm.write(_observed(observation, state))
+        if step in self._event_steps:
+            started = time.perf_counter()
+            events_left = len(self._event_steps) - self._event_steps.index(step)
+            size = max(state_sizes(unwrap(model)).values())
+            config = self.config.for_event(size, events_left, self.history.loss_spent)
+            report = analyze(model, self._calibration_batches(args, step, train_dataloader), config)
+            event = compress(model, report, optimizer, step=step)
+            event.seconds = time.perf_counter() - started
+            self.history.events.append(event)
+            if state.is_world_process_zero:
+                tqdm.write(_announced(report, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Put the history beside the weights."""
@@ -163,7 +172,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             recorded = History.from_dict(exported["attributes"]["exported_history"])
             if (recorded.config, recorded.schedule) != (self.history.config, self.history.schedule):
                 logger.warning("The run is resumed with another configuration or schedule than its checkpoint has.")
-            self.history.events = recorded.events
+            self.history.events, self.history.observations = recorded.events, recorded.observations
         if self.history.state_sizes not in (None, sizes):
             raise ValueError(
                 f"the checkpoint's history ends with state sizes {self.history.state_sizes}, its weights have "
@@ -204,7 +213,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         )
 
 
-def _announcement(report: StateReport, state: TrainerState) -> str:
-    sizes = f"{max(report.state_sizes_before.values())} → {max(report.state_sizes.values())}"
-    what = f"state size {sizes}" if report.is_cut else "nothing cut"
+def _announced(report: StateReport, state: TrainerState) -> str:
+    before, after = (_sizes(sizes.values()) for sizes in (report.state_sizes_before, report.state_sizes))
+    what = f"state size {before} → {after}" if report.is_cut else "nothing cut"
     return f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {what}\n{report}"
+
+
+def _observed(observation: Observation, state: TrainerState) -> str:
+    text = f"singular values, step {observation.step} of {state.max_steps}: N {_sizes(observation.state_sizes)}"
+    if observation.movement is not None:
+        text += f", moved by at most {max(observation.share(observation.movement)):.2%} of σ_1"
+    if observation.weyl_bound is not None:
+        text += f" (Weyl's bound {max(observation.share(observation.weyl_bound)):.2%})"
+    return text
+
+
+def _sizes(sizes: Collection[int]) -> str:
+    """One number where all are equal, otherwise the smallest and the largest."""
+    smallest, largest = min(sizes), max(sizes)
+    return str(largest) if smallest == largest else f"{smallest}-{largest}"

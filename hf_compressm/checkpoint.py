@@ -5,6 +5,7 @@ is what needs help: the script builds the model at its original size, and Traine
 """
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,20 @@ from torch import nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .engines import unwrap
-from .layouts import LAYOUTS, StateLayout, axis_length, layout_of, state_layers, state_size, state_size_of
-from .surgery import assign_parameter, new_parameter_like, set_state_size
+from .layouts import (
+    LAYOUTS,
+    StateLayout,
+    axis_length,
+    config_sizes,
+    layout_of,
+    record_state_size,
+    state_layers,
+    state_size,
+    state_size_of,
+)
+from .surgery import assign_parameter, new_parameter_like
+
+_LAYER = re.compile(r"layers\.(\d+)\.")  # the layer in a parameter's name
 
 
 def adopt_checkpoint_sizes(model: nn.Module) -> list:
@@ -43,11 +56,11 @@ def _adopt_size(mixer: nn.Module, state_dict: dict, prefix: str, *args, layout: 
             return
 
 
-def check_checkpoint(folder: str | Path) -> int:
+def check_checkpoint(folder: str | Path) -> list[int]:
     """Read the headers of a checkpoint and refuse what could not be loaded right.
 
     Returns:
-        Its state size.
+        The state size of each layer.
 
     Raises:
         FileNotFoundError: no config or no safetensors weights in the folder.
@@ -61,21 +74,22 @@ def check_checkpoint(folder: str | Path) -> int:
             f"{folder} holds a model of type '{config.get('model_type')}'; supported: {', '.join(LAYOUTS)}. Give the "
             "folder of a checkpoint of such a model."
         )
-    expected = config.get(layout.size_field)
+    expected = config_sizes(config.get(layout.size_field), config.get("num_hidden_layers"))
     sizes = {
-        name: shape[layout.tensors[layout.decay].axis]
+        int(_LAYER.search(name)[1]): shape[layout.tensors[layout.marker].axis]
         for name, shape in _weight_shapes(folder).items()
-        if name.endswith("." + layout.decay)
+        if name.endswith("." + layout.marker)
     }
-    if not sizes:
+    if sorted(sizes) != list(range(len(expected))):
         raise ValueError(
-            f"the weights in {folder} hold no {layout.decay}; the checkpoint is incomplete, take another."
+            f"the weights in {folder} hold {layout.marker} of the layers {sorted(sizes)}, {CONFIG_NAME} speaks of "
+            f"{len(expected)} layers; the checkpoint is incomplete, take another."
         )
-    for name, size in sizes.items():
-        if size != expected:
+    for index, size in sizes.items():
+        if size != expected[index]:
             raise ValueError(
-                f"{folder}: {name} has {size} states, {CONFIG_NAME} says {layout.size_field} = {expected}; the files "
-                "do not belong together, take another checkpoint."
+                f"{folder}: layer {index} has {size} states, {CONFIG_NAME} says {layout.size_field} = "
+                f"{expected[index]}; the files do not belong together, take another checkpoint."
             )
     return expected
 
@@ -111,4 +125,4 @@ def _resize_empty(mixer: nn.Module, layout: StateLayout, size: int) -> None:
         shape = list(old.shape)
         shape[tensor.axis] = axis_length(mixer, layout, tensor, size)
         assign_parameter(mixer, path, new_parameter_like(old, old.new_zeros(shape)))
-    set_state_size(mixer, layout, size)
+    record_state_size(mixer, layout, size)

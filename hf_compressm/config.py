@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
-from .criteria import CRITERIA
+from .criteria import CRITERIA, SELECTIONS
 
 GOALS = ("tolerance", "target_state_size", "loss_budget", "cut_fraction")
+ALLOCATIONS = ("uniform", "per_layer")
 
 
 def _help(default, text: str):
@@ -27,9 +28,20 @@ class CompreSSMConfig:
     target_state_size: int | None = _help(None, "State size N to arrive at, in states.")
     loss_budget: float | None = _help(None, "Rise of the measured loss allowed over the whole run, in nats per token.")
     cut_fraction: float | None = _help(None, "Share of the present states to drop at every cut, in (0, 1).")
-    criterion: str = _help("output", f"Score by which states are ranked: {', '.join(CRITERIA)}.")
-    compensate: bool = _help(True, "Let the kept states make up for the dropped ones (least squares).")
-    allocation: str = _help("uniform", "One state size for all layers, the largest any layer asks for.")
+    criterion: str | None = _help(
+        None,
+        f"Score by which the states of a Mamba are ranked: {', '.join(CRITERIA)}. By default 'output'; an LRU has its "
+        "Hankel singular values.",
+    )
+    selection: str = _help(
+        "largest", f"Which of the ranked states are kept, in that number: {', '.join(SELECTIONS)}. For ablations."
+    )
+    compensate: bool = _help(True, "Let the kept states of a Mamba make up for the dropped ones (least squares).")
+    allocation: str | None = _help(
+        None,
+        "'uniform': one state size for all layers, the largest any layer asks for; 'per_layer': to each its own. By "
+        "default 'uniform' for a Mamba, 'per_layer' for an LRU.",
+    )
     min_reduction: float = _help(
         0.05,
         "The gate: cut only if at least this share of the states goes, in [0, 1). Not for a target or cut fraction.",
@@ -37,7 +49,7 @@ class CompreSSMConfig:
     min_state_size: int = _help(1, "Never go below this many states.")
     multiple_of: int = _help(1, "Keep a multiple of this many states, rounding up.")
     skip_layers: list[int] = field(
-        default_factory=list, metadata={"help": "Layers never cut, by index. Needs per-layer sizes."}
+        default_factory=list, metadata={"help": "Layers never cut, by index; not with one size for all layers."}
     )
     calibration_batches: int = _help(
         8, "Batches per analysis: every other one for statistics, the rest for losses; at least 2."
@@ -59,10 +71,12 @@ class CompreSSMConfig:
         _require(0 <= self.min_reduction < 1, "min_reduction", self.min_reduction, "a share in [0, 1)")
         batches = self.calibration_batches
         _require(_is_count(batches) and batches >= 2, "calibration_batches", batches, "a whole number, at least 2")
-        _require(self.criterion in CRITERIA, "criterion", self.criterion, f"one of {', '.join(CRITERIA)}")
-        _require(self.allocation == "uniform", "allocation", self.allocation, "'uniform'")
+        for name, allowed in (("criterion", CRITERIA), ("allocation", ALLOCATIONS), ("selection", SELECTIONS)):
+            value = getattr(self, name)
+            optional = value is None and name != "selection"
+            _require(optional or value in allowed, name, value, f"one of {', '.join(allowed)}")
         _require(
-            not self.skip_layers,
+            not (self.skip_layers and self.allocation == "uniform"),
             "skip_layers",
             self.skip_layers,
             "empty: with one size for all layers none can be skipped",
@@ -131,11 +145,19 @@ class CompreSSMSchedule:
     start: float = _help(0.0, "Start of the window of cuts, as a fraction of the run, in [0, 1).")
     end: float = _help(0.1, "End of the window of cuts, as a fraction of the run, in (start, 1].")
     events: int = _help(4, "Number of cuts, equidistant in the window, the last at its end.")
+    monitor_steps: int | None = _help(None, "Measure and record the singular values every so many steps, to look at.")
 
     def __post_init__(self):
         _require(0 <= self.start < 1, "start", self.start, "a fraction of the run, in [0, 1)")
         _require(self.start < self.end <= 1, "end", self.end, f"a fraction of the run, in (start = {self.start}, 1]")
         _require(_is_count(self.events), "events", self.events, "a whole number, at least 1")
+        monitor_steps = self.monitor_steps
+        _require(
+            monitor_steps is None or _is_count(monitor_steps),
+            "monitor_steps",
+            monitor_steps,
+            "a whole number, at least 1",
+        )
 
     def event_steps(self, max_steps: int) -> list[int]:
         """The optimizer steps after which to cut, ascending.

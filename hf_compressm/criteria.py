@@ -1,4 +1,4 @@
-"""Ways to score the states of a layer: one function each, larger is more important.
+"""Ways to score the states of a layer: one function each, larger is more important. And ways to choose by the scores.
 
 A criterion takes a `LayerStates` and returns an energy per state, float64, (N,), not negative. Mathematics only.
 """
@@ -68,3 +68,19 @@ def _gramian_energy(layer: LayerStates, surrogate: Surrogate) -> Tensor:
 CRITERIA: dict[str, Criterion] = {
     function.__name__: function for function in (output, second_moment, mean, magnitude, random)
 }
+
+SELECTIONS = ("largest", "smallest", "random")
+
+
+def choose_states(energy: Tensor, size: int, selection: str, generator: torch.Generator) -> Tensor:
+    """The `size` states to keep, sorted, (r,): those of largest energy, or for ablations the smallest or any.
+
+    Args:
+        energy: (N,), in any order.
+        generator: on the CPU, for the random selection.
+    """
+    if selection == "random":
+        keep = torch.randperm(len(energy), generator=generator)[:size].to(energy.device)
+    else:
+        keep = energy.topk(size, largest=selection == "largest").indices
+    return keep.sort().values

@@ -1,10 +1,91 @@
-"""Hankel singular values of time-invariant systems, and the rank that a tolerance asks for.
+"""Time-invariant systems, exactly: Gramians, Hankel singular values, balanced truncation, and its error bound.
 
-Mathematics only: tensors in, tensors out, float64 throughout.
+    h(k+1) = A h(k) + B x(k),   y(k) = C h(k),   A stable: every eigenvalue inside the unit circle
+
+Mathematics only: tensors in, tensors out, float64 or complex128 throughout, batched over leading dimensions. A system
+is given by a dense A, or by the eigenvalues of a diagonal one. N is the state size, H_in and H_out count the inputs
+and outputs.
+
+Sources: Antoulas, *Approximation of Large-Scale Dynamical Systems* (2005), chapters 4 and 7; its use in training:
+Chahine et al., arXiv 2510.02823.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+EPSILON = torch.finfo(torch.float64).eps
+MAX_EIGENVECTOR_CONDITION = 1e9  # beyond it a diagonal form is wrong by more than 1e-7
+
+
+class BalancingTransformation(NamedTuple):
+    """The coordinates in which both Gramians are diag(σ): A becomes `left` A `right`, B `left` B, C C `right`.
+
+    Attributes:
+        sigma: Hankel singular values, descending, (..., N).
+        right: T, one column for each balanced state, (..., N, N).
+        left: T⁻¹, one row for each, (..., N, N).
+        rank: number of states that float64 can tell from round-off, (...); columns and rows beyond it are zero.
+    """
+
+    sigma: Tensor
+    right: Tensor
+    left: Tensor
+    rank: Tensor
+
+
+def diagonal_gramians(eigenvalues: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Gramians of a diagonal system, in closed form.
+
+    P_ij = (B Bᴴ)_ij / (1 - λ_i λ̄_j) and Q_ij = (Cᴴ C)_ij / (1 - λ̄_i λ_j) solve the Lyapunov equations of `gramians`.
+
+    Args:
+        eigenvalues: λ, real or complex, (..., N).
+        B: (..., N, H_in).
+        C: (..., H_out, N).
+
+    Returns:
+        (P, Q), Hermitian, (..., N, N) each.
+
+    Raises:
+        ValueError: an eigenvalue on or outside the unit circle, NaN or Inf, or shapes that do not fit.
+    """
+    eigenvalues, B, C = _in_double(eigenvalues, B, C)
+    _check_shapes(eigenvalues.shape[-1], B, C)
+    _check_stable(eigenvalues)
+    rows, columns = eigenvalues.unsqueeze(-1), eigenvalues.unsqueeze(-2)
+    return (B @ B.mH) / (1 - rows * columns.conj()), (C.mH @ C) / (1 - rows.conj() * columns)
+
+
+def gramians(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Gramians of a dense system: the solutions of A P Aᴴ - P + B Bᴴ = 0 and Aᴴ Q A - Q + Cᴴ C = 0.
+
+    By doubling: the sum P = Σ_k Aᵏ B Bᴴ Aᵏᴴ gains as many terms as it has in each step (Smith 1968).
+
+    Args:
+        A: (..., N, N), stable.
+        B: (..., N, H_in).
+        C: (..., H_out, N).
+
+    Returns:
+        (P, Q), Hermitian, (..., N, N) each.
+
+    Raises:
+        ValueError: A is not square or not stable, NaN or Inf, shapes that do not fit, or an A so far from normal that
+            its powers overflow.
+    """
+    A, B, C = _in_double(A, B, C)
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"A must be square, (..., N, N); got {tuple(A.shape)}.")
+    _check_shapes(A.shape[-1], B, C)
+    _check_stable(torch.linalg.eigvals(A))
+    P, Q = B @ B.mH, C.mH @ C
+    while A.abs().amax() > EPSILON:
+        P, Q, A = P + A @ P @ A.mH, Q + A.mH @ Q @ A, A @ A
+    if not (torch.isfinite(P).all() and torch.isfinite(Q).all()):
+        raise ValueError("the powers of A overflow before they decay: A is too far from normal. Rescale its states.")
+    return P, Q
 
 
 def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
@@ -12,7 +93,7 @@ def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
 
     They are the singular values of L_Qᴴ L_P with P = L_P L_Pᴴ and Q = L_Q L_Qᴴ. The factors come from an
     eigendecomposition, which survives Gramians that are semi-definite in floating point, where `sqrt(eig(P Q))`
-    would turn round-off into imaginary values.
+    would turn round-off into imaginary values. Values below about 1e-8 σ_1 are round-off.
 
     Args:
         P: Hermitian positive semi-definite, (..., N, N).
@@ -23,27 +104,89 @@ def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
 
     Raises:
         ValueError: a Gramian is not finite, or is indefinite by more than round-off.
-
-    Source: Antoulas, *Approximation of Large-Scale Dynamical Systems* (2005), chapter 7.
     """
-    return torch.linalg.svdvals(_gramian_factor(Q, "Q").mH @ _gramian_factor(P, "P"))
+    return torch.linalg.svdvals(_cross_factor(*_equilibrated(P, Q)[:2])[2])
 
 
-def _gramian_factor(gramian: Tensor, name: str) -> Tensor:
-    """L with L Lᴴ = gramian, (..., N, N)."""
-    gramian = gramian.to(torch.complex128 if gramian.is_complex() else torch.float64)
-    if not torch.isfinite(gramian).all():
+def balancing_transformation(P: Tensor, Q: Tensor) -> BalancingTransformation:
+    """The square-root method: L_Qᴴ L_P = U Σ Vᴴ, T = L_P V Σ^(-1/2), T⁻¹ = Σ^(-1/2) Uᴴ L_Qᴴ.
+
+    Args:
+        P, Q: Gramians, (..., N, N) each.
+
+    Raises:
+        ValueError: as `hankel_singular_values`.
+    """
+    P, Q, scale = _equilibrated(P, Q)
+    L_P, L_Q, cross = _cross_factor(P, Q)
+    U, sigma, Vh = torch.linalg.svd(cross)
+    # Gramians are known to ε‖P‖ and ε‖Q‖, so σ² to ε‖P‖‖Q‖: below that, a direction is chance, and so is stability.
+    norms = L_P.abs().square().sum(-2).amax(-1) * L_Q.abs().square().sum(-2).amax(-1)
+    floor = (sigma.shape[-1] * EPSILON * norms).sqrt().unsqueeze(-1)
+    known = sigma > floor
+    weight = torch.where(known, sigma, 1.0).rsqrt() * known
+    right = scale.reciprocal().unsqueeze(-1) * (L_P @ Vh.mH) * weight.unsqueeze(-2)
+    left = weight.unsqueeze(-1) * (L_Q @ U).mH * scale.unsqueeze(-2)
+    return BalancingTransformation(sigma, right, left, known.sum(-1))
+
+
+def balanced_truncation(eigenvalues: Tensor, B: Tensor, C: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The diagonal system cut to `rank` states in balanced coordinates; stable, and within `error_bound` of the whole.
+
+    Args:
+        eigenvalues: λ, (..., N).
+        B: (..., N, H_in).
+        C: (..., H_out, N).
+        rank: states to keep, the same number in every system of a batch.
+
+    Returns:
+        (A_r, B_r, C_r): (..., r, r) dense, (..., r, H_in), (..., H_out, r). `diagonalize` makes it diagonal again.
+
+    Raises:
+        ValueError: as `diagonal_gramians`; a rank outside 1 … N, or above the number of states that float64 can tell
+            from round-off (a system of that many states is the whole system already).
+    """
+    eigenvalues, B, C = _in_double(eigenvalues, B, C)
+    balancing = balancing_transformation(*diagonal_gramians(eigenvalues, B, C))
+    largest = int(balancing.rank.min()) if balancing.rank.numel() else eigenvalues.shape[-1]
+    if not 1 <= rank <= largest:
         raise ValueError(
-            f"Gramian {name} holds NaN or Inf: the system it came from is unstable or its weights diverged."
+            f"rank = {rank}; allowed: 1 … {largest}. Of the system's {eigenvalues.shape[-1]} states, {largest} can be "
+            "told from round-off."
         )
-    eigenvalues, vectors = torch.linalg.eigh(gramian)
-    round_off = 1e-8 * eigenvalues.abs().amax(-1, keepdim=True)
-    if (eigenvalues < -round_off).any():
+    return project(eigenvalues, B, C, balancing.left[..., :rank, :], balancing.right[..., :rank])
+
+
+def project(eigenvalues: Tensor, B: Tensor, C: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(left Λ right, left B, C right) of a diagonal system: (..., r, r), (..., r, H_in), (..., H_out, r)."""
+    return (left * eigenvalues.unsqueeze(-2)) @ right, left.to(B.dtype) @ B, C @ right.to(C.dtype)
+
+
+def diagonalize(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same input-output behaviour with a diagonal A.
+
+    Args:
+        A: (..., N, N).
+        B: (..., N, H_in).
+        C: (..., H_out, N).
+
+    Returns:
+        (λ, V⁻¹ B, C V), complex128: (..., N), (..., N, H_in), (..., H_out, N).
+
+    Raises:
+        ValueError: A has no well-conditioned eigenvectors (it is defective, or nearly so), or is not finite.
+    """
+    A, B, C = _in_double(A, B, C)
+    if not all(torch.isfinite(matrix).all() for matrix in (A, B, C)):
+        raise ValueError("A, B or C holds NaN or Inf.")
+    eigenvalues, vectors = torch.linalg.eig(A)
+    condition = torch.linalg.cond(vectors)
+    if (condition > MAX_EIGENVECTOR_CONDITION).any():
         raise ValueError(
-            f"Gramian {name} is indefinite (smallest eigenvalue {eigenvalues.min():.3e}); a Gramian is positive "
-            "semi-definite, so check that it was built from a stable system."
+            f"A is defective or nearly so (its eigenvectors have condition {condition.max():.1e}): it has no diagonal "
+            "form that floating point could hold. Truncate to another rank."
         )
-    return vectors * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
+    return eigenvalues, torch.linalg.solve(vectors, B.to(vectors.dtype)), C.to(vectors.dtype) @ vectors
 
 
 def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05) -> int | Tensor:
@@ -68,8 +211,151 @@ def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05
     if not torch.isfinite(sigma).all() or (sigma < 0).any() or (sigma.diff(dim=-1) > 0).any():
         raise ValueError("a spectrum must be finite, not negative and descending; sort it first.")
     state_size = sigma.shape[-1]
-    discarded = sigma.flip(-1).cumsum(-1).flip(-1)  # entry i: what is lost by keeping i states
-    too_few = discarded[..., 1:] > tolerance * discarded[..., :1]
+    too_few = _tails(sigma)[..., 1:-1] > tolerance * _tails(sigma)[..., :1]
     rank = 1 + too_few.sum(-1)
     rank = torch.where(rank < (1 - min_reduction) * state_size, rank, state_size)
     return int(rank) if rank.ndim == 0 else rank
+
+
+def error_bound(sigma: Tensor, rank: int) -> Tensor:
+    """2 Σ_{i>r} σ_i, which ‖G - G_r‖_∞ does not exceed: the largest gain of the error at any frequency.
+
+    Args:
+        sigma: descending, (..., N).
+        rank: states kept, 0 … N.
+
+    Returns:
+        float64, (...).
+
+    Source: Enns (1984); Glover (1984); in discrete time Hinrichsen and Pritchard (1990).
+    """
+    if not 0 <= rank <= sigma.shape[-1]:
+        raise ValueError(f"rank = {rank}; allowed: 0 … {sigma.shape[-1]}.")
+    return 2 * _tails(sigma.to(torch.float64))[..., rank]
+
+
+def weyl_bound(P: Tensor, Q: Tensor, P_next: Tensor, Q_next: Tensor) -> Tensor:
+    """How far any Hankel singular value can have moved between two points of training: max |λ(H' - H)|.
+
+    H = (P^½ Q P^½)^½ has the eigenvalues σ, so by Weyl's theorem |σ_i' - σ_i| ≤ ‖H' - H‖ for every i.
+
+    Args:
+        P, Q, P_next, Q_next: Gramians before and after, in the same coordinates, (..., N, N) each.
+
+    Returns:
+        float64, (...).
+
+    Source: Chahine et al., arXiv 2510.02823.
+    """
+    return torch.linalg.eigvalsh(_hankel_operator(P_next, Q_next) - _hankel_operator(P, Q)).abs().amax(-1)
+
+
+def hankel_nuclear_norm(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Σσ, the Hankel nuclear norm of a diagonal system, differentiable: a regulariser that favours few states.
+
+    Uses dΣσ = ½ tr(T⁻ᴴ T⁻¹ dP) + ½ tr(T Tᴴ dQ), so neither a Lyapunov solver nor the eigenvalues of P Q are
+    differentiated, and repeated or vanishing σ do no harm.
+
+    Args:
+        eigenvalues: λ, (..., N).
+        B: (..., N, H_in).
+        C: (..., H_out, N).
+
+    Returns:
+        float64, (...).
+
+    Raises:
+        ValueError: as `diagonal_gramians`.
+    """
+    return _NuclearNorm.apply(*diagonal_gramians(eigenvalues, B, C))
+
+
+class _NuclearNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, P: Tensor, Q: Tensor) -> Tensor:
+        sigma, right, left, _ = balancing_transformation(P, Q)
+        ctx.save_for_backward(left.mH @ left, right @ right.mH)
+        return sigma.sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(0.5 * grad[..., None, None] * sensitivity for sensitivity in ctx.saved_tensors)
+
+
+def _in_double(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in complex128 if one of them is complex, else all in float64."""
+    dtype = torch.complex128 if any(tensor.is_complex() for tensor in tensors) else torch.float64
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _check_shapes(state_size: int, B: Tensor, C: Tensor) -> None:
+    if state_size < 1 or B.ndim < 2 or C.ndim < 2 or B.shape[-2] != state_size or C.shape[-1] != state_size:
+        raise ValueError(
+            f"a system of {state_size} states with B {tuple(B.shape)} and C {tuple(C.shape)}; expected B (..., N, "
+            "inputs) and C (..., outputs, N) with N at least 1."
+        )
+    if not (torch.isfinite(B).all() and torch.isfinite(C).all()):
+        raise ValueError("B or C holds NaN or Inf.")
+
+
+def _check_stable(eigenvalues: Tensor) -> None:
+    modulus = eigenvalues.detach().abs().amax()
+    if not modulus < 1:
+        raise ValueError(
+            f"the system is unstable: an eigenvalue has modulus {modulus:.6g}, and only below 1 are there Gramians."
+        )
+
+
+def _equilibrated(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gramians after a scaling of the states that makes their diagonals equal, and that scaling, (..., N).
+
+    It changes no σ, and keeps round-off from hiding a state that was merely given in small units.
+    """
+    P, Q = _in_double(P, Q)
+    reach, sight = (torch.diagonal(gramian, dim1=-2, dim2=-1).real for gramian in (P, Q))
+    usable = torch.isfinite(reach) & torch.isfinite(sight) & (reach > 0) & (sight > 0)
+    scale = torch.where(usable, sight, 1.0).div(torch.where(usable, reach, 1.0)).pow(0.25)
+    rows, columns = scale.unsqueeze(-1), scale.unsqueeze(-2)
+    return P * rows * columns, Q / rows / columns, scale
+
+
+def _cross_factor(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L_P, L_Q and L_Qᴴ L_P, (..., N, N) each."""
+    L_P, L_Q = _gramian_factor(P, "P"), _gramian_factor(Q, "Q")
+    return L_P, L_Q, L_Q.mH @ L_P
+
+
+def _hankel_operator(P: Tensor, Q: Tensor) -> Tensor:
+    """H = (P^½ Q P^½)^½ = V Σ Vᴴ with L_Qᴴ P^½ = U Σ Vᴴ, (..., N, N)."""
+    P, Q = _in_double(P, Q)
+    vectors, roots = _eigen_factors(P, "P")
+    root = (vectors * roots.unsqueeze(-2)) @ vectors.mH
+    _, sigma, Vh = torch.linalg.svd(_gramian_factor(Q, "Q").mH @ root)
+    return (Vh.mH * sigma.unsqueeze(-2)) @ Vh
+
+
+def _gramian_factor(gramian: Tensor, name: str) -> Tensor:
+    """L with L Lᴴ = gramian, (..., N, N)."""
+    vectors, roots = _eigen_factors(gramian, name)
+    return vectors * roots.unsqueeze(-2)
+
+
+def _eigen_factors(gramian: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (..., N, N) and roots of the eigenvalues (..., N), those that are round-off clamped to zero."""
+    if not torch.isfinite(gramian).all():
+        raise ValueError(
+            f"Gramian {name} holds NaN or Inf: the system it came from is unstable or its weights diverged."
+        )
+    eigenvalues, vectors = torch.linalg.eigh(gramian)
+    round_off = 1e-8 * eigenvalues.abs().amax(-1, keepdim=True)
+    if (eigenvalues < -round_off).any():
+        raise ValueError(
+            f"Gramian {name} is indefinite (smallest eigenvalue {eigenvalues.min():.3e}); a Gramian is positive "
+            "semi-definite, so check that it was built from a stable system."
+        )
+    return vectors, eigenvalues.clamp_min(0).sqrt()
+
+
+def _tails(sigma: Tensor) -> Tensor:
+    """Σ_{i>r} σ_i for r = 0 … N, (..., N + 1)."""
+    return torch.nn.functional.pad(sigma.flip(-1).cumsum(-1).flip(-1), (0, 1))

@@ -1,7 +1,8 @@
 """What was measured and cut, when, and with which Hankel singular values: `compressm.json` and `hsv.safetensors`.
 
-`compressm.json` is readable without this library. The spectra, float64, stand beside it in `hsv.safetensors` under
-`event.<i>.layer.<j>`: the i-th entry of `events`, layer j, (N,), descending.
+`compressm.json` is readable without this library. The spectra, float64, (N,), descending, stand beside it in
+`hsv.safetensors`: `event.<i>.layer.<j>` belongs to the i-th entry of `events`, `observation.<i>.layer.<j>` to the i-th
+entry of `observations`, layer j.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch import Tensor
 FORMAT_VERSION = 1
 HISTORY_FILE = "compressm.json"
 SPECTRA_FILE = "hsv.safetensors"
+RECORDS = {"events": "event", "observations": "observation"}  # kind in the JSON → name in the tensor file
 
 
 @dataclass
@@ -31,8 +33,9 @@ class ReductionEvent:
         state_sizes_before, state_sizes_after: N; equal where nothing was cut.
         keep: kept states, positions before the cut.
         energy_discarded: share of the state energy that was dropped, by the criterion.
-        predicted_loss_change: by cutting this layer alone, on one calibration batch; nats per token.
-        loss_before, loss_after: measured on the calibration batches held out, nats per token.
+        predicted_loss_change: by cutting this layer alone, on one calibration batch; nats per prediction. None, like
+            the losses, where no batches were given.
+        loss_before, loss_after: measured on the calibration batches held out, nats per prediction.
         tokens: calibration tokens behind the statistics.
         seconds: time of the analysis and the surgery; in Trainer, of the whole event.
         measuring_seconds: the part of it that went into measuring losses.
@@ -45,9 +48,9 @@ class ReductionEvent:
     state_sizes_after: list[int]
     keep: list[list[int]]
     energy_discarded: list[float]
-    predicted_loss_change: list[float]
-    loss_before: float
-    loss_after: float
+    predicted_loss_change: list[float] | None
+    loss_before: float | None
+    loss_after: float | None
     tokens: int
     seconds: float
     measuring_seconds: float
@@ -62,18 +65,46 @@ class ReductionEvent:
 
 
 @dataclass
+class Observation:
+    """The singular values at one point of training, and how far they came since the last; lists: one entry per layer.
+
+    Attributes:
+        step: optimizer steps done.
+        state_sizes: N.
+        movement: max_i |σ_i' - σ_i| since the last observation at the same sizes; None at the first.
+        weyl_bound: what Weyl's theorem allows it to be, ‖H' - H‖; None where a layer has no Gramians of its own.
+        seconds: time of the measurement.
+        hankel_singular_values: spectrum, (N,), descending.
+    """
+
+    step: int
+    state_sizes: list[int]
+    movement: list[float] | None
+    weyl_bound: list[float] | None
+    seconds: float
+    hankel_singular_values: list[Tensor] = field(repr=False)
+
+    def share(self, distances: list[float]) -> list[float]:
+        """Each layer's distance as a share of its σ_1."""
+        largest = [max(float(spectrum[0]), 1e-300) for spectrum in self.hankel_singular_values]
+        return [distance / sigma for distance, sigma in zip(distances, largest, strict=True)]
+
+
+@dataclass
 class History:
-    """All events of a run, in order, with the configuration behind them."""
+    """All events and observations of a run, in order, with the configuration behind them."""
 
     config: dict
     schedule: dict | None = None
     events: list[ReductionEvent] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
     library_version: str = field(default_factory=partial(version, "hf_compressm"))
 
     @property
     def loss_spent(self) -> float:
         """Rise of the measured loss by all cuts, nats per token; a cut that lowered the loss earns nothing back."""
-        return sum(max(0.0, event.loss_after - event.loss_before) for event in self.events if event.is_cut)
+        measured = [event for event in self.events if event.is_cut and event.loss_before is not None]
+        return sum(max(0.0, event.loss_after - event.loss_before) for event in measured)
 
     @property
     def state_sizes(self) -> list[int] | None:
@@ -87,17 +118,13 @@ class History:
 
     def to_dict(self) -> dict:
         """JSON types only, spectra included as lists."""
-        events = [
-            asdict(event)
-            | {"hankel_singular_values": [spectrum.tolist() for spectrum in event.hankel_singular_values]}
-            for event in self.events
-        ]
         return {
             "format_version": FORMAT_VERSION,
             "library_version": self.library_version,
             "config": self.config,
             "schedule": self.schedule,
-            "events": events,
+            "events": [_record(event) for event in self.events],
+            "observations": [_record(observation) for observation in self.observations],
         }
 
     @classmethod
@@ -113,14 +140,13 @@ class History:
                 raise ValueError(
                     f"history format {format_version!r}; readable up to {FORMAT_VERSION}: upgrade hf_compressm."
                 )
-            events = [
-                ReductionEvent(**{f.name: event[f.name] for f in fields(ReductionEvent)})
-                for event in content["events"]
-            ]
-            for event in events:
-                spectra = event.hankel_singular_values
-                event.hankel_singular_values = [torch.as_tensor(spectrum, dtype=torch.float64) for spectrum in spectra]
-            return cls(content["config"], content["schedule"], events, content["library_version"])
+            return cls(
+                config=content["config"],
+                schedule=content["schedule"],
+                events=[_from_record(ReductionEvent, record) for record in content["events"]],
+                observations=[_from_record(Observation, record) for record in content["observations"]],
+                library_version=content["library_version"],
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"malformed history ({type(error).__name__}: {error}); it was not written by this library."
@@ -131,12 +157,11 @@ def save_history(history: History, folder: str | Path) -> None:
     """Write `compressm.json` and `hsv.safetensors` into `folder`, each aside first and then renamed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = history.to_dict()
-    spectra = {}
-    for i, event in enumerate(content["events"]):
-        del event["hankel_singular_values"]
-        for j, spectrum in enumerate(history.events[i].hankel_singular_values):
-            spectra[f"event.{i}.layer.{j}"] = spectrum.clone()
+    content, spectra = history.to_dict(), {}
+    for kind in RECORDS:
+        for i, record in enumerate(content[kind]):
+            for j, spectrum in enumerate(record.pop("hankel_singular_values")):
+                spectra[f"{RECORDS[kind]}.{i}.layer.{j}"] = torch.tensor(spectrum, dtype=torch.float64)
     write_aside(folder / SPECTRA_FILE, lambda path: save_file(spectra, path))
     write_aside(folder / HISTORY_FILE, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
@@ -152,14 +177,27 @@ def load_history(folder: str | Path) -> History:
     try:
         content = json.loads((folder / HISTORY_FILE).read_text())
         spectra = load_file(folder / SPECTRA_FILE)
-        for i, event in enumerate(content["events"]):
-            layers = range(len(event["state_sizes_before"]))
-            event["hankel_singular_values"] = [spectra.pop(f"event.{i}.layer.{j}") for j in layers]
+        for kind in RECORDS:
+            for i, record in enumerate(content[kind]):
+                layers = range(len(record["state_sizes_before" if kind == "events" else "state_sizes"]))
+                record["hankel_singular_values"] = [spectra.pop(f"{RECORDS[kind]}.{i}.layer.{j}") for j in layers]
     except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"the history in {folder} is damaged ({error}); take it from another checkpoint.") from error
     if spectra:
         raise ValueError(f"{SPECTRA_FILE} in {folder} holds {sorted(spectra)}, of which {HISTORY_FILE} knows nothing.")
     return History.from_dict(content)
+
+
+def _record(entry: ReductionEvent | Observation) -> dict:
+    """JSON types only."""
+    return asdict(entry) | {"hankel_singular_values": [spectrum.tolist() for spectrum in entry.hankel_singular_values]}
+
+
+def _from_record(kind: type, record: dict) -> ReductionEvent | Observation:
+    entry = kind(**{f.name: record[f.name] for f in fields(kind)})
+    spectra = entry.hankel_singular_values
+    entry.hankel_singular_values = [torch.as_tensor(spectrum, dtype=torch.float64) for spectrum in spectra]
+    return entry
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:

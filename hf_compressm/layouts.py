@@ -22,26 +22,47 @@ class StateLayout:
     """How one architecture stores its state.
 
     Attributes:
-        mixer_class: name of the module that owns the state.
+        mixer_class: name of the module that owns the state; it has a `layer_idx` and a `config`.
         tensors: path of each parameter within the mixer → its state axis.
-        projection: path of the parameter whose blocks are the maps B and C.
-        decay: path of the parameter that holds log(-A), (D, N).
-        output_projection: path of the weight that mixes the D channels, (hidden, D).
         size_attribute: the mixer's attribute that holds N.
         size_field: the config's field that holds N.
+        per_layer_sizes: whether that field may be a list, one N for each layer.
     """
 
     mixer_class: str
     tensors: dict[str, StateTensor]
+    size_attribute: str
+    size_field: str
+    per_layer_sizes: bool
+
+    @property
+    def marker(self) -> str:
+        """Path of a parameter that has an entry per state and nothing else on its state axis."""
+        return next(path for path, tensor in self.tensors.items() if tensor.blocks == (STATE,))
+
+
+@dataclass(frozen=True)
+class SelectiveLayout(StateLayout):
+    """A selective (time-varying) layer: states are kept or dropped as they are.
+
+    Attributes:
+        projection: path of the parameter whose blocks are the maps B and C.
+        decay: path of the parameter that holds log(-A), (D, N).
+        output_projection: path of the weight that mixes the D channels, (hidden, D).
+    """
+
     projection: str
     decay: str
     output_projection: str
-    size_attribute: str
-    size_field: str
+
+
+@dataclass(frozen=True)
+class TimeInvariantLayout(StateLayout):
+    """A diagonal time-invariant layer: its mixer offers `system()` and `parameters_of(eigenvalues, B, C)`."""
 
 
 LAYOUTS = {
-    "mamba": StateLayout(
+    "mamba": SelectiveLayout(
         mixer_class="MambaMixer",
         tensors={
             "x_proj.weight": StateTensor(axis=0, blocks=("time_step_rank", STATE_INPUT, STATE_OUTPUT)),
@@ -52,6 +73,20 @@ LAYOUTS = {
         output_projection="out_proj.weight",
         size_attribute="ssm_state_size",
         size_field="state_size",
+        per_layer_sizes=False,
+    ),
+    "lru": TimeInvariantLayout(
+        mixer_class="LRUMixer",
+        tensors={
+            "nu_log": StateTensor(axis=0, blocks=(STATE,)),
+            "theta_log": StateTensor(axis=0, blocks=(STATE,)),
+            "gamma_log": StateTensor(axis=0, blocks=(STATE,)),
+            "B": StateTensor(axis=0, blocks=(STATE,)),
+            "C": StateTensor(axis=1, blocks=(STATE,)),
+        },
+        size_attribute="state_size",
+        size_field="state_size",
+        per_layer_sizes=True,
     ),
 }
 
@@ -107,12 +142,31 @@ def state_sizes(model: nn.Module) -> dict[int, int]:
     return {index: state_size(mixer, layout) for index, mixer in state_layers(model).items()}
 
 
-def projection_module(mixer: nn.Module, layout: StateLayout) -> nn.Module:
+def record_state_size(mixer: nn.Module, layout: StateLayout, size: int) -> None:
+    """Make what is derived from N true again: the mixer's attribute, its projection's, the config's field."""
+    setattr(mixer, layout.size_attribute, size)
+    if isinstance(layout, SelectiveLayout):
+        projection = projection_module(mixer, layout)
+        projection.out_features = projection.weight.shape[0]
+    recorded = size
+    if layout.per_layer_sizes:
+        sizes = config_sizes(getattr(mixer.config, layout.size_field), mixer.config.num_hidden_layers)
+        sizes[mixer.layer_idx] = size
+        recorded = size if set(sizes) == {size} else sizes
+    setattr(mixer.config, layout.size_field, recorded)
+
+
+def config_sizes(field: int | list[int], layers: int) -> list[int]:
+    """N of each layer, from a config's field that holds one for all or one for each."""
+    return list(field) if isinstance(field, list) else [field] * layers
+
+
+def projection_module(mixer: nn.Module, layout: SelectiveLayout) -> nn.Module:
     """The module that owns the projection."""
     return mixer.get_submodule(layout.projection.rpartition(".")[0])
 
 
-def projection_rows(mixer: nn.Module, layout: StateLayout, block: str, size: int | None = None) -> slice:
+def projection_rows(mixer: nn.Module, layout: SelectiveLayout, block: str, size: int | None = None) -> slice:
     """The rows of the projection that make `block` (`STATE_INPUT`: B, `STATE_OUTPUT`: C), at N = `size` if given."""
     start = 0
     for name in layout.tensors[layout.projection].blocks:
@@ -156,11 +210,10 @@ def _block_length(mixer: nn.Module, layout: StateLayout, block: str, size: int |
 
 
 def _check_mixer(mixer: nn.Module, layout: StateLayout, index: int) -> None:
-    module = projection_module(mixer, layout)
-    if type(module) is not nn.Linear:
+    if isinstance(layout, SelectiveLayout) and type(projection_module(mixer, layout)) is not nn.Linear:
         raise ValueError(
-            f"layer {index}: {layout.projection} belongs to a {type(module).__name__}, expected a plain nn.Linear. "
-            "Merge adapters or dequantise first."
+            f"layer {index}: {layout.projection} belongs to a {type(projection_module(mixer, layout)).__name__}, "
+            "expected a plain nn.Linear. Merge adapters or dequantise first."
         )
     for path, tensor in layout.tensors.items():
         given = mixer.get_parameter(path).shape[tensor.axis]

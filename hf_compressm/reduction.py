@@ -6,22 +6,20 @@ The callback, the scripts and any hand-written training loop all go through thes
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from .calibration import take_batches, undisturbed
+from .allocation import choose_sizes
+from .calibration import Batch, take_batches, undisturbed
 from .config import CompreSSMConfig
-from .criteria import CRITERIA, LayerStates
 from .engines import unwrap
-from .hankel import truncation_rank
 from .history import ReductionEvent
 from .kernels import scan_installed
-from .layouts import STATE_INPUT, STATE_OUTPUT, layout_of, projection_rows, state_layers, state_sizes
-from .measurement import LossMeter, Plan, collect_statistics
-from .selective import Statistics, compensation, layer_hankel_singular_values
-from .surgery import Selection, check_state_tensors, shrink_state
+from .layouts import SelectiveLayout, TimeInvariantLayout, layout_of, state_sizes
+from .measurement import LossMeter
+from .selection import SelectiveAnalysis
+from .surgery import Plan, check_state_tensors, shrink_state
+from .truncation import TimeInvariantAnalysis
 
 
 @dataclass
@@ -30,27 +28,31 @@ class StateReport:
 
     Attributes:
         config: the configuration it answers.
-        selections: layer → what is kept, with the compensation.
+        plan: layer → what becomes of it.
         state_sizes_before: layer → N when analysed.
-        energies: layer → energy of each state, in stored order, (N,).
-        hankel_singular_values: layer → spectrum, (N,), descending: σ of the surrogate Gramians, averaged over a sample
-            of channels.
-        loss_before, loss_after: nats per token, measured on held-out calibration batches: of the model, and of the
-            model as the plan would leave it.
-        predicted_loss_change: layer → nats per token, by cutting that layer alone, on one held-out batch. Their sum
-            falls short of, or exceeds, the measured change where layers interact.
+        criterion: how states were ranked: the name of a score, or "hankel" for balanced truncation.
+        compensate: whether kept states make up for dropped ones.
+        energies: layer → energy of each state, (N,): in stored order, or of the balanced states, descending.
+        hankel_singular_values: layer → spectrum, (N,), descending; for a selective layer that of its surrogate
+            Gramians, averaged over a sample of channels.
+        loss_before, loss_after: nats per prediction, measured on held-out calibration batches: of the model, and of
+            the model as the plan would leave it. None without batches.
+        predicted_loss_change: layer → nats per prediction, by cutting that layer alone, on one held-out batch. Their
+            sum falls short of, or exceeds, the measured change where layers interact. Empty without batches.
         tokens: calibration tokens behind the statistics.
         seconds: time of the analysis; `measuring_seconds` of it went into measuring losses.
         applied: set by `compress`; a report is applied once.
     """
 
     config: CompreSSMConfig
-    selections: Plan
+    plan: Plan
     state_sizes_before: dict[int, int]
+    criterion: str
+    compensate: bool
     energies: dict[int, Tensor]
     hankel_singular_values: dict[int, Tensor]
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
     predicted_loss_change: dict[int, float]
     tokens: int
     seconds: float
@@ -60,7 +62,7 @@ class StateReport:
     @property
     def keep(self) -> dict[int, Tensor]:
         """Layer → kept states, sorted, (r,)."""
-        return {index: selection.keep for index, selection in self.selections.items()}
+        return {index: entry.keep for index, entry in self.plan.items()}
 
     @property
     def state_sizes(self) -> dict[int, int]:
@@ -86,68 +88,71 @@ class StateReport:
         return len(self.keep[index]) < self.state_sizes_before[index]
 
     def __str__(self) -> str:
-        rows = ["layer  N before  N after  energy discarded  predicted loss change"]
+        rows = ["layer  N before  N after  energy discarded"]
         for index, before in self.state_sizes_before.items():
-            rows.append(
-                f"{index:5d}  {before:8d}  {self.state_sizes[index]:7d}  {self.energy_discarded[index]:15.2%}"
-                f"  {self.predicted_loss_change[index]:+16.4f} nats"
-            )
+            rows.append(f"{index:5d}  {before:8d}  {self.state_sizes[index]:7d}  {self.energy_discarded[index]:16.2%}")
+        if self.loss_before is None:
+            return "\n".join(rows)
+        changes = self.predicted_loss_change.values()
+        rows[0] += "  predicted loss change"
+        rows[1:] = [f"{row}  {change:+16.4f} nats" for row, change in zip(rows[1:], changes, strict=True)]
         rows.append(
-            f"measured loss: {self.loss_before:.4f} → {self.loss_after:.4f} nats per token "
-            f"({self.loss_after - self.loss_before:+.4f}; the layers alone predict "
-            f"{sum(self.predicted_loss_change.values()):+.4f})"
+            f"measured loss: {self.loss_before:.4f} → {self.loss_after:.4f} nats per prediction "
+            f"({self.loss_after - self.loss_before:+.4f}; the layers alone predict {sum(changes):+.4f})"
         )
         return "\n".join(rows)
 
 
-def analyze(model: nn.Module, batches: Iterable[dict], config: CompreSSMConfig) -> StateReport:
+def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig) -> StateReport:
     """Measure what each state does and plan which to keep. Nothing is changed: not the weights, the mode, nor any RNG.
 
-    Every other calibration batch feeds the statistics; losses are measured on the rest.
+    A Mamba is analysed on data: every other calibration batch feeds the statistics, losses are measured on the rest.
+    An LRU is analysed from its weights; batches, where given, all serve to measure losses.
 
     Args:
-        model: a supported Transformers causal language model, any floating dtype. Weights are taken in float32 at
-            least; forward passes run as the model's own do, so in autocast inside Trainer(bf16=True).
-        batches: dicts of tensors (`input_ids`, optional `attention_mask`, `labels`); the first
-            `config.calibration_batches` are read. A DataLoader will do.
+        model: a supported Transformers model, any floating dtype. Weights are taken in float32 at least; forward
+            passes run as the model's own do, so in autocast inside Trainer(bf16=True).
+        batches: dicts of tensors (`input_ids` or `input_values`, optional `attention_mask`, `labels`); the first
+            `config.calibration_batches` are read. A DataLoader will do. None for an LRU whose losses are not asked.
         config: what to keep.
 
     Raises:
-        ValueError: an unsupported model, too little data, NaN or Inf anywhere, or a target above the present size.
+        ValueError: an unsupported model, a configuration that does not fit it, too little data, NaN or Inf anywhere,
+            or a target above the present size.
     """
     started = time.perf_counter()
     model = unwrap(model)
     check_state_tensors(model)
+    check_config(config, model)
     sizes = state_sizes(model)
-    config.check_target(max(sizes.values()))
-    device = next(model.parameters()).device
-    batches = [
-        {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches)
-    ]
+    statistics_batches, loss_batches = calibration_batches(model, batches, config)
 
     with undisturbed(model), scan_installed():
-        statistics = collect_statistics(model, batches[0::2])
-        energies = score_states(model, statistics, config)
-        losses = LossMeter(model, batches[1::2])
-        plan = partial(_plan, energies, statistics, compensate=config.compensate)
-        selections = plan(_choose_size(plan, losses, energies, config, max(sizes.values())))
-        spectra = {i: layer_hankel_singular_values(s, _spectrum_of(config)) for i, s in statistics.items()}
-        loss_before, loss_after = losses.of({}), losses.of(selections)
-        predicted = {index: losses.change_by_one_layer(index, selection) for index, selection in selections.items()}
+        analysis = analyze_states(model, statistics_batches, config)
+        losses = LossMeter(model, loss_batches, analysis.overrides) if loss_batches else None
+        chosen = choose_sizes(
+            config, analysis.energies, is_uniform(config, model), lambda some: losses.of(analysis.plan(sizes | some))
+        )
+        plan = analysis.plan(chosen)
+        spectra = analysis.hankel_singular_values()
+        loss_before = losses.of({}) if losses else None
+        loss_after = losses.of(plan) if losses else None
+        predicted = {index: losses.change_by_one_layer(index, plan) for index in plan} if losses else {}
 
     return StateReport(
         config=config,
-        selections=selections,
+        plan=plan,
         state_sizes_before=sizes,
-        energies=energies,
+        criterion=analysis.criterion,
+        compensate=analysis.compensate,
+        energies=analysis.energies,
         hankel_singular_values=spectra,
         loss_before=loss_before,
         loss_after=loss_after,
         predicted_loss_change=predicted,
-        tokens=int(next(iter(statistics.values())).tokens),
+        tokens=analysis.tokens,
         seconds=time.perf_counter() - started,
-        measuring_seconds=losses.seconds,
+        measuring_seconds=losses.seconds if losses else 0.0,
     )
 
 
@@ -177,7 +182,7 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
             "call analyze again."
         )
     if report.is_cut:
-        shrink_state(model, report.selections, optimizer)
+        shrink_state(model, report.plan, optimizer)
     report.applied = True
     return ReductionEvent(
         step=step,
@@ -185,79 +190,66 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
         state_sizes_after=list(report.state_sizes.values()),
         keep=[keep.tolist() for keep in report.keep.values()],
         energy_discarded=list(report.energy_discarded.values()),
-        predicted_loss_change=list(report.predicted_loss_change.values()),
+        predicted_loss_change=list(report.predicted_loss_change.values()) or None,
         loss_before=report.loss_before,
         loss_after=report.loss_after,
         tokens=report.tokens,
         seconds=report.seconds + time.perf_counter() - started,
         measuring_seconds=report.measuring_seconds,
-        criterion=report.config.criterion,
-        compensate=report.config.compensate,
+        criterion=report.criterion,
+        compensate=report.compensate,
         hankel_singular_values=[spectrum.cpu() for spectrum in report.hankel_singular_values.values()],
     )
 
 
-def score_states(model: nn.Module, statistics: dict[int, Statistics], config: CompreSSMConfig) -> dict[int, Tensor]:
-    """Layer → energy of each state by the configured criterion, (N,).
+def analyze_states(
+    model: nn.Module, batches: list[Batch], config: CompreSSMConfig
+) -> SelectiveAnalysis | TimeInvariantAnalysis:
+    """The analysis that the architecture asks for, of an unwrapped model in eval mode."""
+    time_invariant = isinstance(layout_of(model), TimeInvariantLayout)
+    return (TimeInvariantAnalysis if time_invariant else SelectiveAnalysis)(model, batches, config)
+
+
+def is_uniform(config: CompreSSMConfig, model: nn.Module) -> bool:
+    """Whether all layers get one size: what the configuration says, or else what suits the architecture."""
+    return (config.allocation or ("per_layer" if layout_of(model).per_layer_sizes else "uniform")) == "uniform"
+
+
+def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
+    """Refuse a configuration that does not fit the model.
 
     Raises:
-        ValueError: an energy is not finite, or a layer has none at all.
+        ValueError: names the option, what is allowed, and what the model is.
     """
-    layout, energies = layout_of(model), {}
-    for index, mixer in state_layers(model).items():
-        projection = mixer.get_parameter(layout.projection).detach()
-        layer = LayerStates(
-            statistics=statistics[index],
-            B_rows=projection[projection_rows(mixer, layout, STATE_INPUT)],
-            C_rows=projection[projection_rows(mixer, layout, STATE_OUTPUT)],
-            generator=torch.Generator().manual_seed(config.calibration_seed * 1_000_003 + index),
+    layout, sizes = layout_of(model), state_sizes(model)
+    model_type = model.config.model_type
+    if not layout.per_layer_sizes and not is_uniform(config, model):
+        raise ValueError(f"allocation = 'per_layer'; a model of type '{model_type}' allows 'uniform' only.")
+    if config.skip_layers and (is_uniform(config, model) or not set(config.skip_layers) < set(sizes)):
+        raise ValueError(
+            f"skip_layers = {config.skip_layers}; allowed: some of the layers {sorted(sizes)}, in a model where each "
+            "may have a size of its own."
         )
-        energies[index] = CRITERIA[config.criterion](layer)
-        if not torch.isfinite(energies[index]).all() or energies[index].sum() <= 0:
-            raise ValueError(
-                f"layer {index}: the state energies are not finite, or all zero. The model's activations overflow or "
-                "its weights are degenerate; nothing was changed."
-            )
-    return energies
+    if config.criterion is not None and not isinstance(layout, SelectiveLayout):
+        raise ValueError(
+            f"criterion = '{config.criterion}'; the states of model type '{model_type}' are ranked by their Hankel "
+            "singular values: leave it out."
+        )
+    config.check_target(max(sizes.values()))
 
 
-def _spectrum_of(config: CompreSSMConfig) -> str:
-    return "mean" if config.criterion == "mean" else "second_moment"
-
-
-def _plan(energies: dict[int, Tensor], statistics: dict[int, Statistics], size: int, compensate: bool) -> Plan:
-    """Keep the `size` states of most energy in every layer."""
-    plan = {}
-    for index, energy in energies.items():
-        keep = energy.topk(size).indices.sort().values
-        covariance = statistics[index].gated_covariance
-        plan[index] = Selection(keep, compensation(covariance, keep) if compensate and size < len(energy) else None)
-    return plan
-
-
-def _choose_size(plan, losses: LossMeter, energies: dict[int, Tensor], config: CompreSSMConfig, size: int) -> int:
-    """The one state size for all layers that the configuration asks for, or `size` where the gate stays shut."""
-    if config.target_state_size is not None:
-        return config.target_state_size
-    if config.loss_budget is not None:
-        chosen = _smallest_within_budget(plan, losses, config, size)
-    elif config.cut_fraction is not None:
-        return min(size, config.round_up(size * (1 - config.cut_fraction)))
-    else:
-        spectra = [energy.sort(descending=True).values for energy in energies.values()]
-        chosen = config.round_up(max(truncation_rank(spectrum, config.tolerance, 0.0) for spectrum in spectra))
-    return chosen if chosen < (1 - config.min_reduction) * size else size
-
-
-def _smallest_within_budget(plan, losses: LossMeter, config: CompreSSMConfig, size: int) -> int:
-    """A size whose measured loss keeps the budget while the next smaller one breaks it (bisection), or the floor."""
-    allowed = losses.of({}) + config.loss_budget
-    candidates = [*range(config.round_up(1), size, config.multiple_of), size]  # the last is the model as it is
-    breaks, keeps = -1, len(candidates) - 1
-    while keeps - breaks > 1:
-        middle = (breaks + keeps) // 2
-        if losses.of(plan(candidates[middle])) <= allowed:
-            keeps = middle
-        else:
-            breaks = middle
-    return candidates[keeps]
+def calibration_batches(
+    model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches for statistics and batches for losses, on the model's device."""
+    selective = isinstance(layout_of(model), SelectiveLayout)
+    if batches is None:
+        if selective or config.loss_budget is not None:
+            raise ValueError("batches = None; calibration batches are needed for this model and configuration.")
+        return [], []
+    device = next(model.parameters()).device
+    taken = [
+        {name: value.to(device) for name, value in batch.items()}
+        for batch in take_batches(batches, config.calibration_batches)
+    ]
+    return (taken[0::2], taken[1::2]) if selective else ([], taken)

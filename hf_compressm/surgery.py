@@ -1,5 +1,8 @@
 """Resize the state of a model in place, with its optimizer state and config: shrink, pad, grow. No policy.
 
+An entry of a plan says what becomes of one layer: a `Selection` keeps some of its states as they are, a `Projection`
+replaces its tensors by those of a smaller system.
+
 Every operation checks first, then computes all new tensors, then swaps them in by plain assignments: it happens as a
 whole or not at all. A resized tensor is a new Parameter: `param.data = …` would keep autograd metadata of the old
 shape.
@@ -15,10 +18,11 @@ from .engines import unwrap, unwrap_optimizer
 from .layouts import (
     STATE_INPUT,
     STATE_OUTPUT,
+    SelectiveLayout,
     StateLayout,
     layout_of,
-    projection_module,
     projection_rows,
+    record_state_size,
     source_index,
     state_layers,
     state_size,
@@ -37,6 +41,17 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """What is made of one layer: `tensors` by path, of the balanced states `keep`, sorted, (r,)."""
+
+    keep: Tensor
+    tensors: dict[str, Tensor]
+
+
+Plan = dict[int, Selection | Projection]
+
+
+@dataclass(frozen=True)
 class _Replacement:
     mixer: nn.Module
     path: str
@@ -49,29 +64,34 @@ class _Replacement:
 _Edit = Callable[[int, nn.Module, dict[str, Tensor]], None]
 
 
-def shrink_state(model: nn.Module, selections: dict[int, Selection], optimizer=None) -> None:
-    """Remove the states that the selections do not keep; a compensation goes into the kept rows of C.
+def shrink_state(model: nn.Module, plan: Plan, optimizer=None) -> None:
+    """Remove the states that the plan does not keep; a compensation goes into the kept rows of C.
 
     Args:
         model: a supported Transformers model.
-        selections: for every layer of the model, what is kept; the same number of states in each.
-        optimizer: its moments are sliced at their positions; step counts and everything else stay.
+        plan: for every layer of the model, what becomes of it; the same number of states in each, unless the
+            architecture has a size per layer.
+        optimizer: its moments are sliced at their positions; step counts and everything else stay. A projected layer
+            has new coordinates, which old moments know nothing of: its tensors start afresh.
 
     Raises:
-        ValueError: a selection that does not fit the model, weights that are not finite, half-precision masters, or an
+        ValueError: a plan that does not fit the model, weights that are not finite, half-precision masters, or an
             optimizer that cannot follow. Nothing has been changed then.
     """
     model = unwrap(model)
     layout, mixers = layout_of(model), state_layers(model)
-    _check_selections(selections, mixers, layout)
+    _check_plan(plan, mixers, layout)
+    projected = {index: entry for index, entry in plan.items() if isinstance(entry, Projection)}
 
-    def compensate(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
-        selection = selections[index]
-        if selection.compensation is not None:
-            rows = projection_rows(mixer, layout, STATE_OUTPUT, len(selection.keep))
-            tensors[layout.projection][rows] = compensated_output_rows(mixer, layout, selection)
+    def finish(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
+        entry = plan[index]
+        if isinstance(entry, Projection):
+            tensors.update({path: entry.tensors[path].to(tensors[path]) for path in tensors})
+        elif entry.compensation is not None:
+            rows = projection_rows(mixer, layout, STATE_OUTPUT, len(entry.keep))
+            tensors[layout.projection][rows] = compensated_output_rows(mixer, layout, entry)
 
-    _resize(model, {index: selection.keep for index, selection in selections.items()}, optimizer, compensate)
+    _resize(model, {index: entry.keep for index, entry in plan.items()}, optimizer, finish, set(projected))
 
 
 def pad_state(model: nn.Module, size: int) -> None:
@@ -102,7 +122,7 @@ def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Gen
     _enlarge(model, size, optimizer, initialise)
 
 
-def compensated_output_rows(mixer: nn.Module, layout: StateLayout, selection: Selection) -> Tensor:
+def compensated_output_rows(mixer: nn.Module, layout: SelectiveLayout, selection: Selection) -> Tensor:
     """The kept rows of C, (r, D): W_C[K] + Gᵀ W_C[R], computed in float64 (`maths`: compensation)."""
     rows = mixer.get_parameter(layout.projection).detach()[projection_rows(mixer, layout, STATE_OUTPUT)]
     keep = selection.keep.to(rows.device)
@@ -148,8 +168,13 @@ def _enlarge(model: nn.Module, size: int, optimizer, edit: _Edit) -> None:
 
 
 @torch.no_grad()
-def _resize(model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit) -> None:
-    """Give every layer the states `sources` (for each new state the old one, or -1), all layers or none."""
+def _resize(
+    model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit, afresh: frozenset | set = frozenset()
+) -> None:
+    """Give every layer the states `sources` (for each new state the old one, or -1), all layers or none.
+
+    Layers `afresh` start without gradients and without optimizer state.
+    """
     layout, mixers, optimizer = layout_of(model), state_layers(model), unwrap_optimizer(optimizer)
     check_state_tensors(model, optimizer)
 
@@ -163,10 +188,10 @@ def _resize(model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit
             if not torch.isfinite(value).all():
                 raise ValueError(f"layer {index}: the resized {path} would hold NaN or Inf; nothing was changed.")
             state, axis = {}, layout.tensors[path].axis
-            if optimizer is not None:
+            if optimizer is not None and index not in afresh:
                 state = resized_state(optimizer, f"layer {index} {path}", old[path], axis, positions[path])
             new = new_parameter_like(old[path], value)
-            if old[path].grad is not None:
+            if old[path].grad is not None and index not in afresh:
                 new.grad = gather(old[path].grad, axis, positions[path])
             replacements.append(_Replacement(mixer, path, old[path], new, state))
 
@@ -175,7 +200,7 @@ def _resize(model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit
         if optimizer is not None:
             swap_parameter(optimizer, replacement.old, replacement.new, replacement.optimizer_state)
     for index, mixer in mixers.items():
-        set_state_size(mixer, layout, len(sources[index]))
+        record_state_size(mixer, layout, len(sources[index]))
 
 
 def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
@@ -191,22 +216,14 @@ def assign_parameter(mixer: nn.Module, path: str, new: nn.Parameter) -> None:
     mixer.get_submodule(module_path)._parameters[name] = new
 
 
-def set_state_size(mixer: nn.Module, layout: StateLayout, size: int) -> None:
-    """Make what is derived from N true again: the mixer's attribute, the projection's, the config's field."""
-    setattr(mixer, layout.size_attribute, size)
-    projection = projection_module(mixer, layout)
-    projection.out_features = projection.weight.shape[0]
-    setattr(mixer.config, layout.size_field, size)
-
-
-def _check_selections(selections: dict[int, Selection], mixers: dict[int, nn.Module], layout: StateLayout) -> None:
-    if selections.keys() != mixers.keys():
-        raise ValueError(f"selections for layers {sorted(selections)} given to a model with layers {sorted(mixers)}.")
-    sizes = {len(selection.keep) for selection in selections.values()}
-    if len(sizes) > 1:
+def _check_plan(plan: Plan, mixers: dict[int, nn.Module], layout: StateLayout) -> None:
+    if plan.keys() != mixers.keys():
+        raise ValueError(f"selections for layers {sorted(plan)} given to a model with layers {sorted(mixers)}.")
+    sizes = {len(entry.keep) for entry in plan.values()}
+    if len(sizes) > 1 and not layout.per_layer_sizes:
         raise ValueError(f"layers would keep {sorted(sizes)} states; give every layer the same number.")
     for index, mixer in mixers.items():
-        keep, size = selections[index].keep, state_size(mixer, layout)
+        keep, size = plan[index].keep, state_size(mixer, layout)
         if len(keep) == 0 or (keep.diff() <= 0).any() or keep[0] < 0 or keep[-1] >= size:
             raise ValueError(
                 f"layer {index}: kept states must be sorted, distinct and within 0 … {size - 1}; got {keep}."

@@ -33,8 +33,9 @@ SCHEDULE = CompreSSMSchedule(end=0.5, events=2)
         ({"target_state_size": 4, "min_state_size": 8}, "target_state_size = 4; allowed: ≥ min_state_size = 8"),
         ({"target_state_size": 12, "multiple_of": 8}, "target_state_size = 12; allowed: a multiple of 8"),
         ({"tolerance": 0.1, "criterion": "best"}, "criterion = 'best'; allowed: one of output, second_moment"),
-        ({"tolerance": 0.1, "allocation": "per_layer"}, "allocation = 'per_layer'; allowed: 'uniform'"),
-        ({"tolerance": 0.1, "skip_layers": [0]}, "skip_layers = [0]; allowed: empty"),
+        ({"tolerance": 0.1, "allocation": "best"}, "allocation = 'best'; allowed: one of uniform, per_layer"),
+        ({"tolerance": 0.1, "selection": "best"}, "selection = 'best'; allowed: one of largest, smallest, random"),
+        ({"tolerance": 0.1, "skip_layers": [0], "allocation": "uniform"}, "skip_layers = [0]; allowed: empty"),
         ({"tolerance": 0.1, "calibration_batches": 1}, "calibration_batches = 1; allowed: a whole number, at least 2"),
         ({"tolerance": 0.1, "min_reduction": 1.0}, "min_reduction = 1.0"),
         ({"tolerance": 0.1, "multiple_of": 0}, "multiple_of = 0"),
@@ -52,6 +53,7 @@ def test_a_configuration_is_checked_when_it_is_built(options, message):
         ({"start": 0.5, "end": 0.5}, "end = 0.5; allowed: a fraction of the run, in (start = 0.5, 1]"),
         ({"end": 1.1}, "end = 1.1"),
         ({"events": 0}, "events = 0"),
+        ({"monitor_steps": 0}, "monitor_steps = 0"),
     ],
 )
 def test_a_schedule_is_checked_when_it_is_built(options, message):
@@ -274,7 +276,7 @@ def edit_json(path, change) -> None:
 
 
 def test_a_sound_checkpoint_passes(checkpoint):
-    assert check_checkpoint(checkpoint) == 4
+    assert check_checkpoint(checkpoint) == [4, 4]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from conftest import assert_identical, build_model, train_steps, weights_of
 
 from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
 from hf_compressm.layouts import layout_of, source_index, state_layers
-from hf_compressm.measurement import masked_projection
+from hf_compressm.selection import masked_projection
 from hf_compressm.surgery import Selection, grow_state, pad_state, shrink_state
 
 
@@ -42,7 +42,7 @@ def test_removing_states_equals_masking_them_before_and_after_training(trained, 
     report = analyze(model, batches, CompreSSMConfig(target_state_size=5, compensate=compensate))
 
     compress(model, report, optimizer)
-    mask_states(masked, masked_optimizer, report.selections)
+    mask_states(masked, masked_optimizer, report.plan)
     torch.testing.assert_close(logits_of(model, batches[0]), logits_of(masked, batches[0]), rtol=0, atol=1e-5)
 
     torch.testing.assert_close(
@@ -117,7 +117,7 @@ def test_growth_leaves_the_function_alone_and_learns(trained, batches):
 def test_a_failure_in_the_last_layer_leaves_everything_as_it_was(trained, batches):
     model, optimizer = trained
     report = analyze(model, batches, CompreSSMConfig(target_state_size=5))
-    report.selections[1].compensation.fill_(float("inf"))
+    report.plan[1].compensation.fill_(float("inf"))
     before, parameters = weights_of(model), list(model.parameters())
     moments = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"layer 1: the resized x_proj\.weight would hold NaN or Inf"):

@@ -1,0 +1,12 @@
+"""The Linear Recurrent Unit as a Transformers model: the time-invariant model on which the method is exact."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from .configuration_lru import LRUConfig
+from .modeling_lru import LRUForSequenceClassification, LRUModel, LRUPreTrainedModel
+
+__all__ = ["LRUConfig", "LRUForSequenceClassification", "LRUModel", "LRUPreTrainedModel"]
+
+AutoConfig.register(LRUConfig.model_type, LRUConfig)
+AutoModel.register(LRUConfig, LRUModel)
+AutoModelForSequenceClassification.register(LRUConfig, LRUForSequenceClassification)

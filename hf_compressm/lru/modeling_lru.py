@@ -1,0 +1,199 @@
+"""The Linear Recurrent Unit (Orvieto et al., arXiv 2303.06349) as a Transformers model, with a state size per layer.
+
+h_k = λ h_{k-1} + γ B u_k,   y_k = Re(C h_k) + D u_k,   λ = exp(-exp(ν) + i exp(θ))
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+
+from .configuration_lru import LRUConfig
+from .linear_recurrence import linear_recurrence
+
+SMALLEST = 1e-30  # stands for an eigenvalue or a phase of zero, whose logarithm there is not
+
+
+class LRUMixer(nn.Module):
+    """One LRU layer. B and C are complex, kept as pairs of reals: any optimizer and any file format takes those."""
+
+    def __init__(self, config: LRUConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.state_size = N = config.state_sizes[layer_idx]
+        H = config.hidden_size
+        self.nu_log = nn.Parameter(torch.empty(N))
+        self.theta_log = nn.Parameter(torch.empty(N))
+        self.gamma_log = nn.Parameter(torch.empty(N))
+        self.B = nn.Parameter(torch.empty(N, H, 2))
+        self.C = nn.Parameter(torch.empty(H, N, 2))
+        self.D = nn.Parameter(torch.empty(H))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Inputs to outputs, (batch, L, H) each; computed in float32 whatever the autocast."""
+        with torch.autocast(u.device.type, enabled=False):
+            inputs = u.to(self.nu_log.dtype).float()
+            B = self.B.float() * self.gamma_log.float().exp()[:, None, None]
+            drive = F.linear(inputs, B.transpose(1, 2).flatten(0, 1)).unflatten(-1, (-1, 2))  # (batch, L, N, 2)
+            states = linear_recurrence(self._eigenvalues(torch.float32), torch.view_as_complex(drive))
+            C = self.C.float() * self.C.new_tensor([1.0, -1.0], dtype=torch.float32)  # Re(C h) = C_re h_re - C_im h_im
+            outputs = F.linear(torch.view_as_real(states).flatten(-2), C.flatten(1)) + self.D.float() * inputs
+        return outputs.to(u.dtype)
+
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(λ, γB, C), complex128, (N,), (N, H) and (H, N): what `hankel` takes. The output is Re(C h) + D u."""
+        B, C = torch.view_as_complex(self.B.double()), torch.view_as_complex(self.C.double())
+        return self._eigenvalues(torch.float64), B * self.gamma_log.double().exp()[:, None], C
+
+    @staticmethod
+    def parameters_of(eigenvalues: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
+        """The parameters of a layer that has this system: the inverse of `system`, float64, by name.
+
+        As at initialisation, γ = sqrt(1 - |λ|²); each state is scaled such that its row of B has norm 1, which is what
+        the initialiser gives it on average.
+        """
+        modulus, phase = eigenvalues.abs().clamp_min(SMALLEST), eigenvalues.angle().remainder(2 * math.pi)
+        gamma = (1 - modulus.square()).sqrt()
+        B = B / gamma[:, None]
+        norm = B.norm(dim=1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        return {
+            "nu_log": (-modulus.log()).log(),
+            "theta_log": phase.clamp_min(SMALLEST).log(),
+            "gamma_log": gamma.log(),
+            "B": torch.view_as_real(B / norm[:, None]),
+            "C": torch.view_as_real(C * norm),
+        }
+
+    def initialise(self, r_min: float, r_max: float, max_phase: float) -> None:
+        """Eigenvalues uniform on a ring, inputs normalised, as in arXiv 2303.06349, section 3."""
+        u, v = torch.rand(self.state_size), torch.rand(self.state_size)
+        squared_modulus = u * (r_max**2 - r_min**2) + r_min**2
+        init.copy_(self.nu_log, (-0.5 * squared_modulus.log()).log())
+        init.copy_(self.theta_log, (max_phase * v).clamp_min(SMALLEST).log())
+        init.copy_(self.gamma_log, (1 - squared_modulus).sqrt().log())
+        init.normal_(self.B, std=1 / math.sqrt(2 * self.B.shape[1]))
+        init.normal_(self.C, std=1 / math.sqrt(self.state_size))
+        init.normal_(self.D)
+
+    def _eigenvalues(self, dtype: torch.dtype) -> Tensor:
+        return torch.polar((-self.nu_log.to(dtype).exp()).exp(), self.theta_log.to(dtype).exp())
+
+
+class LRUBlock(GradientCheckpointingLayer):
+    """Norm, LRU, GELU, gated linear unit, dropout, residual."""
+
+    def __init__(self, config: LRUConfig, layer_idx: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = LRUMixer(config, layer_idx)
+        self.gate = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(batch, L, H) to the same; positions where `mask` (batch, L, 1) is 0 put nothing into the state."""
+        u = self.norm(hidden_states)
+        u = u if mask is None else u * mask
+        return hidden_states + self.dropout(F.glu(self.gate(F.gelu(self.mixer(u)))))
+
+
+class LRUPreTrainedModel(PreTrainedModel):
+    """Base of the LRU models."""
+
+    config_class = LRUConfig
+    base_model_prefix = "model"
+    main_input_name = "input_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("LRUBlock",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LRUMixer):
+            module.initialise(self.config.r_min, self.config.r_max, self.config.max_phase)
+        elif isinstance(module, nn.Linear):
+            init.lecun_normal_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        else:
+            super()._init_weights(module)
+
+
+class LRUModel(LRUPreTrainedModel):
+    """Embedding or linear encoder, then the blocks."""
+
+    def __init__(self, config: LRUConfig):
+        super().__init__(config)
+        if config.vocab_size is None:
+            self.encoder = nn.Linear(config.num_channels, config.hidden_size)
+        else:
+            self.encoder = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LRUBlock(config, index) for index in range(config.num_hidden_layers))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Hidden states (batch, L, H) of a sequence of tokens or of values.
+
+        Args:
+            input_ids: (batch, L), for a model with a `vocab_size`.
+            input_values: (batch, L, num_channels), or (batch, L) for one channel; for a model without.
+            attention_mask: 1 for positions that count, 0 for padding, (batch, L).
+
+        Raises:
+            ValueError: none or both of the inputs, or the one that the model was not built for.
+        """
+        expected = "input_values" if self.config.vocab_size is None else "input_ids"
+        given = {"input_ids": input_ids, "input_values": input_values}
+        inputs = given.pop(expected)
+        if inputs is None or any(other is not None for other in given.values()):
+            raise ValueError(f"this model takes {expected} (vocab_size = {self.config.vocab_size}), and only them.")
+        if expected == "input_values":
+            inputs = inputs.unsqueeze(-1) if inputs.ndim == 2 else inputs
+            inputs = inputs.to(self.encoder.weight.dtype)
+        hidden_states = self.encoder(inputs)
+        mask = None if attention_mask is None else attention_mask.unsqueeze(-1).to(hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class LRUForSequenceClassification(LRUPreTrainedModel):
+    """LRU, mean over the positions, linear head."""
+
+    def __init__(self, config: LRUConfig):
+        super().__init__(config)
+        self.model = LRUModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Logits (batch, num_labels), and the loss where `labels` (batch,) are given; inputs as in `LRUModel`."""
+        hidden_states = self.model(input_ids, input_values, attention_mask).last_hidden_state
+        if attention_mask is None:
+            pooled = hidden_states.mean(1)
+        else:
+            weight = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
+            pooled = (hidden_states * weight).sum(1) / weight.sum(1).clamp_min(1)
+        logits = self.classifier(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutput(loss=loss, logits=logits)

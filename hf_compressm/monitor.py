@@ -1,0 +1,60 @@
+"""Watches the singular values through training: how far they moved, and how far Weyl's theorem allowed them to."""
+
+import time
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from .calibration import undisturbed
+from .config import CompreSSMConfig
+from .engines import unwrap
+from .hankel import weyl_bound
+from .history import Observation
+from .kernels import scan_installed
+from .layouts import state_sizes
+from .reduction import analyze_states, calibration_batches
+
+
+class StateMonitor:
+    """Makes observations, each compared with the last one made at the same sizes. The model is not disturbed."""
+
+    def __init__(self):
+        self._last: Observation | None = None
+        self._last_gramians: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def observe(
+        self, model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig, step: int
+    ) -> Observation:
+        """Measure the spectrum of every layer.
+
+        Args:
+            batches: as for `analyze`; an LRU needs none.
+            config: what to measure with: the criterion, and the number of calibration batches.
+            step: optimizer steps done.
+        """
+        started = time.perf_counter()
+        model = unwrap(model)
+        statistics_batches, _ = calibration_batches(model, batches, config)
+        with undisturbed(model), scan_installed():
+            analysis = analyze_states(model, statistics_batches, config)
+            spectra = [spectrum.cpu() for spectrum in analysis.hankel_singular_values().values()]
+            gramians = analysis.gramians()
+        sizes = list(state_sizes(model).values())
+        comparable = self._last is not None and self._last.state_sizes == sizes
+        observation = Observation(
+            step=step,
+            state_sizes=sizes,
+            movement=self._movement(spectra) if comparable else None,
+            weyl_bound=self._weyl_bounds(gramians) if comparable and gramians else None,
+            seconds=time.perf_counter() - started,
+            hankel_singular_values=spectra,
+        )
+        self._last, self._last_gramians = observation, gramians
+        return observation
+
+    def _movement(self, spectra: list[Tensor]) -> list[float]:
+        before = self._last.hankel_singular_values
+        return [float((now - then).abs().max()) for now, then in zip(spectra, before, strict=True)]
+
+    def _weyl_bounds(self, gramians: dict[int, tuple[Tensor, Tensor]]) -> list[float]:
+        return [float(weyl_bound(*self._last_gramians[index], *now)) for index, now in gramians.items()]

@@ -1,0 +1,79 @@
+"""Time-invariant models: Hankel singular values from the weights alone, and balanced truncation."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import Batch
+from .config import CompreSSMConfig
+from .criteria import choose_states
+from .hankel import BalancingTransformation, balancing_transformation, diagonal_gramians, diagonalize, project
+from .layouts import layout_of, state_layers, state_size
+from .measurement import parameter_names
+from .selection import seeded_generator
+from .surgery import Plan, Projection, Selection
+
+
+class TimeInvariantAnalysis:
+    """The balanced form of every layer; a plan keeps some of the balanced states and makes the result diagonal again.
+
+    Exact, and without data. A layer's output is the real part of Re(C h), so the error bound of the complex system
+    (λ, γB, C) holds for it too. Asked for more states than can be told from round-off, a layer gets idle ones in
+    their place.
+
+    Attributes:
+        criterion: "hankel".
+        compensate: False; balanced truncation has nothing to make up for.
+        tokens: 0.
+        energies: layer → Hankel singular values, (N,), descending: the energies of the balanced states.
+    """
+
+    criterion, compensate, tokens = "hankel", False, 0
+
+    def __init__(self, model: nn.Module, batches: list[Batch], config: CompreSSMConfig):
+        self.model, self.config = model, config
+        self.systems = {index: mixer.system() for index, mixer in state_layers(model).items()}
+        self.energies = {index: balancing.sigma for index, balancing in self._balancing.items()}
+
+    def hankel_singular_values(self) -> dict[int, Tensor]:
+        """Layer → σ, (N,), descending."""
+        return self.energies
+
+    def gramians(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer → (P, Q), (N, N) each."""
+        return {index: diagonal_gramians(*system) for index, system in self.systems.items()}
+
+    def plan(self, sizes: dict[int, int]) -> Plan:
+        """What becomes of each layer at these sizes; a layer that keeps its size stays as it is.
+
+        Raises:
+            ValueError: a truncated layer has no diagonal form that floating point could hold.
+        """
+        layers = state_layers(self.model)
+        return {index: self._truncated(index, layers[index], size) for index, size in sizes.items()}
+
+    def overrides(self, plan: Plan) -> dict[str, Tensor]:
+        """Parameter name → value, for the layers that the plan cuts."""
+        layers, names = state_layers(self.model), parameter_names(self.model)
+        return {
+            names[old]: entry.tensors[path].to(old)
+            for index, entry in plan.items()
+            if isinstance(entry, Projection)
+            for path, old in ((path, layers[index].get_parameter(path)) for path in entry.tensors)
+        }
+
+    @cached_property
+    def _balancing(self) -> dict[int, BalancingTransformation]:
+        return {index: balancing_transformation(*gramians) for index, gramians in self.gramians().items()}
+
+    def _truncated(self, index: int, mixer: nn.Module, size: int) -> Selection | Projection:
+        sigma, right, left, _ = self._balancing[index]
+        if size == state_size(mixer, layout_of(self.model)):
+            return Selection(torch.arange(size))
+        generator = seeded_generator(self.config.calibration_seed, index)
+        keep = choose_states(sigma, size, self.config.selection, generator)
+        eigenvalues, B, C = diagonalize(*project(*self.systems[index], left[keep], right[:, keep]))
+        if not eigenvalues.abs().max() < 1:
+            raise ValueError(f"layer {index}: cut to {size} states it would be unstable; nothing was changed.")
+        return Projection(keep, mixer.parameters_of(eigenvalues, B, C))
