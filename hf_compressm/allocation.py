@@ -59,14 +59,13 @@ class _Candidates:
     """
 
     def __init__(self, config: CompreSSMConfig, energies: dict[int, Tensor], uniform: bool):
-        self.config, self.energies = config, energies
+        self.config, self.uniform = config, uniform
         self.whole = {index: len(energy) for index, energy in energies.items()}
         if uniform:
             self.steps = range(config.round_up(1), max(self.whole.values()), config.multiple_of)
         else:
-            shares = {share for energy in energies.values() for share in _discarded_shares(energy)}
-            self.steps = sorted(shares, reverse=True)
-        self.uniform = uniform
+            self.shares = {index: _tail_shares(energy) for index, energy in energies.items()}
+            self.steps = sorted({share for shares in self.shares.values() for share in shares[1:]}, reverse=True)
 
     def __len__(self) -> int:
         return len(self.steps) + 1
@@ -75,16 +74,16 @@ class _Candidates:
         if position == len(self.steps):
             return self.whole
         step = self.steps[position]
-        return (
-            dict.fromkeys(self.whole, step) if self.uniform else _by_tolerance(self.config, self.energies, False, step)
-        )
+        if self.uniform:
+            return dict.fromkeys(self.whole, step)
+        ranks = {index: sum(share > step for share in shares) for index, shares in self.shares.items()}
+        return {index: min(self.config.round_up(rank), self.whole[index]) for index, rank in ranks.items()}
 
 
-def _discarded_shares(energy: Tensor) -> list[float]:
-    """The tolerances at which this layer's rank changes, in (0, 1)."""
+def _tail_shares(energy: Tensor) -> list[float]:
+    """The share of the energy that is lost by keeping r states, for r = 0 … N - 1, descending."""
     tails = energy.sort().values.cumsum(0)
-    shares = (tails / tails[-1]).tolist()
-    return [share for share in shares if 0 < share < 1]
+    return (tails / tails[-1].clamp_min(1e-300)).flip(0).tolist()
 
 
 def _smallest_within_budget(

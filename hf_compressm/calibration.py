@@ -15,14 +15,17 @@ SEQUENCES = ("input_ids", "input_values")
 MODEL_INPUTS = (*SEQUENCES, "attention_mask", "labels")
 
 
-def take_batches(batches: Iterable[dict], count: int) -> list[Batch]:
-    """The first `count` batches, each with `labels`; without labels, the tokens that are not padding are their own.
+def take_batches(batches: Iterable[dict], count: int, own_labels: bool = True) -> list[Batch]:
+    """The first `count` batches, each with `labels`.
+
+    Args:
+        own_labels: in a batch without labels, the tokens that are not padding are their own, as for a language model.
 
     Raises:
         ValueError: fewer batches than asked for, a batch without a sequence, or one with nothing to predict.
     """
     with preserved_random_state():  # a DataLoader draws a seed when it starts
-        taken = [_checked(batch, position) for position, batch in enumerate(islice(iter(batches), count))]
+        taken = [_checked(batch, i, own_labels) for i, batch in enumerate(islice(iter(batches), count))]
     if len(taken) < count:
         raise ValueError(
             f"the calibration data ended after {len(taken)} batches, {count} are needed: give more data (the callback "
@@ -60,6 +63,8 @@ def is_stream(dataset) -> bool:
 def prediction_count(batch: Batch) -> int:
     """Number of predictions that the loss of this batch averages over: next tokens, or a label for each sequence."""
     labels = batch["labels"]
+    if labels.is_floating_point():
+        return len(labels)
     return int(((labels[:, 1:] if labels.ndim > 1 else labels) != -100).sum())
 
 
@@ -88,14 +93,12 @@ def preserved_random_state() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def _checked(batch: dict, position: int) -> Batch:
-    batch_with_labels = _with_labels({name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None})
-    if "labels" not in batch_with_labels or not any(name in batch_with_labels for name in SEQUENCES):
-        raise ValueError(
-            f"calibration batch {position} has {sorted(batch)}; it needs input_ids (and may have labels), or "
-            "input_values and labels."
-        )
-    batch = batch_with_labels
+def _checked(given: dict, position: int, own_labels: bool) -> Batch:
+    batch = {name: given[name] for name in MODEL_INPUTS if given.get(name) is not None}
+    batch = _with_labels(batch) if own_labels else batch
+    if "labels" not in batch or not any(name in batch for name in SEQUENCES):
+        wanted = "input_ids (and may have labels)" if own_labels else "input_ids or input_values, and labels"
+        raise ValueError(f"calibration batch {position} has {sorted(given)}; it needs {wanted}.")
     if prediction_count(batch) == 0:
         raise ValueError(f"calibration batch {position} has no token to predict: all its labels are -100.")
     return batch

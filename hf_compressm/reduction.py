@@ -77,15 +77,12 @@ class StateReport:
     @property
     def energy_discarded(self) -> dict[int, float]:
         """Layer → share of the state energy that the plan drops."""
-        return {
-            index: float(1 - self.energies[index][keep].sum() / self.energies[index].sum())
-            if self._cuts(index)
-            else 0.0
-            for index, keep in self.keep.items()
-        }
-
-    def _cuts(self, index: int) -> bool:
-        return len(self.keep[index]) < self.state_sizes_before[index]
+        shares = {}
+        for index, keep in self.keep.items():
+            energy = self.energies[index]
+            cut = len(keep) < len(energy)
+            shares[index] = float(1 - energy[keep].sum() / energy.sum().clamp_min(1e-300)) if cut else 0.0
+        return shares
 
     def __str__(self) -> str:
         rows = ["layer  N before  N after  energy discarded"]
@@ -250,6 +247,6 @@ def calibration_batches(
     device = next(model.parameters()).device
     taken = [
         {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches)
+        for batch in take_batches(batches, config.calibration_batches, own_labels=selective)
     ]
     return (taken[0::2], taken[1::2]) if selective else ([], taken)

@@ -7,6 +7,6 @@ from .modeling_lru import LRUForSequenceClassification, LRUModel, LRUPreTrainedM
 
 __all__ = ["LRUConfig", "LRUForSequenceClassification", "LRUModel", "LRUPreTrainedModel"]
 
-AutoConfig.register(LRUConfig.model_type, LRUConfig)
-AutoModel.register(LRUConfig, LRUModel)
-AutoModelForSequenceClassification.register(LRUConfig, LRUForSequenceClassification)
+AutoConfig.register(LRUConfig.model_type, LRUConfig, exist_ok=True)
+AutoModel.register(LRUConfig, LRUModel, exist_ok=True)
+AutoModelForSequenceClassification.register(LRUConfig, LRUForSequenceClassification, exist_ok=True)

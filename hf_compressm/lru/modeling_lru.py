@@ -35,14 +35,15 @@ class LRUMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(H))
 
     def forward(self, u: Tensor) -> Tensor:
-        """Inputs to outputs, (batch, L, H) each; computed in float32 whatever the autocast."""
+        """Inputs to outputs, (batch, L, H) each; computed in float32 at least, whatever the autocast."""
+        dtype = torch.promote_types(self.nu_log.dtype, torch.float32)
         with torch.autocast(u.device.type, enabled=False):
-            inputs = u.to(self.nu_log.dtype).float()
-            B = self.B.float() * self.gamma_log.float().exp()[:, None, None]
+            inputs = u.to(dtype)
+            B = self.B.to(dtype) * self.gamma_log.to(dtype).exp()[:, None, None]
             drive = F.linear(inputs, B.transpose(1, 2).flatten(0, 1)).unflatten(-1, (-1, 2))  # (batch, L, N, 2)
-            states = linear_recurrence(self._eigenvalues(torch.float32), torch.view_as_complex(drive))
-            C = self.C.float() * self.C.new_tensor([1.0, -1.0], dtype=torch.float32)  # Re(C h) = C_re h_re - C_im h_im
-            outputs = F.linear(torch.view_as_real(states).flatten(-2), C.flatten(1)) + self.D.float() * inputs
+            states = linear_recurrence(self._eigenvalues(dtype), torch.view_as_complex(drive))
+            C = self.C.to(dtype) * self.C.new_tensor([1.0, -1.0], dtype=dtype)  # Re(C h) = C_re h_re - C_im h_im
+            outputs = F.linear(torch.view_as_real(states).flatten(-2), C.flatten(1)) + self.D.to(dtype) * inputs
         return outputs.to(u.dtype)
 
     def system(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,194 @@
+"""What the theory costs: the analysis of Linear Recurrent Units, and Hankel regularisation beside it.
+
+    python scripts/benchmark_analysis.py                 # both, about ten minutes on two CPU cores
+    python scripts/benchmark_analysis.py analysis --state_sizes 64 128 256
+    python scripts/benchmark_analysis.py regulariser --device cuda
+
+`analysis`: one `analyze` of a 6-layer model, from its weights alone: time against N, and peak memory at N = 384.
+`regulariser`: a training step with and without the Hankel nuclear norm in the loss, computed in three ways (as it is
+written down, with the Gramians in closed form, and by this package), against four analyses with their surgery in the
+whole run. What is compared runs in turn, in one process.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, analyze, compress
+from hf_compressm.hankel import diagonal_gramians, hankel_nuclear_norm
+from hf_compressm.history import write_aside
+from hf_compressm.layouts import state_layers
+from hf_compressm.plotting import save_figure
+
+WEIGHT = 1e-3  # of the regulariser; its cost does not depend on it
+
+
+def norm_as_written(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Σ sqrt(eig(P Q)) with both Lyapunov equations solved for a dense A, all of it differentiated."""
+    A = torch.diag(eigenvalues)
+    P, Q = _lyapunov(A, B @ B.mH), _lyapunov(A.mH, C.mH @ C)
+    return torch.linalg.eigvals(P @ Q).real.clamp_min(1e-12).sqrt().sum()
+
+
+def norm_with_closed_gramians(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Σ sqrt(eig(P Q)) with the Gramians of a diagonal system in closed form."""
+    P, Q = diagonal_gramians(eigenvalues, B, C)
+    return torch.linalg.eigvals(P @ Q).real.clamp_min(1e-12).sqrt().sum()
+
+
+def _lyapunov(A: Tensor, right_side: Tensor) -> Tensor:
+    """X = A X Aᴴ + right_side by doubling, differentiable; 16 doublings reach |λ| = 0.999."""
+    for _ in range(16):
+        right_side, A = right_side + A @ right_side @ A.mH, A @ A
+    return right_side
+
+
+NORMS = {
+    "as written": norm_as_written,
+    "closed-form Gramians": norm_with_closed_gramians,
+    "closed form and gradient (this package)": hankel_nuclear_norm,
+}
+
+
+def build(layers: int, hidden_size: int, state_size: int, device: str) -> LRUForSequenceClassification:
+    """A model with random weights: the cost does not depend on them."""
+    torch.manual_seed(0)
+    config = LRUConfig(num_hidden_layers=layers, hidden_size=hidden_size, state_size=state_size, num_labels=10)
+    return LRUForSequenceClassification(config).to(device)
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronise()
+    started = time.perf_counter()
+    function()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def study_analysis(options: argparse.Namespace) -> dict:
+    """Seconds of one `analyze` by N."""
+    seconds = {}
+    for size in options.state_sizes:
+        model = build(6, 512, size, options.device)
+        runs = [
+            timed(lambda m=model: analyze(m, None, CompreSSMConfig(tolerance=0.1)), options.device) for _ in range(4)
+        ]
+        seconds[size] = median(runs[1:])
+        print(f"6 layers, N = {size:4d}: {seconds[size]:7.2f} s per analysis", flush=True)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        before, peak = pool.submit(memory_of_one_analysis, 384, options.threads).result()
+    print(f"6 layers, N = 384: {peak - before:.0f} MiB of memory beyond the model's process ({before:.0f} MiB)")
+    return {"seconds": seconds, "mebibytes": peak - before}
+
+
+def memory_of_one_analysis(state_size: int, threads: int) -> tuple[float, float]:
+    """Peak resident memory of a process before and after one analysis, on the CPU, in MiB."""
+    torch.set_num_threads(threads)
+    model = build(6, 512, state_size, "cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    analyze(model, None, CompreSSMConfig(tolerance=0.1))
+    return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def study_regulariser(options: argparse.Namespace) -> dict:
+    """Seconds per training step with each regulariser, and of our four events."""
+    model = build(1, 8, options.state_size, options.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    values = torch.rand(50, options.length, 1, device=options.device)
+    labels = torch.randint(10, (50,), device=options.device)
+
+    def step(norm: Callable | None) -> None:
+        loss = model(input_values=values, labels=labels).loss
+        if norm is not None:
+            loss = loss + WEIGHT * sum(norm(*mixer.system()) for mixer in state_layers(model).values()).to(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    runs = {"none": None} | NORMS
+    seconds = {name: [] for name in runs}
+    for i in range(options.rounds + 1):  # the first round warms up
+        for name, norm in runs.items():
+            took = timed(lambda norm=norm: step(norm), options.device)
+            if i:
+                seconds[name].append(took)
+    medians = {name: median(values) for name, values in seconds.items()}
+    event = median(timed(lambda: one_event(options), options.device) for _ in range(3))
+    plain = options.steps * medians["none"]
+    added = {name: options.steps * (medians[name] - medians["none"]) for name in NORMS} | {"four cuts": 4 * event}
+    print(f"1 layer, N = {options.state_size}, H = 8, L = {options.length}, batch 50, {options.steps:,} steps")
+    print("| | per step, ms | added to the run | share of the run |\n|---|---|---|---|")
+    print(f"| no reduction | {1000 * medians['none']:.1f} | | ({plain / 3600:.2f} h) |")
+    for name in NORMS:
+        print(
+            f"| nuclear norm, {name} | {1000 * medians[name]:.1f} | {added[name]:,.0f} s | {added[name] / plain:.1%} |"
+        )
+    print(f"| four cuts in training | as without, then faster | {4 * event:.1f} s | {4 * event / plain:.3%} |")
+    return {"seconds_per_step": medians, "seconds_of_one_cut": event, "seconds_added": added, "seconds_without": plain}
+
+
+def one_event(options: argparse.Namespace) -> None:
+    """Analysis and surgery, without any loss measured."""
+    model = build(1, 8, options.state_size, options.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    compress(model, analyze(model, None, CompreSSMConfig(tolerance=0.02)), optimizer)
+
+
+def plot_cost(seconds: dict[int, float]) -> Figure:
+    """Time of an analysis against N, both logarithmic, with the slope of N³ beside it."""
+    figure = Figure(figsize=(5, 3.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    sizes = sorted(seconds)
+    axes.loglog(sizes, [seconds[size] for size in sizes], "o-", label="analysis of 6 layers")
+    last = sizes[-1]
+    axes.loglog(sizes, [seconds[last] * (size / last) ** 3 for size in sizes], "--", color="grey", label="∝ N³")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("state size N")
+    axes.set_ylabel("time (s)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=["analysis", "regulariser", "both"], default="both")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    parser.add_argument("--state_sizes", type=int, nargs="+", default=[32, 64, 128, 256, 384, 512, 1024])
+    parser.add_argument("--state_size", type=int, default=256, help="regulariser: N")
+    parser.add_argument("--length", type=int, default=784, help="regulariser: sequence length L")
+    parser.add_argument(
+        "--steps", type=int, default=200_000, help="regulariser: steps of the whole run, the paper's sMNIST"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="regulariser: timed steps of each kind")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark_analysis"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    results = {}
+    if options.study in ("analysis", "both"):
+        results["analysis"] = study_analysis(options)
+        save_figure(plot_cost(results["analysis"]["seconds"]), options.output_dir / "analysis.png")
+    if options.study in ("regulariser", "both"):
+        results["regulariser"] = study_regulariser(options)
+    write_aside(
+        options.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n")
+    )
+    print(f"\nWritten to {options.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
