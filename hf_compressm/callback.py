@@ -118,24 +118,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         """Observe and cut, whatever is due."""
-        step = state.global_step
-        if self.schedule.monitor_steps and step % self.schedule.monitor_steps == 0:
-            batches = self._calibration_batches(args, step, train_dataloader)
-            observation = self._monitor.observe(model, batches, self.config, step)
-            self.history.observations.append(observation)
-            if state.is_world_process_zero:
-                tqdm.write(_observed(observation, state))
-        if step in self._event_steps:
-            started = time.perf_counter()
-            events_left = len(self._event_steps) - self._event_steps.index(step)
-            size = max(state_sizes(unwrap(model)).values())
-            config = self.config.for_event(size, events_left, self.history.loss_spent)
-            report = analyze(model, self._calibration_batches(args, step, train_dataloader), config)
-            event = compress(model, report, optimizer, step=step)
-            event.seconds = time.perf_counter() - started
-            self.history.events.append(event)
-            if state.is_world_process_zero:
-                tqdm.write(_announced(report, state))
+        if self.schedule.monitor_steps and state.global_step % self.schedule.monitor_steps == 0:
+            self._observe(args, state, model, train_dataloader)
+        if state.global_step in self._event_steps:
+            self._cut(args, state, model, optimizer, train_dataloader)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Put the history beside the weights."""
@@ -184,6 +170,26 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 f"By step {state.global_step} cuts were due after steps {due}; the history has them at {done}."
             )
         state.stateful_callbacks[name] = self.state()
+
+    def _observe(self, args: TrainingArguments, state: TrainerState, model, train_dataloader) -> None:
+        needs_data = isinstance(layout_of(unwrap(model)), SelectiveLayout)
+        batches = self._calibration_batches(args, state.global_step, train_dataloader) if needs_data else None
+        observation = self._monitor.observe(model, batches, self.config, state.global_step)
+        self.history.observations.append(observation)
+        if state.is_world_process_zero:
+            tqdm.write(_observed(observation, state))
+
+    def _cut(self, args: TrainingArguments, state: TrainerState, model, optimizer, train_dataloader) -> None:
+        started = time.perf_counter()
+        events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
+        size = max(state_sizes(unwrap(model)).values())
+        config = self.config.for_event(size, events_left, self.history.loss_spent)
+        report = analyze(model, self._calibration_batches(args, state.global_step, train_dataloader), config)
+        event = compress(model, report, optimizer, step=state.global_step)
+        event.seconds = time.perf_counter() - started
+        self.history.events.append(event)
+        if state.is_world_process_zero:
+            tqdm.write(_announced(report, state))
 
     def _check_calibration(self, args: TrainingArguments, train_dataloader) -> None:
         """Draw once in advance: missing data is noticed now, and a stream is read before training reads it."""

@@ -79,13 +79,19 @@ def gramians(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
         raise ValueError(f"A must be square, (..., N, N); got {tuple(A.shape)}.")
     _check_shapes(A.shape[-1], B, C)
+    if not torch.isfinite(A).all():
+        raise ValueError("A holds NaN or Inf.")
     _check_stable(torch.linalg.eigvals(A))
     P, Q = B @ B.mH, C.mH @ C
-    while A.abs().amax() > EPSILON:
-        P, Q, A = P + A @ P @ A.mH, Q + A.mH @ Q @ A, A @ A
-    if not (torch.isfinite(P).all() and torch.isfinite(Q).all()):
-        raise ValueError("the powers of A overflow before they decay: A is too far from normal. Rescale its states.")
-    return P, Q
+    while True:
+        more_P, more_Q = A @ P @ A.mH, A.mH @ Q @ A
+        P, Q, A = P + more_P, Q + more_Q, A @ A
+        if not all(torch.isfinite(matrix).all() for matrix in (P, Q, A)):
+            raise ValueError(
+                "the powers of A overflow before they decay: A is too far from normal. Rescale its states."
+            )
+        if not (A.abs() > EPSILON).any() and _is_negligible(more_P, P) and _is_negligible(more_Q, Q):
+            return P, Q
 
 
 def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
@@ -148,7 +154,7 @@ def balanced_truncation(eigenvalues: Tensor, B: Tensor, C: Tensor, rank: int) ->
     """
     eigenvalues, B, C = _in_double(eigenvalues, B, C)
     balancing = balancing_transformation(*diagonal_gramians(eigenvalues, B, C))
-    largest = int(balancing.rank.min()) if balancing.rank.numel() else eigenvalues.shape[-1]
+    largest = int(balancing.rank.min()) if balancing.rank.numel() else eigenvalues.shape[-1]  # an empty batch
     if not 1 <= rank <= largest:
         raise ValueError(
             f"rank = {rank}; allowed: 1 … {largest}. Of the system's {eigenvalues.shape[-1]} states, {largest} can be "
@@ -159,7 +165,8 @@ def balanced_truncation(eigenvalues: Tensor, B: Tensor, C: Tensor, rank: int) ->
 
 def project(eigenvalues: Tensor, B: Tensor, C: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(left Λ right, left B, C right) of a diagonal system: (..., r, r), (..., r, H_in), (..., H_out, r)."""
-    return (left * eigenvalues.unsqueeze(-2)) @ right, left.to(B.dtype) @ B, C @ right.to(C.dtype)
+    eigenvalues, B, C, left, right = _in_double(eigenvalues, B, C, left, right)
+    return (left * eigenvalues.unsqueeze(-2)) @ right, left @ B, C @ right
 
 
 def diagonalize(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +258,7 @@ def weyl_bound(P: Tensor, Q: Tensor, P_next: Tensor, Q_next: Tensor) -> Tensor:
 
 
 def hankel_nuclear_norm(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Σσ, the Hankel nuclear norm of a diagonal system, differentiable: a regulariser that favours few states.
+    """Σσ, the Hankel nuclear norm of a diagonal system, differentiable once: a regulariser that favours few states.
 
     Uses dΣσ = ½ tr(T⁻ᴴ T⁻¹ dP) + ½ tr(T Tᴴ dQ), so neither a Lyapunov solver nor the eigenvalues of P Q are
     differentiated, and repeated or vanishing σ do no harm.
@@ -279,6 +286,8 @@ class _NuclearNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("hankel_nuclear_norm has no second derivative: use create_graph=False.")
         return tuple(0.5 * grad[..., None, None] * sensitivity for sensitivity in ctx.saved_tensors)
 
 
@@ -299,11 +308,18 @@ def _check_shapes(state_size: int, B: Tensor, C: Tensor) -> None:
 
 
 def _check_stable(eigenvalues: Tensor) -> None:
-    modulus = eigenvalues.detach().abs().amax()
-    if not modulus < 1:
+    moduli = eigenvalues.detach().abs()
+    if not (moduli < 1).all():
+        modulus = moduli.amax()
         raise ValueError(
             f"the system is unstable: an eigenvalue has modulus {modulus:.6g}, and only below 1 are there Gramians."
         )
+
+
+def _is_negligible(change: Tensor, gramian: Tensor) -> bool:
+    """In every state, in its own unit."""
+    change, energy = (torch.diagonal(matrix, dim1=-2, dim2=-1).abs() for matrix in (change, gramian))
+    return not (change > EPSILON * energy).any()
 
 
 def _equilibrated(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,7 +330,7 @@ def _equilibrated(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     P, Q = _in_double(P, Q)
     reach, sight = (torch.diagonal(gramian, dim1=-2, dim2=-1).real for gramian in (P, Q))
     usable = torch.isfinite(reach) & torch.isfinite(sight) & (reach > 0) & (sight > 0)
-    scale = torch.where(usable, sight, 1.0).div(torch.where(usable, reach, 1.0)).pow(0.25)
+    scale = torch.where(usable, sight, 1.0).pow(0.25) / torch.where(usable, reach, 1.0).pow(0.25)
     rows, columns = scale.unsqueeze(-1), scale.unsqueeze(-2)
     return P * rows * columns, Q / rows / columns, scale
 

@@ -123,6 +123,8 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
     check_config(config, model)
     sizes = state_sizes(model)
     statistics_batches, loss_batches = calibration_batches(model, batches, config)
+    if config.loss_budget is not None and not loss_batches:
+        raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
 
     with undisturbed(model), scan_installed():
         analysis = analyze_states(model, statistics_batches, config)
@@ -241,8 +243,8 @@ def calibration_batches(
     """Batches for statistics and batches for losses, on the model's device."""
     selective = isinstance(layout_of(model), SelectiveLayout)
     if batches is None:
-        if selective or config.loss_budget is not None:
-            raise ValueError("batches = None; calibration batches are needed for this model and configuration.")
+        if selective:
+            raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
         return [], []
     device = next(model.parameters()).device
     taken = [

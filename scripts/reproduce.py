@@ -9,7 +9,7 @@
 Arms: the full size throughout; reduced in training at several tolerances; the sizes so reached, from scratch; the same
 with random and with the smallest states kept; the full model truncated after training; Hankel nuclear-norm
 regularisation, truncated after training. Each run leaves a JSON; a run that has one is not repeated, so a study that
-was interrupted goes on, and the table and the figure come from the JSONs alone.
+was interrupted goes on, and the table and the figures come from the JSONs alone.
 """
 
 import argparse
@@ -40,8 +40,11 @@ from hf_compressm import (
     compress,
 )
 from hf_compressm.hankel import hankel_nuclear_norm
-from hf_compressm.history import save_history, write_aside
+from hf_compressm.history import load_history, save_history, write_aside
 from hf_compressm.layouts import state_layers
+from hf_compressm.plotting import plot_accuracy, plot_trajectories, save_figure
+
+OBSERVATIONS = 100  # of the singular values, in each run that is reduced
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def train(study: Study, run: Run, folder: Path) -> dict:
     set_seed(run.seed)
     sizes = list(run.state_sizes) if run.state_sizes else study.model["state_size"]
     model = LRUForSequenceClassification(LRUConfig(**(study.model | {"state_size": sizes})))
-    callback = reduction_in_training(run)
+    callback = reduction_in_training(study, run)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=study.steps,
@@ -226,12 +229,12 @@ def train(study: Study, run: Run, folder: Path) -> dict:
     }
 
 
-def reduction_in_training(run: Run) -> CompreSSMCallback | None:
-    """The paper's schedule: four attempts in the first tenth of the steps."""
+def reduction_in_training(study: Study, run: Run) -> CompreSSMCallback | None:
+    """The paper's schedule: four attempts in the first tenth of the steps. The singular values are watched all along."""
     if run.tolerance is None and run.target is None:
         return None
     config = CompreSSMConfig(tolerance=run.tolerance, target_state_size=run.target, selection=run.selection)
-    return CompreSSMCallback(config, CompreSSMSchedule(end=0.1, events=4))
+    return CompreSSMCallback(config, CompreSSMSchedule(monitor_steps=max(1, study.steps // OBSERVATIONS)))
 
 
 def truncate(study: Study, run: Run, folder: Path) -> dict:
@@ -399,17 +402,18 @@ def main() -> None:
 
 
 def report(root: Path) -> None:
-    """Print the table, and put it and the figure beside the runs."""
+    """Print the table, and put it and the figures beside the runs."""
     results = [json.loads(file.read_text()) for file in root.glob("*/result.json")]
     if not results:
         sys.exit(f"no results in {root}.")
     rows = summarise(results)
     print(table(rows))
     write_aside(root / "table.md", lambda path: path.write_text(table(rows) + "\n"))
-    from hf_compressm.plotting import plot_accuracy, save_figure
-
     save_figure(plot_accuracy(series(rows)), root / "accuracy.png")
-    print(f"\n{root / 'table.md'}, {root / 'accuracy.png'}")
+    for file in sorted(root.glob("reduced*_seed_0/model/compressm.json")):
+        name = "trajectories " + file.parent.parent.name.rpartition(",_")[2].removesuffix("_seed_0")
+        save_figure(plot_trajectories(load_history(file.parent)), root / f"{name.replace('_', ' ')}.png")
+    print("\n" + ", ".join(str(file) for file in sorted([*root.glob("*.png"), *root.glob("*.md")])))
 
 
 if __name__ == "__main__":

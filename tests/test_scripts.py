@@ -1,4 +1,4 @@
-"""`scripts/pretrain.py` as a user runs it: real text, a real tokenizer, in processes of its own."""
+"""The scripts as a user runs them: real text, a real tokenizer, real digits, in processes of their own."""
 
 import json
 import os
@@ -125,3 +125,55 @@ def test_a_dataset_and_a_tokenizer_are_taken_by_name(finished, tmp_path, verses)
 def test_bad_options_are_refused(tmp_path, options, message):
     failed = pretrain(tmp_path / "run", *options, check=False)
     assert failed.returncode != 0 and message in failed.stderr.splitlines()[-1]
+
+
+def reproduce(folder, *more, check=True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "digits", "--output_dir", str(folder), *more]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "digits"
+    return folder, reproduce(folder, "--max_steps", "40", "--seeds", "0").stdout
+
+
+def test_a_study_runs_every_arm_and_tells_what_came_out(study):
+    folder, output = study
+    results = [json.loads(file.read_text()) for file in folder.glob("*/result.json")]
+    by_arm = {result["arm"]: result for result in results}
+    assert len(by_arm) == len(results) == 18
+    reduced = by_arm["reduced in training, τ = 0.1"]["state_sizes"]
+    assert reduced[0] < by_arm["full"]["state_sizes"][0] == 64
+    for arm in ("scratch, as τ = 0.1", "truncated after training, as τ = 0.1", "random kept, as τ = 0.1"):
+        assert by_arm[arm]["state_sizes"] == reduced
+    assert all(0 < result["accuracy"] < 1 for result in results)
+    assert all(f"| {arm} |" in output for arm in by_arm)
+    assert (folder / "accuracy.png").stat().st_size > 10_000
+
+
+def test_a_finished_study_is_not_run_again_but_reported(study):
+    folder, output = study
+    times = {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
+    again = reproduce(folder, "--max_steps", "40", "--seeds", "0").stdout
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    tables = [[line for line in text.splitlines() if line.startswith("|")] for text in (output, again)]
+    assert tables[0] == tables[1] and len(tables[0]) == 20
+    other = reproduce(folder, "--max_steps", "41", "--seeds", "0", check=False)
+    assert other.returncode != 0 and "was made with other settings" in other.stderr
+
+
+def test_the_cost_of_the_theory_is_measured(tmp_path):
+    options = ["--state_sizes", "8", "16", "--state_size", "16", "--length", "16", "--rounds", "1", "--threads", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "benchmark_analysis.py"),
+        *options,
+        "--output_dir",
+        str(tmp_path),
+    ]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["analysis"]["seconds"].keys() == {"8", "16"}
+    assert len(results["regulariser"]["seconds_per_step"]) == 4 and "| four cuts in training |" in output
+    assert (tmp_path / "analysis.png").stat().st_size > 5_000

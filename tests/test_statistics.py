@@ -1,4 +1,4 @@
-"""What the states of a layer do, how they are scored and what rank that asks for: all against dense references."""
+"""What the states of a layer do and how they are scored: all against dense references."""
 
 from dataclasses import fields
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from hf_compressm.criteria import CRITERIA, LayerStates
-from hf_compressm.hankel import hankel_singular_values, truncation_rank
 from hf_compressm.selective import (
     RIDGE,
     SAMPLED_CHANNELS,
@@ -347,117 +346,3 @@ def test_dropping_a_combination_of_kept_states_costs_nothing_once_compensated():
 def test_compensation_survives_dead_and_collinear_states(copies):
     row = normal(1, 7) * (copies - 1)  # all zero, or of rank one
     assert torch.isfinite(compensation(row.mT @ row, KEEP)).all()
-
-
-# Hankel singular values
-
-
-def random_gramians(size, batch=(), dtype=torch.float64):
-    """P and Q of a stable diagonal system with one input and output, and σ from the definition."""
-    parts = [normal(*batch, size, seed=seed) for seed in range(6)]
-    a = 0.5 * torch.tanh(parts[0]).to(dtype)
-    b, c = parts[1].to(dtype), parts[2].to(dtype)
-    if dtype.is_complex:
-        a, b, c = a * torch.exp(1j * parts[3]), b + 1j * parts[4], c + 1j * parts[5]
-    P = b.unsqueeze(-1) * b.conj().unsqueeze(-2) / (1 - a.unsqueeze(-1) * a.conj().unsqueeze(-2))
-    Q = c.conj().unsqueeze(-1) * c.unsqueeze(-2) / (1 - a.conj().unsqueeze(-1) * a.unsqueeze(-2))
-    powers = torch.arange(60)
-    impulse = (c * b).unsqueeze(-1) * a.unsqueeze(-1) ** powers  # c a^k b; the rest is below 1e-17
-    impulse = F.pad(impulse.sum(-2), (0, 59))
-    hankel_matrix = torch.stack([impulse[..., i : i + 60] for i in range(60)], -2)
-    return P, Q, torch.linalg.svdvals(hankel_matrix)[..., :size]
-
-
-def test_balanced_gramians_have_their_diagonal_as_spectrum():
-    diagonal = torch.tensor([0.5, 3.0, 1e-3, 0.0, 2.0], dtype=torch.float64)
-    sigma = hankel_singular_values(torch.diag(diagonal), torch.diag(diagonal))
-    torch.testing.assert_close(sigma, diagonal.sort(descending=True).values, rtol=1e-12, atol=1e-15)
-
-
-def test_a_scalar_system_has_the_known_value():
-    a, b, c = 0.9, -2.0, 3.0
-    P, Q = (torch.tensor([[v * v / (1 - a * a)]], dtype=torch.float64) for v in (b, c))
-    assert hankel_singular_values(P, Q).item() == pytest.approx(abs(b * c) / (1 - a * a), rel=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("batch", [(), (2, 3)])
-def test_they_are_the_singular_values_of_the_hankel_matrix(batch, dtype):
-    P, Q, expected = random_gramians(5, batch, dtype)
-    sigma = hankel_singular_values(P, Q)
-    assert sigma.shape == (*batch, 5) and sigma.dtype == torch.float64
-    torch.testing.assert_close(sigma, expected, rtol=0, atol=1e-7 * expected.max().item())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_they_do_not_depend_on_the_coordinates_of_the_state(dtype):
-    P, Q, _ = random_gramians(5, dtype=dtype)
-    T = torch.eye(5, dtype=dtype) + 0.3 * normal(5, 5, seed=7)
-    T = T + 0.3j * normal(5, 5, seed=8) if dtype.is_complex else T
-    inverse = torch.linalg.inv(T)
-    sigma, changed = hankel_singular_values(P, Q), hankel_singular_values(T @ P @ T.mH, inverse.mH @ Q @ inverse)
-    torch.testing.assert_close(changed, sigma, rtol=0, atol=1e-7 * sigma[0].item())
-
-
-def test_semi_definite_gramians_give_zeros_and_no_nan():
-    b, Q = normal(7), torch.eye(7, dtype=torch.float64)
-    sigma = hankel_singular_values(torch.outer(b, b), Q)  # its eigenvalues in floating point are partly negative
-    torch.testing.assert_close(sigma[0], b.norm())
-    assert (sigma[1:] >= 0).all() and (sigma[1:] < 1e-7 * sigma[0]).all()
-    assert (hankel_singular_values(torch.zeros(7, 7), Q) == 0).all()
-
-
-@pytest.mark.parametrize("name", ["P", "Q"])
-@pytest.mark.parametrize(
-    ("defect", "message"), [(-1e-3, "indefinite"), (float("nan"), "NaN"), (float("inf"), "NaN or Inf")]
-)
-def test_gramians_that_are_none_are_refused_by_name(name, defect, message):
-    gramians = {key: torch.eye(3, dtype=torch.float64).repeat(2, 1, 1) for key in "PQ"}
-    gramians[name][1, 2, 2] = defect
-    with pytest.raises(ValueError, match=rf"Gramian {name} .*{message}"):
-        hankel_singular_values(**gramians)
-
-
-# Rank
-
-
-def brute_force_rank(sigma, tolerance):
-    total = sum(sigma)
-    return min(r for r in range(1, len(sigma) + 1) if sum(sigma[r:]) <= tolerance * total)
-
-
-@pytest.mark.parametrize("tolerance", [1e-9, 0.01, 0.1, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("size", [1, 2, 7, 33])
-def test_the_rank_is_the_smallest_that_discards_at_most_the_tolerance(size, tolerance):
-    spectra = normal(9, size).exp().pow(3).sort(descending=True).values
-    expected = [brute_force_rank(sigma.tolist(), tolerance) for sigma in spectra]
-    ranks = truncation_rank(spectra, tolerance, min_reduction=0)
-    assert ranks.tolist() == expected and ranks.dtype == torch.int64
-    for sigma, rank in zip(spectra, expected, strict=True):
-        single = truncation_rank(sigma, tolerance, min_reduction=0)
-        assert type(single) is int and single == rank
-
-
-@pytest.mark.parametrize(("tolerance", "rank"), [(0.124, 3), (0.125, 2), (0.249, 2), (0.25, 1)])
-def test_the_share_that_is_discarded_may_equal_the_tolerance(tolerance, rank):
-    assert truncation_rank(torch.tensor([6.0, 1.0, 1.0]), tolerance) == rank
-
-
-@pytest.mark.parametrize(("rank", "expected"), [(1, 1), (18, 18), (19, 20), (20, 20)])
-def test_the_gate_keeps_all_states_unless_enough_would_go(rank, expected):
-    sigma = torch.cat([torch.ones(rank), torch.zeros(20 - rank)])
-    assert truncation_rank(sigma, 1e-6) == expected
-    assert truncation_rank(sigma, 1e-6, min_reduction=0) == rank
-    assert truncation_rank(torch.stack([sigma, sigma]), 1e-6).tolist() == [expected] * 2
-
-
-@pytest.mark.parametrize("tolerance", [0, 1, -0.1, 1.5, float("nan")])
-def test_a_tolerance_that_is_no_share_is_refused(tolerance):
-    with pytest.raises(ValueError, match=r"tolerance must lie in \(0, 1\)"):
-        truncation_rank(torch.tensor([2.0, 1.0]), tolerance)
-
-
-@pytest.mark.parametrize("sigma", [[2.0, float("nan")], [float("inf"), 1.0], [1.0, -1.0], [1.0, 2.0]])
-def test_a_spectrum_that_is_none_is_refused(sigma):
-    with pytest.raises(ValueError, match="finite, not negative and descending"):
-        truncation_rank(torch.tensor(sigma), 0.1)
