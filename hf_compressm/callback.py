@@ -99,7 +99,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._restore_history(state, sizes)
         self._check_calibration(args, train_dataloader)
         check_config(self.config, model)
-        self._monitor = StateMonitor()
+        self._monitor = StateMonitor(self.history.observations[-1] if self.history.observations else None)
         device = next(model.parameters()).device
         if isinstance(layout_of(model), SelectiveLayout) and reference_loop_would_run(device.type):
             logger.warning(

@@ -72,7 +72,8 @@ class Observation:
         step: optimizer steps done.
         state_sizes: N.
         movement: max_i |σ_i' - σ_i| since the last observation at the same sizes; None at the first.
-        weyl_bound: what Weyl's theorem allows it to be, ‖H' - H‖; None where a layer has no Gramians of its own.
+        weyl_bound: what Weyl's theorem allows it to be, ‖H' - H‖; None where layers have no Gramians of their own, and
+            at the first observation after a resume.
         seconds: time of the measurement.
         hankel_singular_values: spectrum, (N,), descending.
     """

@@ -16,10 +16,15 @@ from .reduction import analyze_states, calibration_batches
 
 
 class StateMonitor:
-    """Makes observations, each compared with the last one made at the same sizes. The model is not disturbed."""
+    """Makes observations, each compared with the last one made at the same sizes. The model is not disturbed.
 
-    def __init__(self):
-        self._last: Observation | None = None
+    Args:
+        last: the observation that the first one is compared with, in a run that goes on. Weyl's bound needs the
+            Gramians of both, so it begins with the second.
+    """
+
+    def __init__(self, last: Observation | None = None):
+        self._last = last
         self._last_gramians: dict[int, tuple[Tensor, Tensor]] = {}
 
     def observe(
@@ -45,7 +50,7 @@ class StateMonitor:
             step=step,
             state_sizes=sizes,
             movement=self._movement(spectra) if comparable else None,
-            weyl_bound=self._weyl_bounds(gramians) if comparable and gramians else None,
+            weyl_bound=self._weyl_bounds(gramians) if comparable and self._last_gramians else None,
             seconds=time.perf_counter() - started,
             hankel_singular_values=spectra,
         )
