@@ -232,7 +232,7 @@ def train(study: Study, run: Run, folder: Path) -> dict:
 
 
 def reduction_in_training(study: Study, run: Run) -> CompreSSMCallback | None:
-    """The paper's schedule, four attempts in the first tenth of the steps; the singular values are watched all along."""
+    """The paper's schedule: four attempts in the first tenth of the steps. Singular values are watched all along."""
     if run.tolerance is None and run.target is None:
         return None
     config = CompreSSMConfig(tolerance=run.tolerance, target_state_size=run.target, selection=run.selection)

@@ -15,9 +15,10 @@ import hf_compressm
 # Imports run one way: a file may import from those before it.
 ORDER = """
     hankel kernels.torch_scan selective criteria kernels.dispatch kernels layouts config engines optimizers surgery
-    calibration measurement history reduction checkpoint callback
+    lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
+    calibration measurement selection truncation allocation history reduction monitor checkpoint callback plotting
 """.split()
-MATHEMATICS = {"hankel", "kernels.torch_scan", "selective", "criteria"}
+MATHEMATICS = {"hankel", "kernels.torch_scan", "selective", "criteria", "lru.linear_recurrence"}
 
 USE = """
     import sys, torch
@@ -100,6 +101,9 @@ def test_the_public_names_are_those_of_the_readme():
         "CompreSSMCallback",
         "CompreSSMConfig",
         "CompreSSMSchedule",
+        "LRUConfig",
+        "LRUForSequenceClassification",
+        "LRUModel",
         "analyze",
         "compress",
         "install_scan",
