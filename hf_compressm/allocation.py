@@ -27,9 +27,7 @@ def choose_sizes(
     elif config.cut_fraction is not None:
         wanted = {index: config.round_up(size * (1 - config.cut_fraction)) for index, size in sizes.items()}
     elif config.loss_budget is not None:
-        wanted = _gated(
-            config, sizes, _smallest_within_budget(config, _Candidates(config, energies, uniform), loss_of)
-        )
+        wanted = _smallest_within_budget(config, _Candidates(config, energies, uniform), loss_of)
     else:
         wanted = _gated(config, sizes, _by_tolerance(config, energies, uniform, config.tolerance))
     return sizes | {index: min(sizes[index], wanted[index]) for index in energies}
@@ -53,7 +51,7 @@ def _gated(config: CompreSSMConfig, sizes: Sizes, wanted: Sizes) -> Sizes:
 
 
 class _Candidates:
-    """The sizes that a loss budget chooses from, smallest first; the last is the model as it is.
+    """The sizes that a loss budget chooses from, behind the gate, smallest first; the last is the model as it is.
 
     One size for all: every allowed N. A size per layer: those of one tolerance for all layers, from large to small.
     """
@@ -75,9 +73,11 @@ class _Candidates:
             return self.whole
         step = self.steps[position]
         if self.uniform:
-            return dict.fromkeys(self.whole, step)
-        ranks = {index: sum(share > step for share in shares) for index, shares in self.shares.items()}
-        return {index: min(self.config.round_up(rank), self.whole[index]) for index, rank in ranks.items()}
+            wanted = dict.fromkeys(self.whole, step)
+        else:
+            ranks = {index: sum(share > step for share in shares) for index, shares in self.shares.items()}
+            wanted = {index: self.config.round_up(rank) for index, rank in ranks.items()}
+        return _gated(self.config, self.whole, wanted)
 
 
 def _tail_shares(energy: Tensor) -> list[float]:

@@ -70,8 +70,8 @@ def prediction_count(batch: Batch) -> int:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients; afterwards the modes and every random state are as before."""
-    training = {module: module.training for module in model.modules()}
+    """The model in eval mode, without gradients; afterwards modes, config and every random state are as before."""
+    training, config = {module: module.training for module in model.modules()}, dict(vars(model.config))
     try:
         with preserved_random_state(), torch.no_grad():
             model.eval()
@@ -79,6 +79,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+        vars(model.config).update(config)  # a loss may have noted the kind of its labels there
 
 
 @contextmanager

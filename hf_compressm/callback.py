@@ -182,7 +182,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _cut(self, args: TrainingArguments, state: TrainerState, model, optimizer, train_dataloader) -> None:
         started = time.perf_counter()
         events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
-        size = max(state_sizes(unwrap(model)).values())
+        sizes = state_sizes(unwrap(model))
+        size = max(size for index, size in sizes.items() if index not in self.config.skip_layers)
         config = self.config.for_event(size, events_left, self.history.loss_spent)
         report = analyze(model, self._calibration_batches(args, state.global_step, train_dataloader), config)
         event = compress(model, report, optimizer, step=state.global_step)

@@ -80,7 +80,7 @@ def check_checkpoint(folder: str | Path) -> list[int]:
         for name, shape in _weight_shapes(folder).items()
         if name.endswith("." + layout.marker)
     }
-    if sorted(sizes) != list(range(len(expected))):
+    if sorted(sizes) != list(range(len(expected))) or len(expected) != config.get("num_hidden_layers"):
         raise ValueError(
             f"the weights in {folder} hold {layout.marker} of the layers {sorted(sizes)}, {CONFIG_NAME} speaks of "
             f"{len(expected)} layers; the checkpoint is incomplete, take another."

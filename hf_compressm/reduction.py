@@ -3,6 +3,7 @@
 The callback, the scripts and any hand-written training loop all go through these two functions.
 """
 
+import inspect
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -246,6 +247,10 @@ def calibration_batches(
         if selective:
             raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
         return [], []
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no loss to measure: give batches = None, or a model with a head."
+        )
     device = next(model.parameters()).device
     taken = [
         {name: value.to(device) for name, value in batch.items()}

@@ -180,6 +180,8 @@ def _resize(
 
     replacements = []
     for index, mixer in mixers.items():
+        if torch.equal(sources[index].cpu(), torch.arange(state_size(mixer, layout))):
+            continue  # nothing changes in this layer
         positions = {path: source_index(mixer, layout, t, sources[index]) for path, t in layout.tensors.items()}
         old = {path: mixer.get_parameter(path) for path in positions}
         values = {path: gather(old[path], layout.tensors[path].axis, positions[path]) for path in positions}

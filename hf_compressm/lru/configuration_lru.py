@@ -1,5 +1,7 @@
 """Configuration of the Linear Recurrent Unit."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -15,12 +17,12 @@ class LRUConfig(PreTrainedConfig):
         state_size: N, complex states of every layer; a list with one N for each layer where they differ.
         num_hidden_layers: blocks.
         r_min, r_max: the ring in which the initial eigenvalues lie, 0 ≤ r_min < r_max < 1.
-        max_phase: largest phase of an initial eigenvalue, in radians.
+        max_phase: largest phase of an initial eigenvalue, in radians, 0 … 2π.
         hidden_dropout_prob: dropout after each block's gate.
         layer_norm_epsilon: of the norm before each LRU.
 
     Raises:
-        ValueError: sizes or a ring that cannot be.
+        ValueError: sizes, a ring or a phase that cannot be.
     """
 
     model_type = "lru"
@@ -32,7 +34,7 @@ class LRUConfig(PreTrainedConfig):
     num_hidden_layers: int = 6
     r_min: float = 0.9
     r_max: float = 0.999
-    max_phase: float = 6.283185307179586
+    max_phase: float = 2 * math.pi
     hidden_dropout_prob: float = 0.1
     layer_norm_epsilon: float = 1e-5
     pad_token_id: int | None = None
@@ -46,6 +48,8 @@ class LRUConfig(PreTrainedConfig):
             )
         if not 0 <= self.r_min < self.r_max < 1:
             raise ValueError(f"r_min = {self.r_min}, r_max = {self.r_max}; allowed: 0 ≤ r_min < r_max < 1.")
+        if not 0 <= self.max_phase <= 2 * math.pi:
+            raise ValueError(f"max_phase = {self.max_phase}; allowed: 0 … 2π radians.")
         super().__post_init__(**kwargs)
 
     @property

@@ -8,7 +8,6 @@ steps in place of L, and no memory but the states. Mathematics only.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,8 +44,9 @@ def _run(eigenvalues: Tensor, inputs: Tensor) -> Tensor:
     batch, length, state_size = inputs.shape
     steps = math.isqrt(length - 1) + 1
     chunks = -(-length // steps)
-    h = F.pad(inputs, (0, 0, 0, chunks * steps - length)).view(batch, chunks, steps, state_size)
-    h = h.clone() if chunks * steps == length else h  # padding has copied already
+    h = inputs.new_zeros(batch, chunks * steps, state_size)
+    h[:, :length] = inputs
+    h = h.view(batch, chunks, steps, state_size)
     for t in range(1, steps):
         h[:, :, t].addcmul_(h[:, :, t - 1], eigenvalues)
     powers = eigenvalues ** torch.arange(1, steps + 1, device=h.device).unsqueeze(1)  # (steps, N)

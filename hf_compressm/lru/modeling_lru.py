@@ -74,7 +74,7 @@ class LRUMixer(nn.Module):
     def initialise(self, r_min: float, r_max: float, max_phase: float) -> None:
         """Eigenvalues uniform on a ring, inputs normalised, as in arXiv 2303.06349, section 3."""
         u, v = torch.rand(self.state_size), torch.rand(self.state_size)
-        squared_modulus = u * (r_max**2 - r_min**2) + r_min**2
+        squared_modulus = (u * (r_max**2 - r_min**2) + r_min**2).clamp_min(SMALLEST)
         init.copy_(self.nu_log, (-0.5 * squared_modulus.log()).log())
         init.copy_(self.theta_log, (max_phase * v).clamp_min(SMALLEST).log())
         init.copy_(self.gamma_log, (1 - squared_modulus).sqrt().log())
@@ -121,6 +121,8 @@ class LRUPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
+            if module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
         else:
             super()._init_weights(module)
 
@@ -172,6 +174,8 @@ class LRUModel(LRUPreTrainedModel):
 class LRUForSequenceClassification(LRUPreTrainedModel):
     """LRU, mean over the positions, linear head."""
 
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the kind of labels
+
     def __init__(self, config: LRUConfig):
         super().__init__(config)
         self.model = LRUModel(config)
@@ -196,5 +200,5 @@ class LRUForSequenceClassification(LRUPreTrainedModel):
         logits = self.classifier(pooled)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
