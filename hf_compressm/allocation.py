@@ -25,11 +25,15 @@ def choose_sizes(
     if config.target_state_size is not None:
         wanted = dict.fromkeys(sizes, config.target_state_size)
     elif config.cut_fraction is not None:
-        wanted = {index: config.round_up(size * (1 - config.cut_fraction)) for index, size in sizes.items()}
+        largest = max(sizes.values())
+        wanted = {
+            index: config.round_up((largest if uniform else size) * (1 - config.cut_fraction))
+            for index, size in sizes.items()
+        }
     elif config.loss_budget is not None:
         wanted = _smallest_within_budget(config, _Candidates(config, energies, uniform), loss_of)
     else:
-        wanted = _gated(config, sizes, _by_tolerance(config, energies, uniform, config.tolerance))
+        wanted = _gated(config, sizes, _by_tolerance(config, energies, uniform, config.tolerance), uniform)
     return sizes | {index: min(sizes[index], wanted[index]) for index in energies}
 
 
@@ -42,10 +46,11 @@ def _by_tolerance(config: CompreSSMConfig, energies: dict[int, Tensor], uniform:
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
 
-def _gated(config: CompreSSMConfig, sizes: Sizes, wanted: Sizes) -> Sizes:
-    """A layer is cut only where enough of it goes."""
+def _gated(config: CompreSSMConfig, sizes: Sizes, wanted: Sizes, uniform: bool) -> Sizes:
+    """A layer is cut only where enough of it goes; with one size for all, all are judged by the largest."""
+    largest = max(sizes.values())
     return {
-        index: size if size < (1 - config.min_reduction) * sizes[index] else sizes[index]
+        index: size if size < (1 - config.min_reduction) * (largest if uniform else sizes[index]) else sizes[index]
         for index, size in wanted.items()
     }
 
@@ -77,7 +82,7 @@ class _Candidates:
         else:
             ranks = {index: sum(share > step for share in shares) for index, shares in self.shares.items()}
             wanted = {index: self.config.round_up(rank) for index, rank in ranks.items()}
-        return _gated(self.config, self.whole, wanted)
+        return _gated(self.config, self.whole, wanted, self.uniform)
 
 
 def _tail_shares(energy: Tensor) -> list[float]:

@@ -62,10 +62,9 @@ def is_stream(dataset) -> bool:
 
 def prediction_count(batch: Batch) -> int:
     """Number of predictions that the loss of this batch averages over: next tokens, or a label for each sequence."""
-    labels = batch["labels"]
-    if labels.is_floating_point():
-        return len(labels)
-    return int(((labels[:, 1:] if labels.ndim > 1 else labels) != -100).sum())
+    labels, tokens = batch["labels"], batch.get("input_ids")
+    is_next_token = tokens is not None and labels.shape == tokens.shape
+    return int(((labels[:, 1:] if is_next_token else labels) != -100).sum())
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .analysis import check_config, reducible_size
 from .calibration import draw_batches, is_stream, take_batches
 from .checkpoint import adopt_checkpoint_sizes
 from .config import CompreSSMConfig, CompreSSMSchedule
@@ -19,10 +20,12 @@ from .history import History, Observation, save_history
 from .kernels import reference_loop_would_run
 from .layouts import SelectiveLayout, layout_of, state_sizes
 from .monitor import StateMonitor
-from .reduction import StateReport, analyze, check_config, compress
+from .reduction import StateReport, analyze, compress
 from .surgery import check_state_tensors
 
 logger = logging.get_logger(__name__)
+
+MANY_OBSERVATIONS = 500  # their spectra make a trainer_state.json of tens of megabytes
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):
@@ -99,6 +102,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._restore_history(state, sizes)
         self._check_calibration(args, train_dataloader)
         check_config(self.config, model)
+        if self.schedule.monitor_steps and state.max_steps > MANY_OBSERVATIONS * self.schedule.monitor_steps:
+            logger.warning(
+                f"monitor_steps={self.schedule.monitor_steps} makes {state.max_steps // self.schedule.monitor_steps} "
+                "observations, and every checkpoint holds all of them: a larger number of steps keeps it small."
+            )
         self._monitor = StateMonitor(self.history.observations[-1] if self.history.observations else None)
         device = next(model.parameters()).device
         if isinstance(layout_of(model), SelectiveLayout) and reference_loop_would_run(device.type):
@@ -172,8 +180,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks[name] = self.state()
 
     def _observe(self, args: TrainingArguments, state: TrainerState, model, train_dataloader) -> None:
+        # Always the same batches: what moves is then the model, not the draw.
         needs_data = isinstance(layout_of(unwrap(model)), SelectiveLayout)
-        batches = self._calibration_batches(args, state.global_step, train_dataloader) if needs_data else None
+        batches = self._calibration_batches(args, 0, train_dataloader) if needs_data else None
         observation = self._monitor.observe(model, batches, self.config, state.global_step)
         self.history.observations.append(observation)
         if state.is_world_process_zero:
@@ -182,8 +191,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _cut(self, args: TrainingArguments, state: TrainerState, model, optimizer, train_dataloader) -> None:
         started = time.perf_counter()
         events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
-        sizes = state_sizes(unwrap(model))
-        size = max(size for index, size in sizes.items() if index not in self.config.skip_layers)
+        size = reducible_size(self.config, unwrap(model))
         config = self.config.for_event(size, events_left, self.history.loss_spent)
         report = analyze(model, self._calibration_batches(args, state.global_step, train_dataloader), config)
         event = compress(model, report, optimizer, step=state.global_step)

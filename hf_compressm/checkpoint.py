@@ -74,16 +74,18 @@ def check_checkpoint(folder: str | Path) -> list[int]:
             f"{folder} holds a model of type '{config.get('model_type')}'; supported: {', '.join(LAYOUTS)}. Give the "
             "folder of a checkpoint of such a model."
         )
-    expected = config_sizes(config.get(layout.size_field), config.get("num_hidden_layers"))
+    if layout.size_field not in config or "num_hidden_layers" not in config:
+        raise ValueError(f"{folder / CONFIG_NAME} lacks {layout.size_field} or num_hidden_layers; take another.")
+    expected = config_sizes(config[layout.size_field], config["num_hidden_layers"])
     sizes = {
         int(_LAYER.search(name)[1]): shape[layout.tensors[layout.marker].axis]
         for name, shape in _weight_shapes(folder).items()
         if name.endswith("." + layout.marker)
     }
-    if sorted(sizes) != list(range(len(expected))) or len(expected) != config.get("num_hidden_layers"):
+    if sorted(sizes) != list(range(config["num_hidden_layers"])) or len(expected) != len(sizes):
         raise ValueError(
             f"the weights in {folder} hold {layout.marker} of the layers {sorted(sizes)}, {CONFIG_NAME} speaks of "
-            f"{len(expected)} layers; the checkpoint is incomplete, take another."
+            f"{config['num_hidden_layers']} with {len(expected)} sizes; the checkpoint is incomplete, take another."
         )
     for index, size in sizes.items():
         if size != expected[index]:

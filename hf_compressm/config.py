@@ -52,9 +52,9 @@ class CompreSSMConfig:
         default_factory=list, metadata={"help": "Layers never cut, by index; not with one size for all layers."}
     )
     calibration_batches: int = _help(
-        8, "Batches per analysis: every other one for statistics, the rest for losses; at least 2."
+        8, "Batches per analysis, at least 2: for a Mamba every other one for statistics, the rest for losses."
     )
-    calibration_seed: int = _help(0, "Seed of the calibration draw and of the random criterion.")
+    calibration_seed: int = _help(0, "Seed of the calibration draw, the random criterion and the random selection.")
 
     def __post_init__(self):
         given = [goal for goal in GOALS if getattr(self, goal) is not None]

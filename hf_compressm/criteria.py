@@ -72,6 +72,11 @@ CRITERIA: dict[str, Criterion] = {
 SELECTIONS = ("largest", "smallest", "random")
 
 
+def seeded_generator(seed: int, layer: int) -> torch.Generator:
+    """A generator of the layer's own, so that its draws do not depend on the other layers."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + layer)
+
+
 def choose_states(energy: Tensor, size: int, selection: str, generator: torch.Generator) -> Tensor:
     """The `size` states to keep, sorted, (r,): those of largest energy, or for ablations the smallest or any.
 

@@ -99,7 +99,8 @@ def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
 
     They are the singular values of L_Qᴴ L_P with P = L_P L_Pᴴ and Q = L_Q L_Qᴴ. The factors come from an
     eigendecomposition, which survives Gramians that are semi-definite in floating point, where `sqrt(eig(P Q))`
-    would turn round-off into imaginary values. Values below about 1e-8 σ_1 are round-off.
+    would turn round-off into imaginary values. Values below sqrt(N ε ‖P‖ ‖Q‖), with the states scaled to equal
+    diagonals, are round-off: about 1e-7 σ_1 at best.
 
     Args:
         P: Hermitian positive semi-definite, (..., N, N).
@@ -329,8 +330,14 @@ def _equilibrated(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     P, Q = _in_double(P, Q)
     reach, sight = (torch.diagonal(gramian, dim1=-2, dim2=-1).real for gramian in (P, Q))
-    usable = torch.isfinite(reach) & torch.isfinite(sight) & (reach > 0) & (sight > 0)
-    scale = torch.where(usable, sight, 1.0).pow(0.25) / torch.where(usable, reach, 1.0).pow(0.25)
+    reach, sight = (diagonal.clamp_min(0).nan_to_num(0, 0, 0).sqrt() for diagonal in (reach, sight))
+    energy = reach * sight
+    known = energy > 0
+    typical = energy.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp_min(1)
+    energy = torch.where(
+        known, energy, torch.where(typical > 0, typical, 1.0)
+    )  # of a state with one of both: the mean
+    scale = torch.where(reach > 0, energy.sqrt() / reach, torch.where(sight > 0, sight / energy.sqrt(), 1.0))
     rows, columns = scale.unsqueeze(-1), scale.unsqueeze(-2)
     return P * rows * columns, Q / rows / columns, scale
 

@@ -71,7 +71,7 @@ class Observation:
     Attributes:
         step: optimizer steps done.
         state_sizes: N.
-        movement: max_i |σ_i' - σ_i| since the last observation at the same sizes; None at the first.
+        movement: max_i |σ_i' - σ_i| since the observation before it; None at the first, and where a cut lies between.
         weyl_bound: what Weyl's theorem allows it to be, ‖H' - H‖; None where layers have no Gramians of their own, and
             at the first observation after a resume.
         seconds: time of the measurement.
@@ -145,7 +145,7 @@ class History:
                 config=content["config"],
                 schedule=content["schedule"],
                 events=[_from_record(ReductionEvent, record) for record in content["events"]],
-                observations=[_from_record(Observation, record) for record in content["observations"]],
+                observations=[_from_record(Observation, record) for record in content.get("observations", [])],
                 library_version=content["library_version"],
             )
         except (KeyError, TypeError) as error:
@@ -179,7 +179,7 @@ def load_history(folder: str | Path) -> History:
         content = json.loads((folder / HISTORY_FILE).read_text())
         spectra = load_file(folder / SPECTRA_FILE)
         for kind in RECORDS:
-            for i, record in enumerate(content[kind]):
+            for i, record in enumerate(content.get(kind, [])):
                 layers = range(len(record["state_sizes_before" if kind == "events" else "state_sizes"]))
                 record["hankel_singular_values"] = [spectra.pop(f"{RECORDS[kind]}.{i}.layer.{j}") for j in layers]
     except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:

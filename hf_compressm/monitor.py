@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from .analysis import analyze_states, calibration_batches
 from .calibration import undisturbed
 from .config import CompreSSMConfig
 from .engines import unwrap
@@ -12,11 +13,10 @@ from .hankel import weyl_bound
 from .history import Observation
 from .kernels import scan_installed
 from .layouts import state_sizes
-from .reduction import analyze_states, calibration_batches
 
 
 class StateMonitor:
-    """Makes observations, each compared with the last one made at the same sizes. The model is not disturbed.
+    """Makes observations, each compared with the one before it if that had the same sizes. The model is not disturbed.
 
     Args:
         last: the observation that the first one is compared with, in a run that goes on. Weyl's bound needs the

@@ -5,6 +5,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from .layouts import LAYOUTS, TimeInvariantLayout
+
 # Factored second moments (Adafactor of Transformers and of torch): which axis of the parameter each one keeps.
 FACTORED = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1, "row_var": 0, "col_var": 1}
 REFUSED = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo", "LBFGS")
@@ -13,8 +15,8 @@ REFUSED = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo", "LBFGS")
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups for any torch optimizer: with weight decay, and without.
 
-    `A_log`, `D`, biases and norms are left out of the decay, as in the original Mamba code. Trainer's default decays
-    `A_log`, which pulls every decay rate towards -1 and biases the energies of the states.
+    `A_log`, `D`, biases and norms are left out of the decay, as in the original Mamba code, and all parameters of an
+    LRU's recurrence. Trainer's default decays them, which pulls every decay rate together and biases the energies.
 
     Args:
         weight_decay: for the first group, per step and unit of learning rate.
@@ -22,10 +24,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Returns:
         `[{"params": […], "weight_decay": weight_decay}, {"params": […], "weight_decay": 0.0}]`, trainable ones only.
     """
+    recurrences = {layout.mixer_class for layout in LAYOUTS.values() if isinstance(layout, TimeInvariantLayout)}
+    exempt = {p for m in model.modules() if type(m).__name__ in recurrences for p in m.parameters()}
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 and not name.endswith("A_log") else others).append(parameter)
+            decays = parameter.ndim > 1 and not name.endswith("A_log") and parameter not in exempt
+            (decayed if decays else others).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -3,7 +3,6 @@
 The callback, the scripts and any hand-written training loop all go through these two functions.
 """
 
-import inspect
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,16 +10,15 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .allocation import choose_sizes
-from .calibration import Batch, take_batches, undisturbed
+from .analysis import analyze_states, calibration_batches, check_config, is_uniform
+from .calibration import undisturbed
 from .config import CompreSSMConfig
 from .engines import unwrap
 from .history import ReductionEvent
 from .kernels import scan_installed
-from .layouts import SelectiveLayout, TimeInvariantLayout, layout_of, state_sizes
+from .layouts import state_sizes
 from .measurement import LossMeter
-from .selection import SelectiveAnalysis
 from .surgery import Plan, check_state_tensors, shrink_state
-from .truncation import TimeInvariantAnalysis
 
 
 @dataclass
@@ -200,60 +198,3 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
         compensate=report.compensate,
         hankel_singular_values=[spectrum.cpu() for spectrum in report.hankel_singular_values.values()],
     )
-
-
-def analyze_states(
-    model: nn.Module, batches: list[Batch], config: CompreSSMConfig
-) -> SelectiveAnalysis | TimeInvariantAnalysis:
-    """The analysis that the architecture asks for, of an unwrapped model in eval mode."""
-    time_invariant = isinstance(layout_of(model), TimeInvariantLayout)
-    return (TimeInvariantAnalysis if time_invariant else SelectiveAnalysis)(model, batches, config)
-
-
-def is_uniform(config: CompreSSMConfig, model: nn.Module) -> bool:
-    """Whether all layers get one size: what the configuration says, or else what suits the architecture."""
-    return (config.allocation or ("per_layer" if layout_of(model).per_layer_sizes else "uniform")) == "uniform"
-
-
-def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
-    """Refuse a configuration that does not fit the model.
-
-    Raises:
-        ValueError: names the option, what is allowed, and what the model is.
-    """
-    layout, sizes = layout_of(model), state_sizes(model)
-    model_type = model.config.model_type
-    if not layout.per_layer_sizes and not is_uniform(config, model):
-        raise ValueError(f"allocation = 'per_layer'; a model of type '{model_type}' allows 'uniform' only.")
-    if config.skip_layers and (is_uniform(config, model) or not set(config.skip_layers) < set(sizes)):
-        raise ValueError(
-            f"skip_layers = {config.skip_layers}; allowed: some of the layers {sorted(sizes)}, in a model where each "
-            "may have a size of its own."
-        )
-    if config.criterion is not None and not isinstance(layout, SelectiveLayout):
-        raise ValueError(
-            f"criterion = '{config.criterion}'; the states of model type '{model_type}' are ranked by their Hankel "
-            "singular values: leave it out."
-        )
-    config.check_target(max(sizes.values()))
-
-
-def calibration_batches(
-    model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig
-) -> tuple[list[Batch], list[Batch]]:
-    """Batches for statistics and batches for losses, on the model's device."""
-    selective = isinstance(layout_of(model), SelectiveLayout)
-    if batches is None:
-        if selective:
-            raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
-        return [], []
-    if "labels" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"{type(model).__name__} has no loss to measure: give batches = None, or a model with a head."
-        )
-    device = next(model.parameters()).device
-    taken = [
-        {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches, own_labels=selective)
-    ]
-    return (taken[0::2], taken[1::2]) if selective else ([], taken)

@@ -95,7 +95,7 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None) -> None:
 
 
 def pad_state(model: nn.Module, size: int) -> None:
-    """Enlarge every layer to `size` states by states that do nothing: rows of B and C zero, decay rate -1.
+    """Enlarge every layer to `size` states by states that do nothing: B and C zero, any stable decay.
 
     Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; `grow_state` learns.
     """
@@ -110,6 +110,8 @@ def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Gen
     """
     model = unwrap(model)
     layout = layout_of(model)
+    if not isinstance(layout, SelectiveLayout):
+        raise ValueError(f"grow_state knows selective models only, not '{model.config.model_type}'; use pad_state.")
 
     def initialise(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
         old_size = state_size(mixer, layout)
@@ -220,7 +222,7 @@ def assign_parameter(mixer: nn.Module, path: str, new: nn.Parameter) -> None:
 
 def _check_plan(plan: Plan, mixers: dict[int, nn.Module], layout: StateLayout) -> None:
     if plan.keys() != mixers.keys():
-        raise ValueError(f"selections for layers {sorted(plan)} given to a model with layers {sorted(mixers)}.")
+        raise ValueError(f"a plan for layers {sorted(plan)} given to a model with layers {sorted(mixers)}.")
     sizes = {len(entry.keep) for entry in plan.values()}
     if len(sizes) > 1 and not layout.per_layer_sizes:
         raise ValueError(f"layers would keep {sorted(sizes)} states; give every layer the same number.")

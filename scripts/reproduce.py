@@ -61,7 +61,7 @@ class Study:
     nuclear_norm_weights: tuple[float, ...]
     batch_size: int = 50
     weight_decay: float = 0.0
-    state_learning_rate: float = 1.0  # factor on the learning rate of ν, θ, γ, B and C
+    state_learning_rate: float = 1.0  # factor on the learning rate of the recurrences
     schedule: str = "cosine"  # after a warm-up over 5 % of the steps; or "constant", from the first step
     save_steps: int | None = None  # checkpoints within a run, for the runs that take long
 
@@ -217,10 +217,11 @@ def train(study: Study, run: Run, folder: Path) -> dict:
         callbacks=[callback] if callback else None,
     )
     trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
     checkpoints = folder / "checkpoints"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
-    seconds = time.perf_counter() - started
+    resumed = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resumed)
+    seconds = None if resumed else time.perf_counter() - started  # of an interrupted run it is not known
     model.save_pretrained(folder / "model")
     if callback:
         save_history(callback.history, folder / "model")
@@ -235,7 +236,9 @@ def reduction_in_training(study: Study, run: Run) -> CompreSSMCallback | None:
     """The paper's schedule: four attempts in the first tenth of the steps. Singular values are watched all along."""
     if run.tolerance is None and run.target is None:
         return None
-    config = CompreSSMConfig(tolerance=run.tolerance, target_state_size=run.target, selection=run.selection)
+    config = CompreSSMConfig(
+        tolerance=run.tolerance, target_state_size=run.target, selection=run.selection, calibration_seed=run.seed
+    )
     return CompreSSMCallback(config, CompreSSMSchedule(monitor_steps=max(1, study.steps // OBSERVATIONS)))
 
 
@@ -269,7 +272,11 @@ def first_runs(study: Study, seeds: list[int]) -> list[Run]:
 
 
 def second_runs(study: Study, seeds: list[int], results: dict[str, dict]) -> list[Run]:
-    """The comparisons at the sizes that the reduced runs arrived at, averaged over the seeds."""
+    """The comparisons at the sizes that the reduced runs arrived at, averaged over the seeds.
+
+    From scratch each layer gets its size; what is truncated, and the random and smallest states, get the mean of all
+    layers in each.
+    """
     runs = []
     for tau in study.tolerances:
         reduced = [results[Run(f"reduced in training, τ = {tau:g}", seed).name]["state_sizes"] for seed in seeds]
@@ -361,7 +368,7 @@ def summarise(results: list[dict]) -> list[dict]:
             "arm": arm,
             "state_size": statistics.mean(statistics.mean(run["state_sizes"]) for run in runs),
             "accuracy": [run["accuracy"] for run in runs],
-            "seconds": statistics.mean(run["seconds"] for run in runs),
+            "seconds": statistics.mean(seconds) if (seconds := [r["seconds"] for r in runs if r["seconds"]]) else None,
         }
         for arm, runs in arms.items()
     ]
@@ -370,14 +377,15 @@ def summarise(results: list[dict]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown; times are those of whole runs, several at once on one machine, so only indications."""
-    full = next(row["seconds"] for row in rows if row["arm"] == "full")
+    full = next((row["seconds"] for row in rows if row["arm"] == "full"), None)
     lines = ["| arm | N | accuracy, % | seeds | training time |", "|---|---|---|---|---|"]
     for row in rows:
         accuracies = [100 * accuracy for accuracy in row["accuracy"]]
         spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+        time_share = f"{row['seconds'] / full:.2f}" if row["seconds"] and full else "–"
         lines.append(
             f"| {row['arm']} | {row['state_size']:.0f} | {statistics.mean(accuracies):.1f}{spread} | "
-            f"{len(accuracies)} | {row['seconds'] / full:.2f} |"
+            f"{len(accuracies)} | {time_share} |"
         )
     return "\n".join(lines)
 
@@ -414,9 +422,10 @@ def report(root: Path) -> None:
     print(table(rows))
     write_aside(root / "table.md", lambda path: path.write_text(table(rows) + "\n"))
     save_figure(plot_accuracy(series(rows)), root / "accuracy.png")
-    for file in sorted(root.glob("reduced*_seed_0/model/compressm.json")):
-        name = "trajectories " + file.parent.parent.name.rpartition(",_")[2].removesuffix("_seed_0")
-        save_figure(plot_trajectories(load_history(file.parent)), root / f"{name.replace('_', ' ')}.png")
+    first = min(result["seed"] for result in results)
+    for folder in root.glob(f"reduced*_seed_{first}/model"):
+        tolerance = folder.parent.name.removesuffix(f"_seed_{first}").rpartition("_")[2]
+        save_figure(plot_trajectories(load_history(folder)), root / f"trajectories_{tolerance}.png")
     print("\n" + ", ".join(str(file) for file in sorted([*root.glob("*.png"), *root.glob("*.md")])))
 
 

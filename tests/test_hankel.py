@@ -807,3 +807,18 @@ def test_a_batch_equals_its_systems_one_by_one(dtype):
         for i, single in enumerate(zip(*(argument.flatten(0, 1) for argument in arguments), strict=True)):
             for part, whole in zip(as_tuple(function(*single)), together, strict=True):
                 assert_near(part, whole.flatten(0, 1)[i], 1e-9)
+
+
+def test_a_state_that_is_never_seen_does_not_hide_the_others():
+    eigenvalues, B, C = (
+        torch.tensor([0.5, 0.4]),
+        torch.tensor([[1.0], [1e10]], dtype=torch.float64),
+        torch.tensor([[1.0, 0.0]]),
+    )
+    B.requires_grad_()
+    norm = hankel_nuclear_norm(eigenvalues, B, C)
+    norm.backward()
+    assert norm.item() == pytest.approx(4 / 3)
+    assert B.grad[0].item() == pytest.approx(4 / 3)
+    A_r, _, _ = balanced_truncation(eigenvalues, B.detach(), C, rank=1)
+    assert A_r.item() == pytest.approx(0.5)

@@ -291,3 +291,17 @@ def test_accumulated_gradients_train_as_one_large_batch_does(tmp_path, blocks, n
         runs[-1].train()
     assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), abs=1e-4)
     torch.testing.assert_close(*(weights_of(run.model) for run in runs), rtol=0, atol=1e-4)
+
+
+def test_whole_numbers_are_numbers_too():
+    config = LRUConfig(r_min=0, hidden_dropout_prob=0, max_phase=3)
+    assert (config.r_min, config.hidden_dropout_prob, config.max_phase) == (0, 0, 3)
+
+
+def test_the_model_names_its_input_and_its_embedding():
+    tokens, values = build_lru(), LRUForSequenceClassification(LRUConfig(state_size=4, hidden_size=8, num_labels=2))
+    assert (tokens.main_input_name, values.main_input_name) == ("input_ids", "input_values")
+    tokens.resize_token_embeddings(600)
+    assert tokens(input_ids=torch.tensor([[599]])).logits.shape == (1, 2)
+    with pytest.raises(ValueError, match=r"input_values of shape \(2, 0\): a sequence needs at least one position"):
+        values(input_values=torch.zeros(2, 0))

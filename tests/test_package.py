@@ -16,7 +16,8 @@ import hf_compressm
 ORDER = """
     hankel kernels.torch_scan selective criteria kernels.dispatch kernels layouts config engines optimizers surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
-    calibration measurement selection truncation allocation history reduction monitor checkpoint callback plotting
+    calibration measurement selective_analysis time_invariant_analysis analysis allocation history reduction monitor
+    checkpoint callback plotting
 """.split()
 MATHEMATICS = {"hankel", "kernels.torch_scan", "selective", "criteria", "lru.linear_recurrence"}
 

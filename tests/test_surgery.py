@@ -8,7 +8,7 @@ from conftest import assert_identical, build_model, train_steps, weights_of
 
 from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
 from hf_compressm.layouts import layout_of, source_index, state_layers
-from hf_compressm.selection import masked_projection
+from hf_compressm.selective_analysis import masked_projection
 from hf_compressm.surgery import Selection, grow_state, pad_state, shrink_state
 
 

@@ -15,7 +15,7 @@ from test_lru import build_lru, label_of
 from test_training import random_state
 from transformers import Adafactor, AutoModelForSequenceClassification, set_seed
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
 from hf_compressm.allocation import choose_sizes
 from hf_compressm.checkpoint import adopt_checkpoint_sizes, check_checkpoint
 from hf_compressm.hankel import error_bound, gramians, hankel_singular_values
@@ -23,7 +23,8 @@ from hf_compressm.history import load_history
 from hf_compressm.layouts import state_layers, state_sizes
 from hf_compressm.measurement import LossMeter
 from hf_compressm.monitor import StateMonitor
-from hf_compressm.truncation import TimeInvariantAnalysis
+from hf_compressm.surgery import grow_state, pad_state
+from hf_compressm.time_invariant_analysis import TimeInvariantAnalysis
 
 N = 16
 FADING = {"r_min": 0.0, "r_max": 0.9}
@@ -405,7 +406,7 @@ def test_a_model_adopts_any_sizes_layer_by_layer_from_the_weights_it_is_given():
     [
         (lambda folder: edit_config(folder, state_size=[9, 5]), "layer 0 has 5 states, config.json says .* 9"),
         (lambda folder: edit_config(folder, state_size=5), "layer 1 has 9 states, config.json says .* 5"),
-        (lambda folder: edit_config(folder, state_size=[5, 9, 9]), r"of the layers \[0, 1\], .* 3 layers"),
+        (lambda folder: edit_config(folder, state_size=[5, 9, 9]), r"speaks of 2 with 3 sizes"),
         (lambda folder: edit_config(folder, model_type="gpt2"), "type 'gpt2'; supported: mamba, lru"),
         (lambda folder: cut_file(folder / "model.safetensors"), "truncated or damaged"),
         (lambda folder: cut_file(folder / "config.json"), "truncated or damaged"),
@@ -645,3 +646,44 @@ def test_a_mamba_is_observed_on_data_without_being_disturbed(batches):
         assert torch.equal(spectrum, reported) and not spectrum.requires_grad
     second = monitor.observe(model, batches[2:] + batches[:2], config, 2)
     assert min(second.movement) > 0 and (first.movement, first.weyl_bound, second.weyl_bound) == (None, None, None)
+
+
+def test_one_size_for_all_is_one_size_where_layers_differ():
+    energies = {0: torch.linspace(10, 1, 10, dtype=torch.float64), 1: torch.linspace(20, 1, 20, dtype=torch.float64)}
+    for goal in ({"cut_fraction": 0.6}, {"tolerance": 0.3}, {"loss_budget": 0.5}):
+        chosen = choose_sizes(CompreSSMConfig(**goal), energies, True, lambda sizes: 0.1 * (20 - sizes[1]))
+        assert chosen[0] == min(10, chosen[1]) < 20
+
+
+def test_a_target_is_judged_by_the_layers_that_may_be_cut(model):
+    compress(model, analyze(model, None, CompreSSMConfig(target_state_size=4, skip_layers=[0])))
+    with pytest.raises(ValueError, match=r"target_state_size = 8 is above the model.s 4 states"):
+        analyze(model, None, CompreSSMConfig(target_state_size=8, skip_layers=[0]))
+
+
+def test_states_that_are_grown_are_for_selective_models_only_but_any_model_can_be_padded(model, data):
+    with pytest.raises(ValueError, match="grow_state knows selective models only, not 'lru'; use pad_state"):
+        grow_state(model, 2 * N)
+    before = model(**data[0]).logits
+    pad_state(model, N + 3)
+    assert set(state_sizes(model).values()) == {N + 3} and model.config.state_sizes == [N + 3] * 2
+    torch.testing.assert_close(model(**data[0]).logits, before, rtol=0, atol=1e-6)
+
+
+def test_the_recurrences_are_not_decayed(model):
+    decayed, others = (set(group["params"]) for group in parameter_groups(model, 0.1))
+    recurrences = {p for mixer in state_layers(model).values() for p in mixer.parameters()}
+    assert recurrences <= others and model.classifier.weight in decayed
+
+
+def test_labels_may_stand_in_a_column(model, data):
+    columns = [batch | {"labels": batch["labels"].unsqueeze(1)} for batch in data]
+    losses = [analyze(model, batches, CompreSSMConfig(tolerance=0.1)).loss_after for batches in (data, columns)]
+    assert losses[0] == losses[1]
+
+
+def test_a_mamba_that_does_not_learn_does_not_seem_to_move(tmp_path, dataset):
+    callback = CompreSSMCallback(CompreSSMConfig(tolerance=1e-9), CompreSSMSchedule(events=1, monitor_steps=5))
+    build_trainer(tmp_path, dataset, [callback], learning_rate=0.0).train()
+    assert [seen.step for seen in callback.history.observations] == [5, 10, 15, 20]
+    assert [seen.movement for seen in callback.history.observations[1:]] == [[0.0, 0.0]] * 3

@@ -32,11 +32,11 @@ class LRUConfig(PreTrainedConfig):
     hidden_size: int = 64
     state_size: int | list[int] = 256
     num_hidden_layers: int = 6
-    r_min: float = 0.9
-    r_max: float = 0.999
-    max_phase: float = 2 * math.pi
-    hidden_dropout_prob: float = 0.1
-    layer_norm_epsilon: float = 1e-5
+    r_min: float | int = 0.9
+    r_max: float | int = 0.999
+    max_phase: float | int = 2 * math.pi
+    hidden_dropout_prob: float | int = 0.1
+    layer_norm_epsilon: float | int = 1e-5
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):

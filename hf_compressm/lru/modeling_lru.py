@@ -136,8 +136,17 @@ class LRUModel(LRUPreTrainedModel):
             self.encoder = nn.Linear(config.num_channels, config.hidden_size)
         else:
             self.encoder = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.main_input_name = "input_ids"
         self.layers = nn.ModuleList(LRUBlock(config, index) for index in range(config.num_hidden_layers))
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of the tokens, or the linear encoder of the values."""
+        return self.encoder
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The inverse of `get_input_embeddings`."""
+        self.encoder = value
 
     def forward(
         self,
@@ -154,13 +163,15 @@ class LRUModel(LRUPreTrainedModel):
             attention_mask: 1 for positions that count, 0 for padding, (batch, L).
 
         Raises:
-            ValueError: none or both of the inputs, or the one that the model was not built for.
+            ValueError: none or both of the inputs, the one that the model was not built for, or an empty sequence.
         """
         expected = "input_values" if self.config.vocab_size is None else "input_ids"
         given = {"input_ids": input_ids, "input_values": input_values}
         inputs = given.pop(expected)
         if inputs is None or any(other is not None for other in given.values()):
             raise ValueError(f"this model takes {expected} (vocab_size = {self.config.vocab_size}), and only them.")
+        if inputs.shape[1] == 0:
+            raise ValueError(f"{expected} of shape {tuple(inputs.shape)}: a sequence needs at least one position.")
         if expected == "input_values":
             inputs = inputs.unsqueeze(-1) if inputs.ndim == 2 else inputs
             inputs = inputs.to(self.encoder.weight.dtype)
@@ -179,6 +190,7 @@ class LRUForSequenceClassification(LRUPreTrainedModel):
     def __init__(self, config: LRUConfig):
         super().__init__(config)
         self.model = LRUModel(config)
+        self.main_input_name = self.model.main_input_name
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

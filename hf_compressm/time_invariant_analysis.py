@@ -7,20 +7,19 @@ from torch import Tensor, nn
 
 from .calibration import Batch
 from .config import CompreSSMConfig
-from .criteria import choose_states
+from .criteria import choose_states, seeded_generator
 from .hankel import BalancingTransformation, balancing_transformation, diagonal_gramians, diagonalize, project
 from .layouts import layout_of, state_layers, state_size
 from .measurement import parameter_names
-from .selection import seeded_generator
 from .surgery import Plan, Projection, Selection
 
 
 class TimeInvariantAnalysis:
     """The balanced form of every layer; a plan keeps some of the balanced states and makes the result diagonal again.
 
-    Exact, and without data. A layer's output is the real part of Re(C h), so the error bound of the complex system
-    (λ, γB, C) holds for it too. Asked for more states than can be told from round-off, a layer gets idle ones in
-    their place.
+    Without data, and exact for the complex system (λ, γB, C), whose σ these are. The layer gives the real part of that
+    system's output, so the error bound holds for it too. Asked for more states than can be told from round-off, a
+    layer gets idle ones in their place.
 
     Attributes:
         criterion: "hankel".

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .calibration import Batch
 from .config import CompreSSMConfig
-from .criteria import CRITERIA, LayerStates, choose_states
+from .criteria import CRITERIA, LayerStates, choose_states, seeded_generator
 from .kernels import observed_scan
 from .layouts import (
     STATE_INPUT,
@@ -46,7 +46,7 @@ class SelectiveAnalysis:
         return {index: layer_hankel_singular_values(s, surrogate) for index, s in self.statistics.items()}
 
     def gramians(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """None: a selective layer has no Gramians of its own, only surrogates."""
+        """Nothing: a selective layer has no Gramians of its own, only surrogates."""
         return {}
 
     def plan(self, sizes: dict[int, int]) -> Plan:
@@ -140,8 +140,3 @@ def masked_projection(mixer: nn.Module, layout: SelectiveLayout, selection: Sele
     kept_rows = projection_rows(mixer, layout, STATE_OUTPUT)
     projection[kept_rows][selection.keep] = compensated_output_rows(mixer, layout, selection)
     return projection
-
-
-def seeded_generator(seed: int, layer: int) -> torch.Generator:
-    """A generator of the layer's own, so that its draws do not depend on the other layers."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + layer)

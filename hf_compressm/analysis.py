@@ -1,0 +1,74 @@
+"""Which analysis a model gets, on which batches, and whether a configuration fits it."""
+
+import inspect
+from collections.abc import Iterable
+
+from torch import nn
+
+from .calibration import Batch, take_batches
+from .config import CompreSSMConfig
+from .layouts import SelectiveLayout, TimeInvariantLayout, layout_of, state_sizes
+from .selective_analysis import SelectiveAnalysis
+from .time_invariant_analysis import TimeInvariantAnalysis
+
+
+def analyze_states(
+    model: nn.Module, batches: list[Batch], config: CompreSSMConfig
+) -> SelectiveAnalysis | TimeInvariantAnalysis:
+    """The analysis that the architecture asks for, of an unwrapped model in eval mode."""
+    time_invariant = isinstance(layout_of(model), TimeInvariantLayout)
+    return (TimeInvariantAnalysis if time_invariant else SelectiveAnalysis)(model, batches, config)
+
+
+def is_uniform(config: CompreSSMConfig, model: nn.Module) -> bool:
+    """Whether all layers get one size: what the configuration says, or else what suits the architecture."""
+    return (config.allocation or ("per_layer" if layout_of(model).per_layer_sizes else "uniform")) == "uniform"
+
+
+def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
+    """Refuse a configuration that does not fit the model.
+
+    Raises:
+        ValueError: names the option, what is allowed, and what the model is.
+    """
+    layout, sizes = layout_of(model), state_sizes(model)
+    model_type = model.config.model_type
+    if not layout.per_layer_sizes and not is_uniform(config, model):
+        raise ValueError(f"allocation = 'per_layer'; a model of type '{model_type}' allows 'uniform' only.")
+    if config.skip_layers and (is_uniform(config, model) or not set(config.skip_layers) < set(sizes)):
+        raise ValueError(
+            f"skip_layers = {config.skip_layers}; allowed: some of the layers {sorted(sizes)}, in a model where each "
+            "may have a size of its own."
+        )
+    if config.criterion is not None and not isinstance(layout, SelectiveLayout):
+        raise ValueError(
+            f"criterion = '{config.criterion}'; the states of model type '{model_type}' are ranked by their Hankel "
+            "singular values: leave it out."
+        )
+    config.check_target(reducible_size(config, model))
+
+
+def reducible_size(config: CompreSSMConfig, model: nn.Module) -> int:
+    """The largest N among the layers that may be cut."""
+    return max(size for index, size in state_sizes(model).items() if index not in config.skip_layers)
+
+
+def calibration_batches(
+    model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches for statistics and batches for losses, on the model's device."""
+    selective = isinstance(layout_of(model), SelectiveLayout)
+    if batches is None:
+        if selective:
+            raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
+        return [], []
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no loss to measure: give batches = None, or a model with a head."
+        )
+    device = next(model.parameters()).device
+    taken = [
+        {name: value.to(device) for name, value in batch.items()}
+        for batch in take_batches(batches, config.calibration_batches, own_labels=selective)
+    ]
+    return (taken[0::2], taken[1::2]) if selective else ([], taken)
