@@ -104,14 +104,16 @@ def plot_accuracy(results: list[dict]) -> "Figure":
     figure, axes = _panels()
     arms = dict.fromkeys(result["arm"] for result in results)
     results = sorted(results, key=itemgetter("state_size"))
-    for arm, color, marker in zip(arms, cycle(COLORS), cycle(MARKERS), strict=False):
+    for i, (arm, color, marker) in enumerate(zip(arms, cycle(COLORS), cycle(MARKERS), strict=False)):
         series = [result for result in results if result["arm"] == arm]
         accuracies = [[100 * accuracy for accuracy in result["accuracy"]] for result in series]
         spreads = [stdev(seeds) if len(seeds) > 1 else math.nan for seeds in accuracies]
         style = {"color": color, "marker": marker, "linestyle": "-" if len(series) > 1 else "none", "label": arm}
         sizes = [result["state_size"] for result in series]
+        aside = 2 ** ((i - (len(arms) - 1) / 2) / 24)  # arms of one size stand side by side on the logarithmic axis
+        style["transform"] = _matplotlib().transforms.Affine2D().scale(aside, 1) + axes.transData
         axes.errorbar(sizes, [mean(seeds) for seeds in accuracies], spreads, capsize=2.5, markersize=5, **style)
-    axes.set(xlabel="final state size $N$", ylabel="accuracy (%)")
+    axes.set(xlabel="final state size $N$", ylabel="accuracy (%)", ylim=(None, min(axes.get_ylim()[1], 101)))
     _size_ticks(axes, [result["state_size"] for result in results])
     axes.legend(frameon=False)
     return figure
@@ -129,6 +131,7 @@ def _matplotlib():
     try:
         import matplotlib.cm
         import matplotlib.figure
+        import matplotlib.transforms
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install hf_compressm[plot].") from error
     return matplotlib

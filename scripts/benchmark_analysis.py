@@ -17,6 +17,7 @@ import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -79,13 +80,11 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 def study_analysis(options: argparse.Namespace) -> dict:
     """Seconds of one `analyze` by N."""
-    seconds = {}
+    seconds, config = {}, CompreSSMConfig(tolerance=0.1)
     for size in options.state_sizes:
-        model = build(6, 512, size, options.device)
-        runs = [
-            timed(lambda m=model: analyze(m, None, CompreSSMConfig(tolerance=0.1)), options.device) for _ in range(4)
-        ]
-        seconds[size] = median(runs[1:])
+        analyze(build(1, 512, size, options.device), None, config)  # warms up
+        run = partial(analyze, build(6, 512, size, options.device), None, config)
+        seconds[size] = median(timed(run, options.device) for _ in range(3))
         print(f"6 layers, N = {size:4d}: {seconds[size]:7.2f} s per analysis", flush=True)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         before, peak = pool.submit(memory_of_one_analysis, 384, options.threads).result()
