@@ -100,7 +100,7 @@ def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
     They are the singular values of L_Qᴴ L_P with P = L_P L_Pᴴ and Q = L_Q L_Qᴴ. The factors come from an
     eigendecomposition, which survives Gramians that are semi-definite in floating point, where `sqrt(eig(P Q))`
     would turn round-off into imaginary values. Values below sqrt(N ε ‖P‖ ‖Q‖), with the states scaled to equal
-    diagonals, are round-off: about 1e-7 σ_1 at best.
+    diagonals, are round-off: about 1e-7 σ_1.
 
     Args:
         P: Hermitian positive semi-definite, (..., N, N).
@@ -128,8 +128,7 @@ def balancing_transformation(P: Tensor, Q: Tensor) -> BalancingTransformation:
     L_P, L_Q, cross = _cross_factor(P, Q)
     U, sigma, Vh = torch.linalg.svd(cross)
     # Gramians are known to ε‖P‖ and ε‖Q‖, so σ² to ε‖P‖‖Q‖: below that, a direction is chance, and so is stability.
-    norms = L_P.abs().square().sum(-2).amax(-1) * L_Q.abs().square().sum(-2).amax(-1)
-    floor = (sigma.shape[-1] * EPSILON * norms).sqrt().unsqueeze(-1)
+    floor = (sigma.shape[-1] * EPSILON * _norm(P) * _norm(Q)).sqrt()
     known = sigma > floor
     weight = torch.where(known, sigma, 1.0).rsqrt() * known
     right = scale.reciprocal().unsqueeze(-1) * (L_P @ Vh.mH) * weight.unsqueeze(-2)
@@ -281,7 +280,16 @@ def hankel_nuclear_norm(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
 class _NuclearNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, P: Tensor, Q: Tensor) -> Tensor:
-        sigma, right, left, _ = balancing_transformation(P, Q)
+        """σ² are the eigenvalues of L_Pᴴ Q L_P = V Σ² Vᴴ; T = L_P V Σ^(-1/2), T⁻¹ = Σ⁻¹ Tᴴ Q. Faster than the SVD."""
+        P, Q, scale = _equilibrated(P, Q)
+        L_P = _gramian_factor(P, "P")
+        square, V = torch.linalg.eigh(L_P.mH @ Q @ L_P)
+        sigma = square.clamp_min(0).sqrt()
+        known = square > sigma.shape[-1] * EPSILON * _norm(P) * _norm(Q)
+        weight = torch.where(known, sigma, 1.0).rsqrt() * known
+        right = (L_P @ V) * weight.unsqueeze(-2)
+        left = weight.square().unsqueeze(-1) * (right.mH @ Q)
+        right, left = right / scale.unsqueeze(-1), left * scale.unsqueeze(-2)
         ctx.save_for_backward(left.mH @ left, right @ right.mH)
         return sigma.sum(-1)
 
@@ -355,6 +363,11 @@ def _hankel_operator(P: Tensor, Q: Tensor) -> Tensor:
     root = (vectors * roots.unsqueeze(-2)) @ vectors.mH
     _, sigma, Vh = torch.linalg.svd(_gramian_factor(Q, "Q").mH @ root)
     return (Vh.mH * sigma.unsqueeze(-2)) @ Vh
+
+
+def _norm(gramian: Tensor) -> Tensor:
+    """‖gramian‖_∞, (..., 1)."""
+    return gramian.abs().sum(-1).amax(-1, keepdim=True)
 
 
 def _gramian_factor(gramian: Tensor, name: str) -> Tensor:

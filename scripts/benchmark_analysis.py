@@ -12,15 +12,14 @@ whole run. What is compared runs in turn, in one process.
 
 import argparse
 import json
-import multiprocessing
-import resource
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
 
+import psutil
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -86,19 +85,27 @@ def study_analysis(options: argparse.Namespace) -> dict:
         run = partial(analyze, build(6, 512, size, options.device), None, config)
         seconds[size] = median(timed(run, options.device) for _ in range(3))
         print(f"6 layers, N = {size:4d}: {seconds[size]:7.2f} s per analysis", flush=True)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        before, peak = pool.submit(memory_of_one_analysis, 384, options.threads).result()
-    print(f"6 layers, N = 384: {peak - before:.0f} MiB of memory beyond the model's process ({before:.0f} MiB)")
-    return {"seconds": seconds, "mebibytes": peak - before}
+    mebibytes = added_memory(partial(analyze, build(6, 512, 384, "cpu"), None, config))
+    print(f"6 layers, N = 384: {mebibytes:.0f} MiB at the peak of an analysis on the CPU, beyond what there was")
+    return {"seconds": seconds, "mebibytes": mebibytes}
 
 
-def memory_of_one_analysis(state_size: int, threads: int) -> tuple[float, float]:
-    """Peak resident memory of a process before and after one analysis, on the CPU, in MiB."""
-    torch.set_num_threads(threads)
-    model = build(6, 512, state_size, "cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    analyze(model, None, CompreSSMConfig(tolerance=0.1))
-    return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def added_memory(function: Callable[[], object]) -> float:
+    """How far the resident memory of this process rises while the function runs, in MiB, by looking every ms."""
+    process, done = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    function()
+    done.set()
+    watcher.join()
+    return (peak - before) / 2**20
 
 
 def study_regulariser(options: argparse.Namespace) -> dict:
