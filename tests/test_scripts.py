@@ -164,28 +164,9 @@ def test_a_finished_study_is_not_run_again_but_reported(study):
 
 
 def test_the_cost_of_the_theory_is_measured(tmp_path):
-    options = [
-        "--state_sizes",
-        "8",
-        "16",
-        "--state_size",
-        "16",
-        "--reduced_size",
-        "4",
-        "--length",
-        "16",
-        "--rounds",
-        "1",
-        "--threads",
-        "1",
-    ]
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "benchmark_analysis.py"),
-        *options,
-        "--output_dir",
-        str(tmp_path),
-    ]
+    options = "--state_sizes 8 16 --state_size 16 --reduced_size 4 --length 16 --rounds 1 --threads 1".split()
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_analysis.py"), *options]
+    command += ["--output_dir", str(tmp_path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["analysis"]["seconds"].keys() == {"8", "16"}
