@@ -34,9 +34,12 @@ def take_batches(batches: Iterable[dict], count: int, own_labels: bool = True) -
     return taken
 
 
-def draw_batches(dataset, collate_fn, batch_size: int, count: int, seed: int, step: int) -> list[Batch]:
+def draw_batches(
+    dataset, collate_fn, batch_size: int, count: int, seed: int, step: int, process: int = 0, processes: int = 1
+) -> list[Batch]:
     """`count` batches of `batch_size` examples that depend on nothing but (seed, step), so that resuming is exact.
 
+    Each of several processes gets its part of `processes` times as many examples.
     Batches without a token to predict are passed over. A stream cannot be reached at random: its first batches are
     taken, the same at every step.
 
@@ -46,12 +49,13 @@ def draw_batches(dataset, collate_fn, batch_size: int, count: int, seed: int, st
     if is_stream(dataset):
         if iter(dataset) is dataset:
             raise ValueError("the training data can be read only once: give the callback its own calibration_loader.")
-        examples = DataLoader(dataset, batch_size, collate_fn=collate_fn)
+        examples = islice(DataLoader(dataset, batch_size, collate_fn=collate_fn), process, None, processes)
     else:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         order = torch.randperm(len(dataset), generator=generator)
-        whole_batches = order[: len(order) // batch_size * batch_size].view(-1, batch_size)
-        examples = (collate_fn([dataset[i] for i in batch.tolist()]) for batch in whole_batches)
+        whole = len(order) // (processes * batch_size) * processes * batch_size
+        own_batches = order[:whole].view(-1, processes, batch_size)[:, process]
+        examples = (collate_fn([dataset[i] for i in batch.tolist()]) for batch in own_batches)
     return take_batches((batch for batch in examples if _is_usable(batch)), count)
 
 

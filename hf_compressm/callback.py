@@ -15,7 +15,7 @@ from .analysis import check_config, reducible_size
 from .calibration import draw_batches, is_stream, take_batches
 from .checkpoint import adopt_checkpoint_sizes
 from .config import CompreSSMConfig, CompreSSMSchedule
-from .engines import check_training_arguments, unwrap, unwrap_optimizer
+from .engines import check_training_arguments, data_parallel_wrapper, together, unwrap, unwrap_optimizer
 from .history import History, Observation, save_history
 from .kernels import reference_loop_would_run
 from .layouts import SelectiveLayout, layout_of, state_sizes
@@ -95,6 +95,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 "a hyper-parameter search starts every trial from the same model: search without this callback."
             )
+        data_parallel_wrapper(model)
         model = unwrap(model)
         check_state_tensors(model, unwrap_optimizer(optimizer))
         self._event_steps = self.schedule.event_steps(state.max_steps)
@@ -182,7 +183,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _observe(self, args: TrainingArguments, state: TrainerState, model, train_dataloader) -> None:
         # Always the same batches: what moves is then the model, not the draw.
         needs_data = isinstance(layout_of(unwrap(model)), SelectiveLayout)
-        batches = self._calibration_batches(args, 0, train_dataloader) if needs_data else None
+        with together():
+            batches = self._calibration_batches(args, 0, train_dataloader) if needs_data else None
         observation = self._monitor.observe(model, batches, self.config, state.global_step)
         self.history.observations.append(observation)
         if state.is_world_process_zero:
@@ -193,7 +195,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
         size = reducible_size(self.config, unwrap(model))
         config = self.config.for_event(size, events_left, self.history.loss_spent)
-        report = analyze(model, self._calibration_batches(args, state.global_step, train_dataloader), config)
+        with together():
+            batches = self._calibration_batches(args, state.global_step, train_dataloader)
+        report = analyze(model, batches, config)
         event = compress(model, report, optimizer, step=state.global_step)
         event.seconds = time.perf_counter() - started
         self.history.events.append(event)
@@ -225,6 +229,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             count,
             self.config.calibration_seed,
             step,
+            args.process_index,
+            args.world_size,
         )
 
 

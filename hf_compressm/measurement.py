@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .calibration import Batch, prediction_count
+from .engines import from_first_process, sum_over_processes, together
 from .surgery import Plan
 
 
 class LossMeter:
-    """Measures losses on held-out batches, with some parameters overridden.
+    """Measures losses on held-out batches, with some parameters overridden; each process on its own, then averaged.
 
     Args:
         overrides: plan → parameter name → the value with which the model computes what it will after the cut.
@@ -21,37 +22,42 @@ class LossMeter:
 
     def __init__(self, model: nn.Module, batches: list[Batch], overrides: Callable[[Plan], dict[str, Tensor]]):
         self.model, self.batches, self.overrides, self.seconds = model, batches, overrides, 0.0
-        self.predictions = [prediction_count(batch) for batch in batches]
-        self._measured: dict[tuple[int, ...], list[float]] = {}
+        self._measured: dict[tuple[int, ...], float] = {}
+        self._of_first_batch: float | None = None
 
     def of(self, plan: Plan) -> float:
         """Mean loss over all batches, nats per prediction; plans of the same sizes are measured once."""
-        losses = self._losses(plan)
-        return sum(loss * count for loss, count in zip(losses, self.predictions, strict=True)) / sum(self.predictions)
+        key = tuple(len(entry.keep) for entry in plan.values())
+        if key not in self._measured:
+            overrides = self.overrides(plan)
+            unchanged = plan and not overrides
+            self._measured[key] = self.of({}) if unchanged else self._mean_loss(overrides, self.batches)
+        return self._measured[key]
 
     def change_by_one_layer(self, index: int, plan: Plan) -> float:
         """Change of the loss on the first batch when only this layer is cut."""
-        return self._measure({index: plan[index]}, self.batches[:1])[0] - self._losses({})[0]
+        overrides = self.overrides({index: plan[index]})
+        if not overrides:
+            return 0.0
+        if self._of_first_batch is None:
+            self._of_first_batch = self._mean_loss({}, self.batches[:1])
+        return self._mean_loss(overrides, self.batches[:1]) - self._of_first_batch
 
-    def _losses(self, plan: Plan) -> list[float]:
-        key = tuple(len(entry.keep) for entry in plan.values())
-        if key not in self._measured:
-            self._measured[key] = self._measure(plan, self.batches)
-        return self._measured[key]
-
-    def _measure(self, plan: Plan, batches: list[Batch]) -> list[float]:
-        """Mean loss of each batch, nats per prediction."""
-        overrides = self.overrides(plan)
-        if plan and not overrides:
-            return self._losses({})[: len(batches)]
+    def _mean_loss(self, overrides: dict[str, Tensor], batches: list[Batch]) -> float:
+        """Mean over the predictions of these batches in all processes, nats."""
         started = time.perf_counter()
-        losses = [forward(self.model, batch, overrides).loss.item() for batch in batches]
+        with together():
+            losses = [forward(self.model, batch, overrides).loss.item() for batch in batches]
+            if not all(math.isfinite(loss) for loss in losses):
+                raise ValueError(
+                    "the loss on the calibration batches is NaN or Inf: training has diverged. Nothing was changed."
+                )
+        counts = [prediction_count(batch) for batch in batches]
+        total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
+        sums = torch.tensor([total, sum(counts)], dtype=torch.float64, device=next(self.model.parameters()).device)
+        sum_over_processes([sums])
         self.seconds += time.perf_counter() - started
-        if not all(math.isfinite(loss) for loss in losses):
-            raise ValueError(
-                "the loss on the calibration batches is NaN or Inf: training has diverged. Nothing was changed."
-            )
-        return losses
+        return from_first_process(float(sums[0] / sums[1]))  # all have to go on with the very same number
 
 
 def forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):

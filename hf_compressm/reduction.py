@@ -13,7 +13,7 @@ from .allocation import choose_sizes
 from .analysis import analyze_states, calibration_batches, check_config, is_uniform
 from .calibration import undisturbed
 from .config import CompreSSMConfig
-from .engines import unwrap
+from .engines import from_first_process, together, unwrap
 from .history import ReductionEvent
 from .kernels import scan_installed
 from .layouts import state_sizes
@@ -103,7 +103,8 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
     """Measure what each state does and plan which to keep. Nothing is changed: not the weights, the mode, nor any RNG.
 
     A Mamba is analysed on data: every other calibration batch feeds the statistics, losses are measured on the rest.
-    An LRU is analysed from its weights; batches, where given, all serve to measure losses.
+    An LRU is analysed from its weights; batches, where given, all serve to measure losses. Of several processes each
+    calls this with batches of its own: statistics and losses are taken over all of them, and the plan is one.
 
     Args:
         model: a supported Transformers model, any floating dtype. Weights are taken in float32 at least; forward
@@ -117,13 +118,16 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
             or a target above the present size.
     """
     started = time.perf_counter()
-    model = unwrap(model)
-    check_state_tensors(model)
-    check_config(config, model)
-    sizes = state_sizes(model)
-    statistics_batches, loss_batches = calibration_batches(model, batches, config)
-    if config.loss_budget is not None and not loss_batches:
-        raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
+    model, config_of_first = unwrap(model), from_first_process(config)
+    with together():
+        if config != config_of_first:
+            raise ValueError(f"the processes were given different configurations: {config_of_first} and {config}.")
+        check_state_tensors(model)
+        check_config(config, model)
+        sizes = state_sizes(model)
+        statistics_batches, loss_batches = calibration_batches(model, batches, config)
+        if config.loss_budget is not None and not loss_batches:
+            raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
 
     with undisturbed(model), scan_installed():
         analysis = analyze_states(model, statistics_batches, config)
@@ -131,7 +135,7 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         chosen = choose_sizes(
             config, analysis.energies, is_uniform(config, model), lambda some: losses.of(analysis.plan(sizes | some))
         )
-        plan = analysis.plan(chosen)
+        plan = from_first_process({index: entry.cpu() for index, entry in analysis.plan(chosen).items()})
         spectra = analysis.hankel_singular_values()
         loss_before = losses.of({}) if losses else None
         loss_after = losses.of(plan) if losses else None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .calibration import Batch
 from .config import CompreSSMConfig
 from .criteria import CRITERIA, LayerStates, choose_states, seeded_generator
+from .engines import sum_over_processes, together
 from .kernels import observed_scan
 from .layouts import (
     STATE_INPUT,
@@ -36,7 +37,10 @@ class SelectiveAnalysis:
     def __init__(self, model: nn.Module, batches: list[Batch], config: CompreSSMConfig):
         self.model, self.config = model, config
         self.criterion, self.compensate = config.criterion or DEFAULT_CRITERION, config.compensate
-        self.statistics = collect_statistics(model, batches)
+        with together():
+            self.statistics = collect_statistics(model, batches)
+        for statistics in self.statistics.values():
+            sum_over_processes(vars(statistics).values())
         self.tokens = int(next(iter(self.statistics.values())).tokens)
         self.energies = score_states(model, self.statistics, self.criterion, config.calibration_seed)
 

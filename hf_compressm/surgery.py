@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .engines import unwrap, unwrap_optimizer
+from .engines import data_parallel_wrapper, rebuild, together, unwrap, unwrap_optimizer
 from .layouts import (
     STATE_INPUT,
     STATE_OUTPUT,
@@ -39,6 +39,10 @@ class Selection:
     keep: Tensor
     compensation: Tensor | None = None
 
+    def cpu(self) -> "Selection":
+        """The same on the CPU."""
+        return Selection(self.keep.cpu(), None if self.compensation is None else self.compensation.cpu())
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -46,6 +50,10 @@ class Projection:
 
     keep: Tensor
     tensors: dict[str, Tensor]
+
+    def cpu(self) -> "Projection":
+        """The same on the CPU."""
+        return Projection(self.keep.cpu(), {path: tensor.cpu() for path, tensor in self.tensors.items()})
 
 
 Plan = dict[int, Selection | Projection]
@@ -78,8 +86,7 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None) -> None:
         ValueError: a plan that does not fit the model, weights that are not finite, half-precision masters, or an
             optimizer that cannot follow. Nothing has been changed then.
     """
-    model = unwrap(model)
-    layout, mixers = layout_of(model), state_layers(model)
+    layout, mixers = layout_of(unwrap(model)), state_layers(unwrap(model))
     _check_plan(plan, mixers, layout)
     projected = {index: entry for index, entry in plan.items() if isinstance(entry, Projection)}
 
@@ -99,7 +106,7 @@ def pad_state(model: nn.Module, size: int) -> None:
 
     Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; `grow_state` learns.
     """
-    _enlarge(unwrap(model), size, None, lambda index, mixer, tensors: None)
+    _enlarge(model, size, None, lambda index, mixer, tensors: None)
 
 
 def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Generator | None = None) -> None:
@@ -108,15 +115,15 @@ def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Gen
     Rows of C are zero, rows of B come from the model's initialiser, decay rates continue its ramp -1, -2, …, moments
     are zero.
     """
-    model = unwrap(model)
-    layout = layout_of(model)
+    bare = unwrap(model)
+    layout = layout_of(bare)
     if not isinstance(layout, SelectiveLayout):
-        raise ValueError(f"grow_state knows selective models only, not '{model.config.model_type}'; use pad_state.")
+        raise ValueError(f"grow_state knows selective models only, not '{bare.config.model_type}'; use pad_state.")
 
     def initialise(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
         old_size = state_size(mixer, layout)
         rows = tensors[layout.projection][projection_rows(mixer, layout, STATE_INPUT, size)]
-        std = model.config.initializer_range
+        std = bare.config.initializer_range
         rows[old_size:] = torch.empty(rows[old_size:].shape).normal_(0, std, generator=generator).to(rows)
         ramp = torch.arange(old_size + 1, size + 1).log()
         tensors[layout.decay][:, old_size:] = ramp.to(tensors[layout.decay])
@@ -158,7 +165,7 @@ def check_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Non
 
 
 def _enlarge(model: nn.Module, size: int, optimizer, edit: _Edit) -> None:
-    sizes = state_sizes(model)
+    sizes = state_sizes(unwrap(model))
     largest = max(sizes.values())
     if size < largest:
         raise ValueError(f"cannot enlarge to {size} states: a layer has {largest}. Give at least {largest}.")
@@ -175,11 +182,29 @@ def _resize(
 ) -> None:
     """Give every layer the states `sources` (for each new state the old one, or -1), all layers or none.
 
-    Layers `afresh` start without gradients and without optimizer state.
+    Layers `afresh` start without gradients and without optimizer state. The model may be wrapped by its engine.
     """
-    layout, mixers, optimizer = layout_of(model), state_layers(model), unwrap_optimizer(optimizer)
-    check_state_tensors(model, optimizer)
+    wrapper, model, optimizer = data_parallel_wrapper(model), unwrap(model), unwrap_optimizer(optimizer)
+    layout, mixers = layout_of(model), state_layers(model)
+    with together():
+        replacements = _replacements(model, sources, optimizer, edit, afresh)
 
+    for replacement in replacements:
+        assign_parameter(replacement.mixer, replacement.path, replacement.new)
+        if optimizer is not None:
+            swap_parameter(optimizer, replacement.old, replacement.new, replacement.optimizer_state)
+    for index, mixer in mixers.items():
+        record_state_size(mixer, layout, len(sources[index]))
+    if wrapper is not None:
+        rebuild(wrapper)
+
+
+def _replacements(
+    model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit, afresh: frozenset | set
+) -> list[_Replacement]:
+    """All new parameters with their optimizer state; nothing is changed yet."""
+    layout, mixers = layout_of(model), state_layers(model)
+    check_state_tensors(model, optimizer)
     replacements = []
     for index, mixer in mixers.items():
         if torch.equal(sources[index].cpu(), torch.arange(state_size(mixer, layout))):
@@ -198,13 +223,7 @@ def _resize(
             if old[path].grad is not None and index not in afresh:
                 new.grad = gather(old[path].grad, axis, positions[path])
             replacements.append(_Replacement(mixer, path, old[path], new, state))
-
-    for replacement in replacements:
-        assign_parameter(replacement.mixer, replacement.path, replacement.new)
-        if optimizer is not None:
-            swap_parameter(optimizer, replacement.old, replacement.new, replacement.optimizer_state)
-    for index, mixer in mixers.items():
-        record_state_size(mixer, layout, len(sources[index]))
+    return replacements
 
 
 def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -46,6 +47,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
 from hf_compressm.checkpoint import check_checkpoint
 from hf_compressm.config import GOALS
+from hf_compressm.engines import from_first_process
 from hf_compressm.history import save_history
 
 EXAMPLE_GOAL = ["--target_state_size", "16", "--calibration_batches", "6"]
@@ -147,16 +149,19 @@ def main(argv: list[str] | None = None) -> None:
     install_scan()
     checkpoint = checkpoint_to_resume(training_args)
 
-    train_text, validation_text = load_text(data_args, training_args.seed)
+    with training_args.main_process_first():  # the others find its work in the cache
+        train_text, validation_text = load_text(data_args, training_args.seed)
     tokenizer = load_tokenizer(model_args, train_text, data_args.text_column)
     model = build_model(model_args, tokenizer)
+    with training_args.main_process_first():
+        train_set, validation_set = (tokenized(text, tokenizer, data_args) for text in (train_text, validation_text))
     sequences_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps
-    throughput = ThroughputCallback(sequences_per_step * data_args.block_size)
+    throughput = ThroughputCallback(sequences_per_step * data_args.block_size * training_args.world_size)
     trainer = PretrainingTrainer(
         model=model,
         args=training_args,
-        train_dataset=tokenized(train_text, tokenizer, data_args),
-        eval_dataset=tokenized(validation_text, tokenizer, data_args),
+        train_dataset=train_set,
+        eval_dataset=validation_set,
         processing_class=tokenizer,
         data_collator=default_data_collator,
         callbacks=[throughput, CompreSSMCallback(config, schedule)],
@@ -167,6 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     # Not the callback from above: with restore_callback_states_from_checkpoint Trainer puts another in its place.
     (shrink,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, CompreSSMCallback))
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
     save_history(shrink.history, training_args.output_dir)
     cutting_seconds = sum(event.seconds for event in shrink.history.events)
     print(f"\nTraining steps, median:\n{throughput}")
@@ -245,7 +252,10 @@ def load_tokenizer(args: ModelArguments, train_text, text_column: str):
     lines = (example[text_column] for example in islice(train_text, TOKENIZER_EXAMPLES))
     bpe.train_from_iterator(lines, vocab_size=args.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=from_first_process(bpe._tokenizer),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
     )
 
 
@@ -261,7 +271,7 @@ def build_model(args: ModelArguments, tokenizer) -> MambaForCausalLM:
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     model = MambaForCausalLM(config)
-    print(f"Mamba of {model.num_parameters() / 1e6:.2f} M parameters, N = {args.state_size}")
+    PartialState().print(f"Mamba of {model.num_parameters() / 1e6:.2f} M parameters, N = {args.state_size}")
     return model
 
 

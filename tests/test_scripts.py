@@ -83,16 +83,13 @@ def test_it_streams_the_embedded_text_under_accelerate_launch(tmp_path):
     assert "state size 8 → 4" in output and "Validation perplexity" in output
 
 
-def test_several_processes_are_refused_at_the_start_of_training(tmp_path, text_file):
+def test_two_processes_train_one_model(finished, tmp_path, text_file):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    options = ["--train_file", str(text_file), "--ddp_backend", "gloo"]
-    failed = pretrain(tmp_path / "run", *options, launcher=launcher, check=False)
-    assert failed.returncode != 0
-    assert (
-        "ValueError: 2 processes" in failed.stderr
-        and "This version resizes models in one process only" in failed.stderr
-    )
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    options = ["--train_file", str(text_file), "--ddp_backend", "gloo", "--per_device_train_batch_size", "4"]
+    output = pretrain(tmp_path / "run", *options, launcher=launcher).stdout
+    assert output.count("CompreSSM, step 10 of 20: state size 8 → 4") == output.count("Sample: And God said") == 1
+    perplexities = [float(re.search(r"Validation perplexity: ([\d.]+)", text)[1]) for text in (finished[1], output)]
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-3)  # the same sequences in every step
 
 
 def test_jsonl_files_for_training_and_validation_are_read(tmp_path, verses):
