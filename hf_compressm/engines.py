@@ -104,12 +104,12 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
         mixed_precision=wrapper.mixed_precision,
     )
     module, training, communication_hooks = wrapper.module, wrapper.training, list(wrapper._comm_hooks)
-    module_hooks = {name: value for name, value in wrapper.__dict__.items() if name.endswith("_hooks")}
+    module_hooks = {n: v for n, v in wrapper.__dict__.items() if "_hooks" in n and n != "_comm_hooks"}
     wrapper.reducer._remove_autograd_hooks()  # dynamo may keep the old reducer alive
     del wrapper.__dict__["reducer"], wrapper.__dict__["logger"]  # the logger shares the reducer's ownership
     DistributedDataParallel.__init__(wrapper, module, **options)  # checks that shapes agree between the processes
     wrapper.training = training
-    wrapper.__dict__.update({name: hooks for name, hooks in module_hooks.items() if name != "_comm_hooks"})
+    wrapper.__dict__.update(module_hooks)
     for hook, state in communication_hooks:
         wrapper.register_comm_hook(hook, state)
 

@@ -66,6 +66,11 @@ def test_a_loop_of_ones_own_trains_as_in_one_process(looped, dataset):
     assert max((first[name] - reference[name]).abs().max() for name in reference) < 1e-6
 
 
+def test_hooks_on_the_wrapper_outlive_a_cut(looped):
+    for rank in range(PROCESSES):
+        assert json.loads((looped / f"loop {rank}.json").read_text())["calls of the wrapper's hook"] == 8
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
