@@ -4,6 +4,7 @@ One process, and DistributedDataParallel in any number of them, are served; FSDP
 """
 
 import gc
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,8 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import TrainingArguments
@@ -71,7 +71,8 @@ def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
         return model
     if process_count() == 1:
         return None
-    wrappers = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel) and _bare(o) is model]
+    # By type(): isinstance() would look into proxies of objects that are gone.
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and _bare(o) is model]
     if len(wrappers) != 1:
         raise ValueError(
             f"{process_count()} processes, and {len(wrappers)} DistributedDataParallel wrappers around the model; "
@@ -112,6 +113,12 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
     wrapper.__dict__.update(module_hooks)
     for hook, state in communication_hooks:
         wrapper.register_comm_hook(hook, state)
+
+
+def forget_compiled_code() -> None:
+    """Let torch.compile start anew: after eight recompilations for new sizes it would fall back to eager for good."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 # Processes
@@ -175,8 +182,6 @@ def check_training_arguments(args: TrainingArguments) -> None:
     if args.deepspeed_plugin or args.fsdp or args.distributed_state.distributed_type not in SERVED:
         engine = "fsdp" if args.fsdp else args.distributed_state.distributed_type.value
         raise ValueError(f"the engine '{engine}' was asked for. {ENGINES}")
-    if args.torch_compile or AcceleratorState().dynamo_plugin.backend is not DynamoBackend.NO:
-        raise ValueError("torch_compile is not supported while the state shrinks: set it to False.")
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size=True would restart the run with a model that is cut already: set it to False."

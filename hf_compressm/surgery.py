@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .engines import data_parallel_wrapper, rebuild, together, unwrap, unwrap_optimizer
+from .engines import (
+    data_parallel_wrapper,
+    forget_compiled_code,
+    rebuild,
+    together,
+    unwrap,
+    unwrap_optimizer,
+)
 from .layouts import (
     STATE_INPUT,
     STATE_OUTPUT,
@@ -197,6 +204,8 @@ def _resize(
         record_state_size(mixer, layout, len(sources[index]))
     if wrapper is not None:
         rebuild(wrapper)
+    if replacements:
+        forget_compiled_code()
 
 
 def _replacements(

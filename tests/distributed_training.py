@@ -25,6 +25,7 @@ VARIANTS = {
     "find unused": {"ddp_find_unused_parameters": True},
     "static graph": {"ddp_static_graph": True},
     "small buckets": {"ddp_bucket_cap_mb": 1},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "saving": {"save_strategy": "steps", "save_steps": 4},
 }
 
@@ -77,7 +78,9 @@ def main() -> None:
     for name, options in runs.items():
         trainer, weights = train(folder / name, dataset, **options)
         assert dist.get_world_size() == 2
-        assert type(trainer.model_wrapped) is DistributedDataParallel
+        wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+        assert type(wrapped) is DistributedDataParallel
+        assert (wrapped is not trainer.model_wrapped) == ("torch_compile" in options)
         torch.save(weights, folder / f"{name} {dist.get_rank()}.pt")
     dist.destroy_process_group()
 

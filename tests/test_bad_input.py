@@ -191,7 +191,6 @@ def test_an_adapter_on_the_projection_is_refused(batches):
     ("options", "message"),
     [
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
-        ({"torch_compile": True}, "torch_compile"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
     ],
 )

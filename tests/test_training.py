@@ -67,6 +67,31 @@ def test_cuts_work_with(tmp_path, dataset, options):
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager", "adam_epsilon": 1e-6, "max_steps": 12}
+
+
+def test_a_compiled_run_is_the_eager_one(tmp_path, dataset):
+    runs = [
+        build_trainer(tmp_path, dataset, [cutting_callback()], **(COMPILED | {"torch_compile": compiled}))
+        for compiled in (False, True)
+    ]
+    for run in runs:
+        run.train()
+    assert hasattr(runs[1].model_wrapped, "_orig_mod") and runs[1].model.config.state_size == 4
+    assert losses_of(runs[1]) == pytest.approx(losses_of(runs[0]), abs=1e-5)
+    left, right = (weights_of(run.model) for run in runs)
+    assert max((left[name] - right[name]).abs().max() for name in left) < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_code_survives_more_sizes_than_dynamo_would_recompile_for(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    callback = CompreSSMCallback(CompreSSMConfig(target_state_size=4), CompreSSMSchedule(end=1.0, events=11))
+    build_trainer(tmp_path, dataset, [callback], **COMPILED).train()
+    sizes = {tuple(event.state_sizes_after) for event in callback.history.events}
+    assert len(sizes) > torch._dynamo.config.recompile_limit
+
+
 @pytest.mark.parametrize("checkpoint", [4, 5, 8, 12])  # before, at, between and after the cuts
 @pytest.mark.parametrize(
     "options", [{}, {"restore_callback_states_from_checkpoint": True}, {"gradient_accumulation_steps": 2}]
