@@ -71,14 +71,22 @@ def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
         return model
     if process_count() == 1:
         return None
-    # By type(): isinstance() would look into proxies of objects that are gone.
-    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and _bare(o) is model]
+    wrappers = _live_wrappers(model)
+    if len(wrappers) > 1:  # one of an earlier run, perhaps, that nobody holds any more
+        del wrappers
+        gc.collect()
+        wrappers = _live_wrappers(model)
     if len(wrappers) != 1:
         raise ValueError(
             f"{process_count()} processes, and {len(wrappers)} DistributedDataParallel wrappers around the model; "
             f"expected one. {ENGINES}"
         )
     return wrappers[0]
+
+
+def _live_wrappers(model: nn.Module) -> list[DistributedDataParallel]:
+    # By type(): isinstance() would look into proxies of objects that are gone.
+    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and _bare(o) is model]
 
 
 def _bare(model: nn.Module) -> nn.Module:

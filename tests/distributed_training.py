@@ -26,6 +26,7 @@ VARIANTS = {
     "static graph": {"ddp_static_graph": True},
     "small buckets": {"ddp_bucket_cap_mb": 1},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "twice": {"trainings": 2},
     "saving": {"save_strategy": "steps", "save_steps": 4},
 }
 
@@ -40,8 +41,10 @@ class WeightsAfterEachStep(TrainerCallback):
         self.weights.append(weights_of(model))
 
 
-def train(folder: Path, dataset, resume_from: Path | None = None, **options) -> tuple[Trainer, list[dict]]:
-    """Twelve steps, cuts after the third and the sixth."""
+def train(
+    folder: Path, dataset, resume_from: Path | None = None, trainings: int = 1, **options
+) -> tuple[Trainer, list[dict]]:
+    """Twelve steps, cuts after the third and the sixth; and again, if asked."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -66,7 +69,8 @@ def train(folder: Path, dataset, resume_from: Path | None = None, **options) -> 
         data_collator=default_data_collator,
         callbacks=[callback, after_each_step],
     )
-    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    for _ in range(trainings):
+        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     return trainer, after_each_step.weights
 
 

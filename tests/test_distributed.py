@@ -40,7 +40,7 @@ def test_weights_are_those_of_one_process_after_every_step(launched, variant, da
     _, expected = train(tmp_path, dataset, **options)
     first, second = (torch.load(launched / f"{variant} {rank}.pt") for rank in range(PROCESSES))
     sizes = [weights["backbone.layers.0.mixer.A_log"].shape[1] for weights in first]
-    assert sizes == [16, 16, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4]
+    assert sizes[:12] == [16, 16, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4] and set(sizes[12:]) <= {4}
     for weights, same, reference in zip(first, second, expected, strict=True):
         assert_identical(weights, same)
         assert max((weights[name] - reference[name]).abs().max() for name in reference) < 1e-6
