@@ -165,9 +165,8 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    failures = [failure and f"{type(failure).__name__}: {failure}"]
+    failures = [None] * process_count()
     if process_count() > 1:
-        failures = [None] * process_count()
         dist.all_gather_object(failures, failure and f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure

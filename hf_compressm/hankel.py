@@ -342,9 +342,8 @@ def _equilibrated(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     energy = reach * sight
     known = energy > 0
     typical = energy.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp_min(1)
-    energy = torch.where(
-        known, energy, torch.where(typical > 0, typical, 1.0)
-    )  # of a state with one of both: the mean
+    # A state that is reached but not seen, or seen but not reached, gets the mean of the others.
+    energy = torch.where(known, energy, torch.where(typical > 0, typical, 1.0))
     scale = torch.where(reach > 0, energy.sqrt() / reach, torch.where(sight > 0, sight / energy.sqrt(), 1.0))
     rows, columns = scale.unsqueeze(-1), scale.unsqueeze(-2)
     return P * rows * columns, Q / rows / columns, scale

@@ -174,10 +174,9 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
         ValueError: the report was applied before or was made for other sizes; anything `shrink_state` refuses.
     """
     started = time.perf_counter()
-    model = unwrap(model)
     if report.applied:
         raise ValueError("this report has been applied already; call analyze again.")
-    sizes = state_sizes(model)
+    sizes = state_sizes(unwrap(model))
     if sizes != report.state_sizes_before:
         raise ValueError(
             f"the report was made for state sizes {report.state_sizes_before}, the model has {sizes}; "

