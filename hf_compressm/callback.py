@@ -1,30 +1,43 @@
 """`CompreSSMCallback`: analyze and compress, scheduled inside Trainer. No mathematics."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .analysis import check_config, reducible_size
+from .attachment import attach
 from .calibration import draw_batches, is_stream, take_batches
 from .checkpoint import adopt_checkpoint_sizes
 from .config import CompreSSMConfig, CompreSSMSchedule
-from .engines import check_training_arguments, data_parallel_wrapper, together, unwrap, unwrap_optimizer
-from .history import History, Observation, save_history
+from .engines import (
+    Engine,
+    check_training_arguments,
+    everywhere,
+    from_first_process,
+    together,
+    unwrap,
+    unwrap_optimizer,
+)
+from .history import History, Observation, ReductionEvent, save_history
 from .kernels import reference_loop_would_run
 from .layouts import SelectiveLayout, layout_of, state_sizes
 from .monitor import StateMonitor
 from .reduction import StateReport, analyze, compress
+from .safety_net import SafetyNet, first_evaluation_step, safety_net_for
+from .snapshot import Snapshot
 from .surgery import check_state_tensors
 
 logger = logging.get_logger(__name__)
 
+SNAPSHOTS = "rollback"  # folder within Trainer's output folder
 MANY_OBSERVATIONS = 500  # their spectra make a trainer_state.json of tens of megabytes
 
 
@@ -34,20 +47,28 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     At each step of the schedule it analyses the model on calibration batches, prints the plan and carries it out, with
     the optimizer. It refuses at the start of training whatever it could not do when a cut is due. Every checkpoint
     gets `compressm.json` and `hsv.safetensors`; a run resumes exactly from any of them, in a script that builds the
-    model at its original size, provided the callback is given to Trainer's constructor.
+    model at its original size.
+
+    `attach(trainer)` after building the Trainer is the full way in. Given to Trainer's constructor and not attached,
+    the callback serves one process and DistributedDataParallel, but neither FSDP2 nor `load_best_model_at_end`.
 
     Args:
         config: what to keep.
         schedule: when to cut; the paper's four events in the first tenth of the run by default.
         calibration_loader: an iterable of calibration batches to use at every event. By default batches are drawn from
             Trainer's training data, by a generator of their own.
+        companions: models that follow every cut, such as a `torch.optim.swa_utils.AveragedModel` of the model.
+        needs: for Trainer, which rebuilds the callback from `state()` without these arguments.
 
     Attributes:
         history: what was measured and cut in this run; a second `train()` that does not resume starts a new one.
+        trainer: the Trainer it is attached to, or None.
 
     Example:
+        >>> trainer = Trainer(model, args, train_dataset=dataset)
         >>> callback = CompreSSMCallback(CompreSSMConfig(tolerance=0.01), CompreSSMSchedule(end=0.1, events=4))
-        >>> Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
+        >>> callback.attach(trainer)
+        >>> trainer.train()
     """
 
     def __init__(
@@ -55,15 +76,19 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         config: CompreSSMConfig | dict,
         schedule: CompreSSMSchedule | dict | None = None,
         calibration_loader=None,
-        needs_calibration_loader: bool = False,
+        companions: Sequence[nn.Module] = (),
+        needs: Sequence[str] = (),
     ):
-        # Dicts, and needs_calibration_loader, are how Trainer rebuilds the callback from `state()`.
+        # Dicts are how Trainer rebuilds the callback from `state()`.
         self.config = CompreSSMConfig(**config) if isinstance(config, dict) else config
         self.schedule = (
             CompreSSMSchedule(**(schedule or {})) if not isinstance(schedule, CompreSSMSchedule) else schedule
         )
         self.calibration_loader = calibration_loader
-        self.needs_calibration_loader = needs_calibration_loader or calibration_loader is not None
+        self.companions = tuple(companions)
+        self.needs = list(needs) + ["calibration_loader"] * (calibration_loader is not None)
+        self.needs += ["companions"] * bool(self.companions)
+        self.trainer: Trainer | None = None
         if isinstance(calibration_loader, Iterator):
             raise ValueError(
                 "calibration_loader can be read only once, and every cut reads it: give a list or a DataLoader."
@@ -73,6 +98,19 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._event_steps: list[int] = []
         self._stream_batches: list | None = None
         self._monitor = StateMonitor()
+        self._safety_net: SafetyNet | None = None  # during training
+        self._snapshots: dict[int, Snapshot] = {}  # by the step of the cut they were taken before
+
+    def attach(self, trainer: Trainer) -> None:
+        """Let the trainer and this callback know each other; the callback is added, unless the trainer has it.
+
+        What Trainer loads by itself can then be of any state size: a checkpoint under FSDP2, the best model at the
+        end, weights for a model made by `model_init`. And no checkpoint that was not written to its end is resumed.
+
+        Raises:
+            ValueError: an engine or model that is not served, or a trainer with another callback of this kind.
+        """
+        attach(trainer, self)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         """The only moment before a checkpoint is loaded: make the model take the checkpoint's size."""
@@ -90,17 +128,19 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         """Refuse now what could not be done later, and take up the history of a resumed run."""
-        check_training_arguments(args)
+        check_training_arguments(args, model, attached=self.trainer is not None)
         if state.is_hyper_param_search:
             raise ValueError(
                 "a hyper-parameter search starts every trial from the same model: search without this callback."
             )
-        data_parallel_wrapper(model)
+        Engine(self._as_wrapped(model))
+        self._check_companions(args, model)
         model = unwrap(model)
         check_state_tensors(model, unwrap_optimizer(optimizer))
         self._event_steps = self.schedule.event_steps(state.max_steps)
         sizes = list(state_sizes(model).values())
         self._restore_history(state, sizes)
+        self._spread_safety_net(args, state)
         self._check_calibration(args, train_dataloader)
         check_config(self.config, model)
         if self.schedule.monitor_steps and state.max_steps > MANY_OBSERVATIONS * self.schedule.monitor_steps:
@@ -129,8 +169,36 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Observe and cut, whatever is due."""
         if self.schedule.monitor_steps and state.global_step % self.schedule.monitor_steps == 0:
             self._observe(args, state, model, train_dataloader)
-        if state.global_step in self._event_steps:
+        if state.global_step in self._event_steps and not self._is_stopped:
             self._cut(args, state, model, optimizer, train_dataloader)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        metrics=None,
+        **kwargs,
+    ):
+        """Undo a cut that hurt."""
+        if self._safety_net is None or self._safety_net.metric not in (metrics or {}):
+            return
+        events = self.history.events
+        harmful = self._safety_net.harmful_cut(events, state.log_history)
+        harmful = from_first_process(events.index(harmful) if harmful is not None else None)
+        if harmful is not None:
+            self._roll_back(state, model, optimizer, events[harmful:])
+        on_trial = {event.step for event in self._safety_net.on_trial(events, state.log_history)}
+        for step in self._snapshots.keys() - on_trial:
+            self._snapshots.pop(step).discard()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """What is evaluated from now on undoes nothing."""
+        self._safety_net = None
+        while self._snapshots:
+            self._snapshots.popitem()[1].discard()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Put the history beside the weights."""
@@ -144,7 +212,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             "args": {
                 "config": asdict(self.config),
                 "schedule": asdict(self.schedule),
-                "needs_calibration_loader": self.needs_calibration_loader,
+                "needs": self.needs,
             },
             "attributes": {"exported_history": self.history.to_dict()},
         }
@@ -174,7 +242,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 f"{sizes}: trainer_state.json and the weights do not belong together. Resume from another one."
             )
         due, done = [step for step in self._event_steps if step <= state.global_step], self.history.steps
-        if due != done:
+        if due != done and not self._is_stopped:
             logger.warning(
                 f"By step {state.global_step} cuts were due after steps {due}; the history has them at {done}."
             )
@@ -194,21 +262,87 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         started = time.perf_counter()
         events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
         size = reducible_size(self.config, unwrap(model))
-        config = self.config.for_event(size, events_left, self.history.loss_spent)
+        config = self.config.for_event(size, events_left, self.history.loss_spent, self.history.rollbacks)
         with together():
             batches = self._calibration_batches(args, state.global_step, train_dataloader)
+        model = self._as_wrapped(model)
         report = analyze(model, batches, config)
-        event = compress(model, report, optimizer, step=state.global_step)
+        if self._safety_net is not None and report.is_cut:
+            folder = self._snapshot_folder(args, state.global_step)
+            self._snapshots[state.global_step] = Snapshot(model, optimizer, folder, self.companions)
+        event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
         event.seconds = time.perf_counter() - started
         self.history.events.append(event)
         if state.is_world_process_zero:
             tqdm.write(_announced(report, state))
 
+    def _roll_back(self, state: TrainerState, model, optimizer, undone: list[ReductionEvent]) -> None:
+        """Back to before the first of these cuts; later ones go with it."""
+        snapshot = self._snapshots.get(undone[0].step)
+        if snapshot is None:
+            logger.warning(
+                f"The cut after step {undone[0].step} did harm, but cannot be undone: the run was resumed, and "
+                "rollback_storage='memory' did not outlive its process."
+            )
+            return
+        snapshot.restore(self._as_wrapped(model), optimizer, self.companions)
+        for event in undone:
+            event.rolled_back_at = state.global_step
+        if state.is_world_process_zero:
+            tqdm.write(_undone(undone, self._safety_net, state))
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self.schedule.on_rollback == "stop" and self.history.rollbacks > 0
+
+    def _as_wrapped(self, model: nn.Module) -> nn.Module:
+        """The model as its engine has it; Trainer shows callbacks the bare one."""
+        return model if self.trainer is None else self.trainer.model_wrapped
+
+    def _spread_safety_net(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Look whether every cut will have an evaluation before it, and take up what an earlier run left on trial."""
+        self._safety_net, self._snapshots = None, {}
+        if self.schedule.rollback_tolerance is None:
+            return
+        self._safety_net = safety_net = safety_net_for(self.schedule, args)
+        first_cut = min((step for step in self._event_steps if step > state.global_step), default=None)
+        first_evaluation = first_evaluation_step(args, state)
+        has_baseline = first_cut is None or safety_net.baseline(first_cut, state.log_history) is not None
+        if not has_baseline and first_evaluation >= first_cut:
+            raise ValueError(
+                f"rollback_tolerance compares with an evaluation before the cut, but the first cut is due after step "
+                f"{first_cut} and the first evaluation after step {first_evaluation}: set eval_on_start=True, or "
+                "evaluate earlier or cut later."
+            )
+        for event in safety_net.on_trial(self.history.events, state.log_history):
+            folder = self._snapshot_folder(args, event.step)
+            snapshot = Snapshot.found(folder) if folder is not None else None
+            if everywhere(snapshot is not None):
+                self._snapshots[event.step] = snapshot
+
+    def _snapshot_folder(self, args: TrainingArguments, step: int) -> Path | None:
+        on_disk = self.schedule.rollback_storage == "disk"
+        return Path(args.output_dir) / SNAPSHOTS / f"step-{step}" if on_disk else None
+
+    def _check_companions(self, args: TrainingArguments, model: nn.Module) -> None:
+        if self.companions and args.load_best_model_at_end:
+            raise ValueError(
+                "companions cannot follow the model to another checkpoint: set load_best_model_at_end=False."
+            )
+        for companion in self.companions:
+            if state_sizes(unwrap(companion)) != state_sizes(unwrap(model)):
+                raise ValueError(
+                    f"a companion has state sizes {state_sizes(unwrap(companion))}, the model has "
+                    f"{state_sizes(unwrap(model))}. After a resume load the companion's own weights first; "
+                    "hf_compressm.checkpoint.adopt_checkpoint_sizes(companion) lets it take their size."
+                )
+
     def _check_calibration(self, args: TrainingArguments, train_dataloader) -> None:
         """Draw once in advance: missing data is noticed now, and a stream is read before training reads it."""
-        if self.needs_calibration_loader and self.calibration_loader is None:
+        lacking = [name for name in self.needs if not getattr(self, name)]
+        if lacking:
             raise ValueError(
-                "restore_callback_states_from_checkpoint=True rebuilds the callback without its calibration_loader. "
+                f"restore_callback_states_from_checkpoint=True rebuilds the callback without its {lacking[0]}. "
                 "Leave it at False: the callback takes up its history by itself."
             )
         self._stream_batches = None
@@ -238,6 +372,16 @@ def _announced(report: StateReport, state: TrainerState) -> str:
     before, after = (_sizes(sizes.values()) for sizes in (report.state_sizes_before, report.state_sizes))
     what = f"state size {before} → {after}" if report.is_cut else "nothing cut"
     return f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {what}\n{report}"
+
+
+def _undone(undone: list[ReductionEvent], safety_net: SafetyNet, state: TrainerState) -> str:
+    first = undone[0]
+    before = safety_net.baseline(first.step, state.log_history)
+    now = state.log_history[-1].get(safety_net.metric, float("nan"))
+    return (
+        f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {safety_net.metric} went from {before:.4f} to "
+        f"{now:.4f} after the cut at step {first.step}; back to state size {_sizes(first.state_sizes_before)}"
+    )
 
 
 def _observed(observation: Observation, state: TrainerState) -> str:

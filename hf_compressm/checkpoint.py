@@ -6,15 +6,20 @@ is what needs help: the script builds the model at its original size, and Traine
 
 import json
 import re
+import zipfile
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .engines import unwrap
+from .engines import new_parameter_like, unwrap
+from .history import History
 from .layouts import (
     LAYOUTS,
     StateLayout,
@@ -26,7 +31,8 @@ from .layouts import (
     state_size,
     state_size_of,
 )
-from .surgery import assign_parameter, new_parameter_like
+
+logger = logging.get_logger(__name__)
 
 _LAYER = re.compile(r"layers\.(\d+)\.")  # the layer in a parameter's name
 
@@ -96,6 +102,66 @@ def check_checkpoint(folder: str | Path) -> list[int]:
     return expected
 
 
+def check_complete(folder: str | Path) -> None:
+    """Refuse a Trainer checkpoint that was not written to its end, or was damaged afterwards.
+
+    Trainer writes `trainer_state.json` last. Weights are checked by `check_checkpoint`, where they are safetensors.
+
+    Raises:
+        FileNotFoundError, ValueError: names the file that is missing or damaged.
+    """
+    folder = Path(folder)
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {TRAINER_STATE_NAME}: it was not written to its end. Resume from an earlier checkpoint."
+        )
+    _read_json(folder / TRAINER_STATE_NAME)
+    sharded = [path for path in folder.glob(f"{FSDP_MODEL_NAME}_*") if path.is_dir()]
+    for part in sharded:
+        if not (part / ".metadata").is_file():
+            raise FileNotFoundError(
+                f"{part} has no .metadata: it was not written to its end. Take another checkpoint."
+            )
+    for file in folder.iterdir():
+        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+            raise ValueError(f"{file} is truncated or damaged; take another checkpoint.")
+    if (folder / SAFE_WEIGHTS_NAME).exists() or (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        check_checkpoint(folder)
+    elif not sharded and not list(folder.glob("pytorch_model*.bin")):
+        raise FileNotFoundError(f"{folder} has no weights: it is not a complete checkpoint. Take another.")
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in Trainer's output folder; a warning names each newer one that is not."""
+    checkpoints = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rpartition("-")[2]
+        if path.is_dir() and step.isdigit():
+            checkpoints[int(step)] = path
+    for step in sorted(checkpoints, reverse=True):
+        try:
+            check_complete(checkpoints[step])
+            return str(checkpoints[step])
+        except (FileNotFoundError, ValueError) as error:
+            logger.warning(f"Passing over an incomplete checkpoint. {error}")
+    return None
+
+
+def recorded_history(trainer_state: dict) -> History | None:
+    """The history in the content of a `trainer_state.json`; None where a run without our callback wrote it."""
+    for states in trainer_state.get("stateful_callbacks", {}).values():
+        for exported in states if isinstance(states, list) else [states]:
+            history = exported.get("attributes", {}).get("exported_history")
+            if history is not None:
+                return History.from_dict(history)
+    return None
+
+
+def history_of_checkpoint(folder: str | Path) -> History | None:
+    """The history of a Trainer checkpoint of any engine; None where a run without our callback wrote it."""
+    return recorded_history(_read_json(Path(folder) / TRAINER_STATE_NAME))
+
+
 def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor, from the headers of the safetensors files."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -115,7 +181,7 @@ def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); take another checkpoint.") from error
 
 
@@ -126,5 +192,6 @@ def _resize_empty(mixer: nn.Module, layout: StateLayout, size: int) -> None:
         old = mixer.get_parameter(path)
         shape = list(old.shape)
         shape[tensor.axis] = axis_length(mixer, layout, tensor, size)
-        assign_parameter(mixer, path, new_parameter_like(old, old.new_zeros(shape)))
+        module_path, _, name = path.rpartition(".")
+        mixer.get_submodule(module_path)._parameters[name] = new_parameter_like(old, old.new_zeros(shape))
     record_state_size(mixer, layout, size)

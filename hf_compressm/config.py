@@ -6,6 +6,8 @@ from .criteria import CRITERIA, SELECTIONS
 
 GOALS = ("tolerance", "target_state_size", "loss_budget", "cut_fraction")
 ALLOCATIONS = ("uniform", "per_layer")
+ROLLBACK_STORAGES = ("memory", "disk")
+ON_ROLLBACK = ("stop", "halve")
 
 
 def _help(default, text: str):
@@ -105,24 +107,31 @@ class CompreSSMConfig:
                 f"give 1 … {state_size}."
             )
 
-    def for_event(self, state_size: int, events_left: int, loss_spent: float) -> "CompreSSMConfig":
+    def for_event(self, state_size: int, events_left: int, loss_spent: float, halvings: int = 0) -> "CompreSSMConfig":
         """The part of the whole run's goal that falls to the next of `events_left` cuts.
 
         A target is approached by equal factors and a loss budget spent in equal shares of what is left of it. A
-        tolerance and a cut fraction speak of a single cut already.
+        tolerance and a cut fraction speak of a single cut already. Each halving halves a tolerance, a cut fraction, a
+        share of the budget; for a target, the logarithm of the factor, so that it will not be reached.
 
         Args:
             state_size: N now.
             events_left: cuts still to come, this one included.
             loss_spent: rise of the loss by the cuts so far, nats per token.
+            halvings: how often to halve the depth of the cut, after cuts that were too deep.
         """
+        share = 0.5**halvings
         if self.target_state_size is not None and self.target_state_size < state_size:
-            step = self.round_up(state_size * (self.target_state_size / state_size) ** (1 / events_left))
+            step = self.round_up(state_size * (self.target_state_size / state_size) ** (share / events_left))
             reachable = self.target_state_size <= step <= state_size
             return replace(self, target_state_size=step if reachable else self.target_state_size)
         if self.loss_budget is not None:
             left = max(self.loss_budget - loss_spent, 1e-12)  # a spent budget allows nothing more
-            return replace(self, loss_budget=left / events_left)
+            return replace(self, loss_budget=left / events_left * share)
+        if self.tolerance is not None:
+            return replace(self, tolerance=self.tolerance * share)
+        if self.cut_fraction is not None:
+            return replace(self, cut_fraction=self.cut_fraction * share)
         return self
 
     def round_up(self, state_size: float) -> int:
@@ -146,6 +155,15 @@ class CompreSSMSchedule:
     end: float = _help(0.1, "End of the window of cuts, as a fraction of the run, in (start, 1].")
     events: int = _help(4, "Number of cuts, equidistant in the window, the last at its end.")
     monitor_steps: int | None = _help(None, "Measure and record the singular values every so many steps, to look at.")
+    rollback_tolerance: float | None = _help(
+        None,
+        "Undo a cut after which the evaluation metric is worse than before it by more than this share of its value.",
+    )
+    rollback_patience: int = _help(1, "Evaluations after a cut in which the metric is watched.")
+    rollback_storage: str = _help(
+        "memory", "Where model and optimizer wait as they were before a cut: 'memory' (of the CPU) or 'disk'."
+    )
+    on_rollback: str = _help("stop", "After a rollback: 'stop' cutting, or 'halve' how deep further cuts go.")
 
     def __post_init__(self):
         _require(0 <= self.start < 1, "start", self.start, "a fraction of the run, in [0, 1)")
@@ -158,6 +176,11 @@ class CompreSSMSchedule:
             monitor_steps,
             "a whole number, at least 1",
         )
+        tolerance, patience = self.rollback_tolerance, self.rollback_patience
+        _require(tolerance is None or 0 <= tolerance < float("inf"), "rollback_tolerance", tolerance, "a share, ≥ 0")
+        _require(_is_count(patience), "rollback_patience", patience, "a whole number, at least 1")
+        for name, allowed in (("rollback_storage", ROLLBACK_STORAGES), ("on_rollback", ON_ROLLBACK)):
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
 
     def event_steps(self, max_steps: int) -> list[int]:
         """The optimizer steps after which to cut, ascending.

@@ -6,9 +6,7 @@ entry of `observations`, layer j.
 """
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .files import write_aside
 
 FORMAT_VERSION = 1
 HISTORY_FILE = "compressm.json"
@@ -41,6 +41,7 @@ class ReductionEvent:
         measuring_seconds: the part of it that went into measuring losses.
         criterion, compensate: how states were ranked and made up for.
         hankel_singular_values: spectrum before the cut, (N,), descending.
+        rolled_back_at: optimizer steps done when the cut was undone; None while it stands.
     """
 
     step: int | None
@@ -57,6 +58,7 @@ class ReductionEvent:
     criterion: str
     compensate: bool
     hankel_singular_values: list[Tensor] = field(repr=False)
+    rolled_back_at: int | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -103,14 +105,26 @@ class History:
 
     @property
     def loss_spent(self) -> float:
-        """Rise of the measured loss by all cuts, nats per token; a cut that lowered the loss earns nothing back."""
-        measured = [event for event in self.events if event.is_cut and event.loss_before is not None]
+        """Rise of the measured loss by all cuts that stand, nats per token; one that lowered it earns nothing back."""
+        standing = [event for event in self.events if event.is_cut and event.rolled_back_at is None]
+        measured = [event for event in standing if event.loss_before is not None]
         return sum(max(0.0, event.loss_after - event.loss_before) for event in measured)
 
     @property
     def state_sizes(self) -> list[int] | None:
-        """The sizes the last event left behind, per layer; None before the first."""
-        return self.events[-1].state_sizes_after if self.events else None
+        """The sizes after all events and rollbacks, per layer; None before the first event."""
+        if not self.events:
+            return None
+        last = self.events[-1]
+        if last.rolled_back_at is None:
+            return last.state_sizes_after
+        undone = (event for event in self.events if event.rolled_back_at == last.rolled_back_at)
+        return next(undone).state_sizes_before
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the model went back to before a cut."""
+        return len({event.rolled_back_at for event in self.events} - {None})
 
     @property
     def steps(self) -> list[int | None]:
@@ -195,17 +209,8 @@ def _record(entry: ReductionEvent | Observation) -> dict:
 
 
 def _from_record(kind: type, record: dict) -> ReductionEvent | Observation:
-    entry = kind(**{f.name: record[f.name] for f in fields(kind)})
+    given = {f.name: record[f.name] for f in fields(kind) if f.name in record or f.default is MISSING}
+    entry = kind(**given)
     spectra = entry.hankel_singular_values
     entry.hankel_singular_values = [torch.as_tensor(spectrum, dtype=torch.float64) for spectrum in spectra]
     return entry
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` to a temporary name beside `path`, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

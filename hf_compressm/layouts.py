@@ -123,7 +123,9 @@ def state_layers(model: nn.Module) -> dict[int, nn.Module]:
             a plain linear layer (an adapter or a quantised layer in its place).
     """
     layout = layout_of(model)
-    mixers = {module.layer_idx: module for module in model.modules() if type(module).__name__ == layout.mixer_class}
+    # FSDP2 derives a class of its own from that of every module that it wraps.
+    names = (layout.mixer_class, f"FSDP{layout.mixer_class}")
+    mixers = {module.layer_idx: module for module in model.modules() if type(module).__name__ in names}
     if not mixers:
         raise ValueError(f"{type(model).__name__} has no {layout.mixer_class}: there is no state to resize.")
     for index, mixer in mixers.items():
@@ -210,7 +212,7 @@ def _block_length(mixer: nn.Module, layout: StateLayout, block: str, size: int |
 
 
 def _check_mixer(mixer: nn.Module, layout: StateLayout, index: int) -> None:
-    if isinstance(layout, SelectiveLayout) and type(projection_module(mixer, layout)) is not nn.Linear:
+    if isinstance(layout, SelectiveLayout) and not _is_plain_linear(projection_module(mixer, layout)):
         raise ValueError(
             f"layer {index}: {layout.projection} belongs to a {type(projection_module(mixer, layout)).__name__}, "
             "expected a plain nn.Linear. Merge adapters or dequantise first."
@@ -223,3 +225,7 @@ def _check_mixer(mixer: nn.Module, layout: StateLayout, index: int) -> None:
                 f"layer {index}: {path} has {given} entries on its state axis, but state_size = "
                 f"{state_size(mixer, layout)} asks for {expected}; the model's weights and config disagree."
             )
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or type(module).__name__ == "FSDPLinear"

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .calibration import Batch, prediction_count
-from .engines import from_first_process, sum_over_processes, together
+from .engines import forward_with, from_first_process, sum_over_processes, together
 from .surgery import Plan
 
 
@@ -68,7 +67,7 @@ def forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):
         if parameter.dtype in (torch.float16, torch.bfloat16)
     }
     overrides = halves | {name: value.float() if name in halves else value for name, value in overrides.items()}
-    return functional_call(model, overrides, kwargs={**batch, "use_cache": False})
+    return forward_with(model, {**batch, "use_cache": False}, overrides)
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -67,23 +67,23 @@ def gather(tensor: Tensor, axis: int, source: Tensor) -> Tensor:
 
 
 def resized_state(
-    optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, axis: int, source: Tensor
+    optimizer: torch.optim.Optimizer, name: str, state: dict, shape: torch.Size, axis: int, source: Tensor
 ) -> dict:
-    """The optimizer's state of a parameter after its entries along `axis` became `source`; empty if it has none.
+    """The optimizer's `state` of a parameter of that shape after its entries along `axis` became `source`.
 
     Tensors of the parameter's own shape and Adafactor's factors follow, scalars stay. State of another kind (8-bit
     blocks, projections) cannot be sliced: it is dropped with a warning and the optimizer starts that parameter afresh.
     """
-    state = {}
-    for key, value in optimizer.state.get(parameter, {}).items():
+    resized = {}
+    for key, value in state.items():
         if key in FACTORED and isinstance(value, Tensor):
             own_axis = FACTORED[key]
-            position = own_axis if value.ndim == parameter.ndim else 0
-            state[key] = gather(value, position, source) if own_axis == axis else value.clone()
-        elif type(value) is Tensor and value.shape == parameter.shape:
-            state[key] = gather(value, axis, source)
+            position = own_axis if value.ndim == len(shape) else 0
+            resized[key] = gather(value, position, source) if own_axis == axis else value.clone()
+        elif type(value) is Tensor and value.shape == shape:
+            resized[key] = gather(value, axis, source)
         elif value is None or isinstance(value, int | float) or (type(value) is Tensor and value.ndim == 0):
-            state[key] = value
+            resized[key] = value
         else:
             warnings.warn(
                 f"hf_compressm: the state '{key}' that {type(optimizer).__name__} keeps for {name} cannot follow the "
@@ -91,7 +91,7 @@ def resized_state(
                 stacklevel=2,
             )
             return {}
-    return state
+    return resized
 
 
 def swap_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, state: dict) -> None:

@@ -4,7 +4,7 @@ The callback, the scripts and any hand-written training loop all go through thes
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .history import ReductionEvent
 from .kernels import scan_installed
 from .layouts import state_sizes
 from .measurement import LossMeter
-from .surgery import Plan, check_state_tensors, shrink_state
+from .surgery import Plan, check_state_tensors, plan_fingerprint, shrink_state
 
 
 @dataclass
@@ -158,7 +158,13 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
     )
 
 
-def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | None = None) -> ReductionEvent:
+def compress(
+    model: nn.Module,
+    report: StateReport,
+    optimizer=None,
+    step: int | None = None,
+    companions: Sequence[nn.Module] = (),
+) -> ReductionEvent:
     """Carry out the plan of `analyze` in place, all of it or none.
 
     Args:
@@ -166,6 +172,7 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
         report: the plan; it can be applied once.
         optimizer: the optimizer that trains the model, if one does; its state follows.
         step: optimizer steps done so far, for the record.
+        companions: models of the same shape that follow, such as a `torch.optim.swa_utils.AveragedModel` of this one.
 
     Returns:
         The entry for the history.
@@ -174,16 +181,19 @@ def compress(model: nn.Module, report: StateReport, optimizer=None, step: int | 
         ValueError: the report was applied before or was made for other sizes; anything `shrink_state` refuses.
     """
     started = time.perf_counter()
-    if report.applied:
-        raise ValueError("this report has been applied already; call analyze again.")
-    sizes = state_sizes(unwrap(model))
-    if sizes != report.state_sizes_before:
-        raise ValueError(
-            f"the report was made for state sizes {report.state_sizes_before}, the model has {sizes}; "
-            "call analyze again."
-        )
+    sizes, fingerprint = state_sizes(unwrap(model)), from_first_process(plan_fingerprint(report.plan))
+    with together():
+        if report.applied:
+            raise ValueError("this report has been applied already; call analyze again.")
+        if sizes != report.state_sizes_before:
+            raise ValueError(
+                f"the report was made for state sizes {report.state_sizes_before}, the model has {sizes}; "
+                "call analyze again."
+            )
+        if plan_fingerprint(report.plan) != fingerprint:
+            raise ValueError("this process was given another plan than the first; let all call analyze together.")
     if report.is_cut:
-        shrink_state(model, report.plan, optimizer)
+        shrink_state(model, report.plan, optimizer, companions)
     report.applied = True
     return ReductionEvent(
         step=step,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .calibration import Batch
 from .config import CompreSSMConfig
 from .criteria import CRITERIA, LayerStates, choose_states, seeded_generator
-from .engines import sum_over_processes, together
+from .engines import full, sum_over_processes, together
 from .kernels import observed_scan
 from .layouts import (
     STATE_INPUT,
@@ -82,7 +82,7 @@ def collect_statistics(model: nn.Module, batches: list[Batch]) -> dict[int, Stat
         for index, mixer in mixers.items()
     }
     weights = {
-        i: m.get_parameter(layout.output_projection).detach().double().square().sum(0) for i, m in mixers.items()
+        i: full(m.get_parameter(layout.output_projection).detach()).double().square().sum(0) for i, m in mixers.items()
     }
     running: list[int] = []  # the layer whose scan comes next
     handles = [
@@ -116,7 +116,7 @@ def score_states(
     """
     layout, energies = layout_of(model), {}
     for index, mixer in state_layers(model).items():
-        projection = mixer.get_parameter(layout.projection).detach()
+        projection = full(mixer.get_parameter(layout.projection).detach())
         layer = LayerStates(
             statistics=statistics[index],
             B_rows=projection[projection_rows(mixer, layout, STATE_INPUT)],
@@ -137,10 +137,11 @@ def masked_projection(mixer: nn.Module, layout: SelectiveLayout, selection: Sele
 
     Rows of B and C that make dropped states are zero, the kept rows of C are compensated.
     """
-    projection = mixer.get_parameter(layout.projection).detach().clone()
+    projection = full(mixer.get_parameter(layout.projection).detach()).clone()
+    output_rows = projection_rows(mixer, layout, STATE_OUTPUT)
+    kept = compensated_output_rows(projection[output_rows], selection)
     dropped = complement(selection.keep, state_size(mixer, layout)).to(projection.device)
     for block in (STATE_INPUT, STATE_OUTPUT):
         projection[projection_rows(mixer, layout, block)][dropped] = 0
-    kept_rows = projection_rows(mixer, layout, STATE_OUTPUT)
-    projection[kept_rows][selection.keep] = compensated_output_rows(mixer, layout, selection)
+    projection[output_rows][selection.keep] = kept
     return projection

@@ -8,20 +8,14 @@ whole or not at all. A resized tensor is a new Parameter: `param.data = …` wou
 shape.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .engines import (
-    data_parallel_wrapper,
-    forget_compiled_code,
-    rebuild,
-    together,
-    unwrap,
-    unwrap_optimizer,
-)
+from .engines import Engine, full, local, shard_like, together, unwrap, unwrap_optimizer
 from .layouts import (
     STATE_INPUT,
     STATE_OUTPUT,
@@ -66,20 +60,42 @@ class Projection:
 Plan = dict[int, Selection | Projection]
 
 
+def plan_fingerprint(plan: Plan) -> str:
+    """A text that is the same for equal plans only."""
+    digest = hashlib.sha256()
+    for index, entry in plan.items():
+        tensors = entry.tensors if isinstance(entry, Projection) else {"compensation": entry.compensation}
+        for name, tensor in {"keep": entry.keep, **tensors}.items():
+            digest.update(f"{index} {name}".encode())
+            digest.update(b"" if tensor is None else tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A parameter as all processes hold it together: its value, its gradient, its optimizer state."""
+
+    parameter: nn.Parameter
+    value: Tensor
+    grad: Tensor | None
+    state: dict
+
+
 @dataclass(frozen=True)
 class _Replacement:
-    mixer: nn.Module
-    path: str
-    old: nn.Parameter
-    new: nn.Parameter
-    optimizer_state: dict
+    module: nn.Module
+    name: str
+    old: _Whole
+    value: Tensor
+    grad: Tensor | None
+    state: dict
 
 
-# edit(layer, mixer, tensors): finish the new values of a layer's tensors, by path, in place.
-_Edit = Callable[[int, nn.Module, dict[str, Tensor]], None]
+# edit(layer, mixer, old, new): finish the new values of a layer's tensors, by path, in place.
+_Edit = Callable[[int, nn.Module, dict[str, Tensor], dict[str, Tensor]], None]
 
 
-def shrink_state(model: nn.Module, plan: Plan, optimizer=None) -> None:
+def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Sequence[nn.Module] = ()) -> None:
     """Remove the states that the plan does not keep; a compensation goes into the kept rows of C.
 
     Args:
@@ -88,6 +104,8 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None) -> None:
             architecture has a size per layer.
         optimizer: its moments are sliced at their positions; step counts and everything else stay. A projected layer
             has new coordinates, which old moments know nothing of: its tensors start afresh.
+        companions: models of the same shape that follow, such as a running average of the weights. They keep the same
+            states, compensated in their own weights; projected layers take the model's tensors.
 
     Raises:
         ValueError: a plan that does not fit the model, weights that are not finite, half-precision masters, or an
@@ -97,15 +115,17 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None) -> None:
     _check_plan(plan, mixers, layout)
     projected = {index for index, entry in plan.items() if isinstance(entry, Projection)}
 
-    def finish(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def finish(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         entry = plan[index]
         if isinstance(entry, Projection):
-            tensors.update({path: entry.tensors[path].to(tensors[path]) for path in tensors})
+            new.update({path: entry.tensors[path].to(new[path]) for path in new})
         elif entry.compensation is not None:
+            before = old[layout.projection][projection_rows(mixer, layout, STATE_OUTPUT)]
             rows = projection_rows(mixer, layout, STATE_OUTPUT, len(entry.keep))
-            tensors[layout.projection][rows] = compensated_output_rows(mixer, layout, entry)
+            new[layout.projection][rows] = compensated_output_rows(before, entry)
 
-    _resize(model, {index: entry.keep for index, entry in plan.items()}, optimizer, finish, projected)
+    sources = {index: entry.keep for index, entry in plan.items()}
+    _resize(model, sources, optimizer, finish, projected, companions)
 
 
 def pad_state(model: nn.Module, size: int) -> None:
@@ -113,7 +133,7 @@ def pad_state(model: nn.Module, size: int) -> None:
 
     Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; `grow_state` learns.
     """
-    _enlarge(model, size, None, lambda index, mixer, tensors: None)
+    _enlarge(model, size, None, _as_gathered)
 
 
 def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Generator | None = None) -> None:
@@ -127,20 +147,41 @@ def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Gen
     if not isinstance(layout, SelectiveLayout):
         raise ValueError(f"grow_state knows selective models only, not '{bare.config.model_type}'; use pad_state.")
 
-    def initialise(index: int, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def initialise(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         old_size = state_size(mixer, layout)
-        rows = tensors[layout.projection][projection_rows(mixer, layout, STATE_INPUT, size)]
+        rows = new[layout.projection][projection_rows(mixer, layout, STATE_INPUT, size)]
         std = bare.config.initializer_range
         rows[old_size:] = torch.empty(rows[old_size:].shape).normal_(0, std, generator=generator).to(rows)
         ramp = torch.arange(old_size + 1, size + 1).log()
-        tensors[layout.decay][:, old_size:] = ramp.to(tensors[layout.decay])
+        new[layout.decay][:, old_size:] = ramp.to(new[layout.decay])
 
     _enlarge(model, size, optimizer, initialise)
 
 
-def compensated_output_rows(mixer: nn.Module, layout: SelectiveLayout, selection: Selection) -> Tensor:
-    """The kept rows of C, (r, D): W_C[K] + Gᵀ W_C[R], computed in float64 (`maths`: compensation)."""
-    rows = mixer.get_parameter(layout.projection).detach()[projection_rows(mixer, layout, STATE_OUTPUT)]
+def set_state_sizes(
+    model: nn.Module,
+    sizes: dict[int, int],
+    optimizer=None,
+    companions: Sequence[nn.Module] = (),
+    is_prepared: bool = True,
+) -> None:
+    """Give every layer a size, for contents that are about to be loaded; what no longer fits is lost.
+
+    The optimizer holds the new parameters afterwards, and the engine synchronises them.
+
+    Args:
+        sizes: N by layer index.
+        is_prepared: False before an engine has wrapped the model for several processes.
+    """
+    sources = {}
+    for index, old_size in state_sizes(unwrap(model)).items():
+        states = torch.arange(sizes[index])
+        sources[index] = torch.where(states < old_size, states, -1)
+    _resize(model, sources, optimizer, _as_gathered, companions=companions, is_prepared=is_prepared)
+
+
+def compensated_output_rows(rows: Tensor, selection: Selection) -> Tensor:
+    """The kept ones of the rows of C, (N, D) → (r, D): W_C[K] + Gᵀ W_C[R], in float64 (`maths`: compensation)."""
     keep = selection.keep.to(rows.device)
     kept = rows[keep]
     if selection.compensation is None:
@@ -160,7 +201,7 @@ def check_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Non
     for index, mixer in state_layers(model).items():
         parameters |= {f"layer {index} {path}": mixer.get_parameter(path) for path in layout.tensors}
     for name, parameter in parameters.items():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(local(parameter)).all():
             raise ValueError(f"{name} holds NaN or Inf: training has diverged; go back to an earlier checkpoint.")
         if optimizer is not None and parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -183,69 +224,109 @@ def _enlarge(model: nn.Module, size: int, optimizer, edit: _Edit) -> None:
     _resize(model, sources, optimizer, edit)
 
 
+def _as_gathered(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Leave new entries at zero."""
+
+
 @torch.no_grad()
 def _resize(
-    model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit, afresh: frozenset | set = frozenset()
+    model: nn.Module,
+    sources: dict[int, Tensor],
+    optimizer,
+    edit: _Edit,
+    afresh: frozenset | set = frozenset(),
+    companions: Sequence[nn.Module] = (),
+    is_prepared: bool = True,
 ) -> None:
     """Give every layer the states `sources` (for each new state the old one, or -1), all layers or none.
 
     Layers `afresh` start without gradients and without optimizer state. The model may be wrapped by its engine.
     """
-    wrapper, model, optimizer = data_parallel_wrapper(model), unwrap(model), unwrap_optimizer(optimizer)
-    layout, mixers = layout_of(model), state_layers(model)
+    targets = [(Engine(model, trains=is_prepared), unwrap_optimizer(optimizer))]
+    targets += [(Engine(companion, trains=False), None) for companion in companions]
+    changing = _changing_layers(targets[0][0].model, sources, afresh)
     with together():
-        replacements = _replacements(model, sources, optimizer, edit, afresh)
+        for engine, target_optimizer in targets:
+            check_state_tensors(engine.model, target_optimizer)
+            if state_sizes(engine.model) != state_sizes(targets[0][0].model):
+                raise ValueError(
+                    f"a companion has state sizes {state_sizes(engine.model)}, the model has "
+                    f"{state_sizes(targets[0][0].model)}: they have to be resized together from the start."
+                )
+    wholes = [_whole_tensors(engine.model, changing, target_optimizer) for engine, target_optimizer in targets]
+    with together():
+        replacements = [
+            _replacements(engine.model, whole, sources, target_optimizer, edit, afresh)
+            for (engine, target_optimizer), whole in zip(targets, wholes, strict=True)
+        ]
+    for (engine, target_optimizer), replaced in zip(targets, replacements, strict=True):
+        mixers = state_layers(engine.model)  # looked up while sizes and tensors still agree
+        _carry_out(engine, replaced, target_optimizer)
+        for index, mixer in mixers.items():
+            record_state_size(mixer, layout_of(engine.model), len(sources[index]))
+        if replaced:
+            engine.finish()
 
-    for replacement in replacements:
-        assign_parameter(replacement.mixer, replacement.path, replacement.new)
-        if optimizer is not None:
-            swap_parameter(optimizer, replacement.old, replacement.new, replacement.optimizer_state)
-    for index, mixer in mixers.items():
-        record_state_size(mixer, layout, len(sources[index]))
-    if wrapper is not None:
-        rebuild(wrapper)
-    if replacements:
-        forget_compiled_code()
+
+def _changing_layers(model: nn.Module, sources: dict[int, Tensor], afresh: frozenset | set) -> list[int]:
+    sizes = state_sizes(model)
+    return [i for i, size in sizes.items() if i in afresh or not torch.equal(sources[i].cpu(), torch.arange(size))]
+
+
+def _whole_tensors(
+    model: nn.Module, indices: list[int], optimizer: torch.optim.Optimizer | None
+) -> dict[int, dict[str, _Whole]]:
+    """Layer → path → parameter, gathered from all processes where it is sharded."""
+    layout, mixers = layout_of(model), state_layers(model)
+
+    def whole(parameter: nn.Parameter) -> _Whole:
+        held = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        state = {key: full(value) for key, value in held.items()}
+        grad = None if parameter.grad is None else full(parameter.grad)
+        return _Whole(parameter, full(parameter.detach()), grad, state)
+
+    return {i: {path: whole(mixers[i].get_parameter(path)) for path in layout.tensors} for i in indices}
 
 
 def _replacements(
-    model: nn.Module, sources: dict[int, Tensor], optimizer, edit: _Edit, afresh: frozenset | set
+    model: nn.Module,
+    whole: dict[int, dict[str, _Whole]],
+    sources: dict[int, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    edit: _Edit,
+    afresh: frozenset | set,
 ) -> list[_Replacement]:
-    """All new parameters with their optimizer state; nothing is changed yet."""
+    """All new values, gradients and optimizer states; nothing is changed yet."""
     layout, mixers = layout_of(model), state_layers(model)
-    check_state_tensors(model, optimizer)
     replacements = []
-    for index, mixer in mixers.items():
-        if index not in afresh and torch.equal(sources[index].cpu(), torch.arange(state_size(mixer, layout))):
-            continue  # nothing changes in this layer
+    for index, old in whole.items():
+        mixer = mixers[index]
+        axes = {path: tensor.axis for path, tensor in layout.tensors.items()}
         positions = {path: source_index(mixer, layout, t, sources[index]) for path, t in layout.tensors.items()}
-        old = {path: mixer.get_parameter(path) for path in positions}
-        values = {path: gather(old[path], layout.tensors[path].axis, positions[path]) for path in positions}
-        edit(index, mixer, values)
-        for path, value in values.items():
+        new = {path: gather(old[path].value, axes[path], positions[path]) for path in axes}
+        edit(index, mixer, {path: old[path].value for path in axes}, new)
+        for path, value in new.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"layer {index}: the resized {path} would hold NaN or Inf; nothing was changed.")
-            state, axis = {}, layout.tensors[path].axis
-            if optimizer is not None and index not in afresh:
-                state = resized_state(optimizer, f"layer {index} {path}", old[path], axis, positions[path])
-            new = new_parameter_like(old[path], value)
-            if old[path].grad is not None and index not in afresh:
-                new.grad = gather(old[path].grad, axis, positions[path])
-            replacements.append(_Replacement(mixer, path, old[path], new, state))
+            grad, state = None, {}
+            if index not in afresh:
+                name, entries = f"layer {index} {path}", (axes[path], positions[path])
+                state = resized_state(optimizer, name, old[path].state, old[path].value.shape, *entries)
+                grad = None if old[path].grad is None else gather(old[path].grad, *entries)
+            module_path, _, name = path.rpartition(".")
+            replacements.append(_Replacement(mixer.get_submodule(module_path), name, old[path], value, grad, state))
     return replacements
 
 
-def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """A Parameter holding `value` with the attributes that were set on `old` (such as `_no_weight_decay`)."""
-    new = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
-    return new
-
-
-def assign_parameter(mixer: nn.Module, path: str, new: nn.Parameter) -> None:
-    """Put `new` in the place of the mixer's parameter at `path`."""
-    module_path, _, name = path.rpartition(".")
-    mixer.get_submodule(module_path)._parameters[name] = new
+def _carry_out(engine: Engine, replacements: list[_Replacement], optimizer: torch.optim.Optimizer | None) -> None:
+    for replacement in replacements:
+        old = replacement.old.parameter
+        state = {key: shard_like(value, optimizer.state[old][key]) for key, value in replacement.state.items()}
+        new = engine.replace(replacement.module, replacement.name, replacement.value)
+        if replacement.grad is not None:
+            new.grad = shard_like(replacement.grad, old.grad)
+        if optimizer is not None:
+            swap_parameter(optimizer, old, new, state)
 
 
 def _check_plan(plan: Plan, mixers: dict[int, nn.Module], layout: StateLayout) -> None:

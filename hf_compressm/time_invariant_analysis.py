@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .calibration import Batch
 from .config import CompreSSMConfig
 from .criteria import choose_states, seeded_generator
+from .engines import gathered
 from .hankel import balancing_transformation, diagonal_gramians, diagonalize, project
 from .layouts import layout_of, state_layers, state_size
 from .measurement import parameter_names
@@ -30,7 +31,10 @@ class TimeInvariantAnalysis:
 
     def __init__(self, model: nn.Module, batches: list[Batch], config: CompreSSMConfig):
         self.model, self.config = model, config
-        self.systems = {index: mixer.system() for index, mixer in state_layers(model).items()}
+        self.systems = {}
+        for index, mixer in state_layers(model).items():
+            with gathered(mixer):
+                self.systems[index] = mixer.system()
         self._gramians = {index: diagonal_gramians(*system) for index, system in self.systems.items()}
         self._balancing = {index: balancing_transformation(*gramians) for index, gramians in self._gramians.items()}
         self.energies = {index: balancing.sigma for index, balancing in self._balancing.items()}
@@ -56,7 +60,7 @@ class TimeInvariantAnalysis:
         """Parameter name → value, for the layers that the plan cuts."""
         layers, names = state_layers(self.model), parameter_names(self.model)
         return {
-            names[old]: entry.tensors[path].to(old)
+            names[old]: entry.tensors[path].to(old.device, old.dtype)
             for index, entry in plan.items()
             if isinstance(entry, Projection)
             for path, old in ((path, layers[index].get_parameter(path)) for path in entry.tensors)

@@ -1,7 +1,6 @@
-"""Runs of `test_distributed.py` in processes of their own: `torchrun … distributed_training.py FOLDER VARIANT…`.
+"""Runs of `test_distributed.py` in their own processes: `torchrun … distributed_training.py FOLDER ENGINE VARIANT…`.
 
-Or `FOLDER resume CHECKPOINT`, to go on from there. Each variant trains with cuts and leaves, for every rank, the
-weights after each step.
+Each variant of the engine (`ddp`, `fsdp`) trains with cuts and leaves, for every rank, the weights after each step.
 """
 
 import os
@@ -12,23 +11,48 @@ import torch
 import torch.distributed as dist
 from conftest import build_model, weights_of
 from datasets import load_from_disk
+from fsdp_on_cpu import enable_fsdp_on_cpu
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
 
 GLOBAL_BATCH = 16
-VARIANTS = {
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+BF16 = {
+    "bf16": True,
+    "learning_rate": 5e-4,
+}  # from the first step on gradients differ in bf16's last bit, by batch size
+WRAPPED = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+DDP = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True},
     "find unused": {"ddp_find_unused_parameters": True},
     "static graph": {"ddp_static_graph": True},
     "small buckets": {"ddp_bucket_cap_mb": 1},
-    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "compiled": COMPILED,
+    "bf16": BF16,
+    "attached": {"attached": True},
     "twice": {"trainings": 2},
-    "saving": {"save_strategy": "steps", "save_steps": 4},
+    "saving": SAVING,
 }
+FSDP = {
+    "full": {"fsdp_config": WRAPPED, **SAVING},
+    "sharded": {"fsdp_config": {**WRAPPED, "state_dict_type": "SHARDED_STATE_DICT"}, **SAVING},
+    "accumulation": {"fsdp_config": WRAPPED, "gradient_accumulation_steps": 2},
+    "checkpointing": {"fsdp_config": {**WRAPPED, "activation_checkpointing": True}},
+    "whole model": {"fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
+    "mixers": {"fsdp_config": {**WRAPPED, "transformer_layer_cls_to_wrap": ["MambaMixer"]}},
+    "no reshard": {"fsdp_config": {**WRAPPED, "reshard_after_forward": False}},
+    "compiled": {"fsdp_config": WRAPPED, **COMPILED},
+    "bf16": {"fsdp_config": WRAPPED, **BF16},
+    "twice": {"fsdp_config": WRAPPED, "trainings": 2},
+}
+ENGINES = {"ddp": DDP, "fsdp": FSDP}
 
 
 class WeightsAfterEachStep(TrainerCallback):
@@ -38,11 +62,16 @@ class WeightsAfterEachStep(TrainerCallback):
         self.weights = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights.append(weights_of(model))
+        self.weights.append(full_weights_of(model))
+
+
+def full_weights_of(model) -> dict[str, torch.Tensor]:
+    weights = weights_of(getattr(model, "_orig_mod", model))
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
 def train(
-    folder: Path, dataset, resume_from: Path | None = None, trainings: int = 1, **options
+    folder: Path, dataset, resume_from: Path | None = None, trainings: int = 1, attached: bool = False, **options
 ) -> tuple[Trainer, list[dict]]:
     """Twelve steps, cuts after the third and the sixth; and again, if asked."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -50,42 +79,59 @@ def train(
         output_dir=str(folder),
         max_steps=12,
         per_device_train_batch_size=GLOBAL_BATCH // world_size,
-        learning_rate=3e-3,
         adam_epsilon=1e-6,
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=True,
         ddp_backend="gloo" if world_size > 1 else None,
-        **({"save_strategy": "no"} | options),
+        fsdp="fsdp_config" in options,
+        **({"save_strategy": "no", "learning_rate": 3e-3} | options),
     )
+    if "fsdp_config" in options:
+        enable_fsdp_on_cpu()
     callback = CompreSSMCallback(
         CompreSSMConfig(target_state_size=4, calibration_batches=4), CompreSSMSchedule(end=0.5, events=2)
     )
     after_each_step = WeightsAfterEachStep()
+    attached = attached or "fsdp_config" in options
     trainer = Trainer(
         build_model(),
         arguments,
         train_dataset=dataset,
         data_collator=default_data_collator,
-        callbacks=[callback, after_each_step],
+        callbacks=[] if attached else [callback],
     )
+    if attached:
+        callback.attach(trainer)
+    trainer.add_callback(after_each_step)
     for _ in range(trainings):
         trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     return trainer, after_each_step.weights
 
 
+def check_engine(engine: str, trainer: Trainer, is_compiled: bool) -> None:
+    """The run was what it was meant to be."""
+    assert dist.get_world_size() == 2
+    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+    assert (wrapped is not trainer.model_wrapped) == is_compiled
+    if engine == "ddp":
+        assert type(wrapped) is DistributedDataParallel
+    else:
+        assert isinstance(trainer.model_wrapped, FSDPModule) and trainer.is_fsdp_enabled
+        assert all(isinstance(parameter, DTensor) for parameter in wrapped.parameters())
+
+
 def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    runs = {"resume": {"resume_from": Path(names[1])}} if names[0] == "resume" else {n: VARIANTS[n] for n in names}
+    folder, engine, *names = Path(sys.argv[1]), *sys.argv[2:]
     install_scan()
     dataset = load_from_disk(folder / "dataset")
-    for name, options in runs.items():
-        trainer, weights = train(folder / name, dataset, **options)
-        assert dist.get_world_size() == 2
-        wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
-        assert type(wrapped) is DistributedDataParallel
-        assert (wrapped is not trainer.model_wrapped) == ("torch_compile" in options)
-        torch.save(weights, folder / f"{name} {dist.get_rank()}.pt")
+    for name in names:
+        variant, _, checkpoint = name.partition("@")  # "saving@FOLDER" resumes from there
+        options = ENGINES[engine][variant]
+        resume_from = Path(checkpoint) if checkpoint else None
+        trainer, weights = train(folder / engine / variant, dataset, resume_from, **options)
+        check_engine(engine, trainer, "torch_compile" in options)
+        torch.save(weights, folder / f"{engine} {variant}{' resumed' if checkpoint else ''} {dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

@@ -14,10 +14,12 @@ import hf_compressm
 
 # Imports run one way: a file may import from those before it.
 ORDER = """
-    hankel kernels.torch_scan selective criteria kernels.dispatch kernels layouts config engines optimizers surgery
+    hankel kernels.torch_scan selective criteria kernels.dispatch kernels layouts config files
+    engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
+    engines optimizers surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
     calibration measurement selective_analysis time_invariant_analysis analysis allocation history reduction monitor
-    checkpoint callback plotting
+    checkpoint snapshot safety_net attachment callback plotting
 """.split()
 MATHEMATICS = {"hankel", "kernels.torch_scan", "selective", "criteria", "lru.linear_recurrence"}
 

@@ -1,0 +1,88 @@
+"""What Trainer does without asking callbacks: making a model, and loading weights of another state size into it."""
+
+from transformers import Trainer
+
+from .checkpoint import (
+    adopt_checkpoint_sizes,
+    check_complete,
+    history_of_checkpoint,
+    last_complete_checkpoint,
+    recorded_history,
+)
+from .engines import check_engine, unwrap
+from .history import History
+from .layouts import state_sizes
+from .surgery import set_state_sizes
+
+
+def attach(trainer: Trainer, callback) -> None:
+    """Let Trainer and callback know each other; to be called once, before training.
+
+    The callback is added, unless the trainer has it. The trainer becomes one of a class derived from its own.
+
+    Raises:
+        ValueError: an engine or a model that is not served, or a trainer with another callback of this kind.
+    """
+    others = [c for c in trainer.callback_handler.callbacks if isinstance(c, type(callback)) and c is not callback]
+    if others or getattr(trainer, "state_size_callback", callback) is not callback:
+        raise ValueError(
+            f"the trainer has another {type(callback).__name__}, which would cut the same model: give one."
+        )
+    check_engine(trainer.args, attached=True)
+    callback.trainer = trainer
+    if isinstance(trainer, _StateSizeFollower):
+        return
+    if not any(c is callback for c in trainer.callback_handler.callbacks):
+        trainer.add_callback(callback)
+    adopt_checkpoint_sizes(trainer.model)
+    trainer.state_size_callback = callback
+    own_class = type(trainer)
+    trainer.__class__ = type(own_class.__name__, (_StateSizeFollower, own_class), {})
+
+
+class _StateSizeFollower:
+    """Comes before the class of a trainer: its model takes the state size of whatever is loaded into it."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As Trainer's, but never from a checkpoint that was not written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir}.")
+        elif resume_from_checkpoint:
+            check_complete(resume_from_checkpoint)
+        handler = self.callback_handler
+        handler.callbacks = list(dict.fromkeys(handler.callbacks))  # the callback may have been added once more
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def call_model_init(self, trial=None):
+        """As Trainer's; weights of any state size can be loaded into the new model."""
+        model = super().call_model_init(trial)
+        adopt_checkpoint_sizes(model)
+        return model
+
+    def create_optimizer(self, *args, **kwargs):
+        """As Trainer's; before, since FSDP loads a checkpoint after it has sharded the model, take its state size."""
+        for callback in self.callback_handler.callbacks:  # Trainer may have made a new one from its saved state
+            if type(callback) is type(self.state_size_callback):
+                callback.trainer, self.state_size_callback = self, callback
+        if self.is_fsdp_enabled and self.state.global_step > 0:
+            self._take_sizes_of(recorded_history(vars(self.state)), is_prepared=False)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _load_best_model(self):
+        history = history_of_checkpoint(self.state.best_model_checkpoint)
+        self._take_sizes_of(history, is_prepared=True)
+        super()._load_best_model()
+        if history is not None:
+            self.state_size_callback.history = history
+
+    def _take_sizes_of(self, history: History | None, is_prepared: bool) -> None:
+        """Resize to where the history ends; to the size before the first cut of the run, where it has none."""
+        sizes = history.state_sizes if history is not None else None
+        if sizes is None and self.state_size_callback.history.events:
+            sizes = self.state_size_callback.history.events[0].state_sizes_before
+        if sizes is not None:
+            layers = state_sizes(unwrap(self.model))
+            sizes = dict(zip(layers, sizes, strict=True))
+            set_state_sizes(self.model_wrapped, sizes, self.optimizer, is_prepared=is_prepared)

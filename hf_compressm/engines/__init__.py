@@ -1,0 +1,28 @@
+"""Every engine's oddities, and nothing else: one process, DistributedDataParallel and FSDP2 behind one interface."""
+
+from .engine import Engine, forward_with, new_parameter_like
+from .processes import everywhere, from_first_process, process_count, process_index, sum_over_processes, together
+from .sharded import full, gathered, local, shard_like
+from .training_arguments import check_engine, check_training_arguments, fsdp_is_asked
+from .wrappers import unwrap, unwrap_optimizer
+
+__all__ = [
+    "Engine",
+    "check_engine",
+    "check_training_arguments",
+    "everywhere",
+    "forward_with",
+    "from_first_process",
+    "fsdp_is_asked",
+    "full",
+    "gathered",
+    "local",
+    "new_parameter_like",
+    "process_count",
+    "process_index",
+    "shard_like",
+    "sum_over_processes",
+    "together",
+    "unwrap",
+    "unwrap_optimizer",
+]

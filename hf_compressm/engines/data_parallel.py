@@ -1,0 +1,69 @@
+"""DistributedDataParallel: the wrapper around a model, and its rebuilding around new parameters."""
+
+import gc
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .processes import process_count
+from .wrappers import ENGINES, bare
+
+
+def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
+    """The wrapper that synchronises this model's gradients; None in a single process.
+
+    Trainer shows its callbacks the bare model only, so the wrapper around it is looked for among all live objects.
+
+    Raises:
+        ValueError: there are several processes and nothing wraps the model, or more than one thing does.
+    """
+    while hasattr(model, "_orig_mod"):
+        model = model._orig_mod
+    if isinstance(model, DistributedDataParallel):
+        return model
+    if process_count() == 1:
+        return None
+    wrappers = _live_wrappers(model)
+    if len(wrappers) > 1:  # one of an earlier run, perhaps, that nobody holds any more
+        del wrappers
+        gc.collect()
+        wrappers = _live_wrappers(model)
+    if len(wrappers) != 1:
+        raise ValueError(
+            f"{process_count()} processes, and {len(wrappers)} DistributedDataParallel wrappers around the model; "
+            f"expected one. {ENGINES}"
+        )
+    return wrappers[0]
+
+
+def rebuild(wrapper: DistributedDataParallel) -> None:
+    """Make the wrapper synchronise the model's present parameters, with all its options.
+
+    Its reducer holds on to the parameters it was built for: without this, ranks would diverge without a word.
+    """
+    options = dict(
+        device_ids=wrapper.device_ids,
+        output_device=wrapper.output_device,
+        dim=wrapper.dim,
+        forward_sync_buffers=wrapper.forward_sync_buffers,
+        process_group=wrapper.process_group,
+        bucket_cap_mb=None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / 2**20,
+        find_unused_parameters=wrapper.find_unused_parameters,
+        gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
+        static_graph=wrapper.static_graph,
+        mixed_precision=wrapper.mixed_precision,
+    )
+    module, training, communication_hooks = wrapper.module, wrapper.training, list(wrapper._comm_hooks)
+    module_hooks = {n: v for n, v in wrapper.__dict__.items() if "_hooks" in n and n != "_comm_hooks"}
+    wrapper.reducer._remove_autograd_hooks()  # dynamo may keep the old reducer alive
+    del wrapper.__dict__["reducer"], wrapper.__dict__["logger"]  # the logger shares the reducer's ownership
+    DistributedDataParallel.__init__(wrapper, module, **options)  # checks that shapes agree between the processes
+    wrapper.training = training
+    wrapper.__dict__.update(module_hooks)
+    for hook, state in communication_hooks:
+        wrapper.register_comm_hook(hook, state)
+
+
+def _live_wrappers(model: nn.Module) -> list[DistributedDataParallel]:
+    # By type(): isinstance() would look into proxies of objects that are gone.
+    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and bare(o) is model]

@@ -1,0 +1,69 @@
+"""One small interface over the ways in which a model's parameters are held while it trains."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .data_parallel import data_parallel_wrapper, rebuild
+from .sharded import forward_sharded, is_sharded, replace_sharded
+from .wrappers import unwrap
+
+
+class Engine:
+    """A model that is held whole, in one process or, each with a copy of its own, in several.
+
+    Args:
+        model: as its engine has it, wrapped; or the bare model of a single process, or of Trainer.
+        trains: False for a model beside the one that trains, which nothing has to synchronise.
+
+    Attributes:
+        model: the bare Transformers model.
+
+    Raises:
+        ValueError: an engine that is not served.
+    """
+
+    def __init__(self, model: nn.Module, trains: bool = True):
+        self.model = unwrap(model)
+        self._is_sharded = is_sharded(self.model)
+        self._wrapper = data_parallel_wrapper(model) if trains and not self._is_sharded else None
+
+    def replace(self, module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+        """A new Parameter holding `value` in the place of `module`'s own parameter `name`."""
+        old = module._parameters[name]
+        if self._is_sharded:
+            return replace_sharded(self.model, old, value)
+        new = new_parameter_like(old, value)
+        module._parameters[name] = new
+        return new
+
+    def finish(self) -> None:
+        """Let everything that was built for the old parameters know the new ones."""
+        if self._wrapper is not None:
+            rebuild(self._wrapper)
+        forget_compiled_code()
+
+
+def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A Parameter holding `value` with the attributes that were set on `old` (such as `_no_weight_decay`)."""
+    new = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def forward_with(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
+    """One forward pass of an unwrapped model, with some parameters, by name, overridden."""
+    run = forward_sharded if is_sharded(model) else _forward_whole
+    return run(model, inputs, overrides)
+
+
+def forget_compiled_code() -> None:
+    """Let torch.compile start anew: after eight recompilations for new sizes it would fall back to eager for good."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _forward_whole(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
+    return functional_call(model, overrides, kwargs=inputs)

@@ -1,0 +1,68 @@
+"""What several processes have to agree on; in a single one every function here is the identity."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def process_count() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def everywhere(condition: bool) -> bool:
+    """Whether the condition holds in all processes."""
+    conditions = [condition] * process_count()
+    if process_count() > 1:
+        dist.all_gather_object(conditions, condition)
+    return all(conditions)
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in place."""
+    if process_count() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def from_first_process(value: T) -> T:
+    """The first process's value, in all of them; tensors in it have to be on the CPU."""
+    if process_count() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All processes leave this block well, or all leave it with the error of those that failed.
+
+    Nothing within may wait for other processes, but for the forward passes of a sharded model.
+
+    Raises:
+        ValueError: in every process, when another one failed; the error itself in the process where it happened.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = [None] * process_count()
+    if process_count() > 1:
+        dist.all_gather_object(failures, failure and f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(failures):
+        if text is not None:
+            raise ValueError(f"process {rank} of {len(failures)} failed, so none went on. {text}")

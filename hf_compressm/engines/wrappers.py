@@ -1,0 +1,64 @@
+"""What engines put around a model and an optimizer, looked through."""
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from .sharded import check_sharding, is_sharded, reshard
+
+ENGINES = (
+    "Use one process, or DistributedDataParallel or FSDP2 in several: torchrun or accelerate launch with a device per "
+    "process."
+)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model behind torch.compile, DistributedDataParallel and a running average, unchecked."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel | AveragedModel):
+            model = model.module
+        else:
+            return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Transformers model behind torch.compile, DistributedDataParallel and a running average.
+
+    An FSDP2 model is itself; its parameters are brought back into shards, where an evaluation left them gathered.
+
+    Raises:
+        ValueError: the model is spread over devices, carries adapters, or is sharded in a way that is not known.
+    """
+    model = bare(model)
+    if isinstance(model, DataParallel | FullyShardedDataParallel):
+        raise ValueError(f"the model is wrapped in {type(model).__name__}. {ENGINES}")
+    if getattr(model, "peft_config", None):
+        raise ValueError("the model carries PEFT adapters, and only they would be saved: merge them into it first.")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or "mps" in {device.type for device in devices}:
+        raise ValueError(
+            f"the model is on {sorted(map(str, devices))}: use one CPU or CUDA device (float64 is needed)."
+        )
+    if is_sharded(model):
+        check_sharding(model)
+        reshard(model)
+        return model
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta" or type(parameter.data) is not torch.Tensor:
+            raise ValueError(
+                f"{name} is a {type(parameter.data).__name__} on device '{parameter.device.type}': the model is split "
+                f"(tensor parallelism?) or offloaded. {ENGINES}"
+            )
+    return model
+
+
+def unwrap_optimizer(optimizer) -> torch.optim.Optimizer | None:
+    """The torch optimizer behind Accelerate's."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
