@@ -377,7 +377,7 @@ def _announced(report: StateReport, state: TrainerState) -> str:
 def _undone(undone: list[ReductionEvent], safety_net: SafetyNet, state: TrainerState) -> str:
     first = undone[0]
     before = safety_net.baseline(first.step, state.log_history)
-    now = state.log_history[-1].get(safety_net.metric, float("nan"))
+    now = safety_net.latest(state.log_history)
     return (
         f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {safety_net.metric} went from {before:.4f} to "
         f"{now:.4f} after the cut at step {first.step}; back to state size {_sizes(first.state_sizes_before)}"

@@ -39,7 +39,7 @@ class SafetyNet:
 
     def harmful_cut(self, events: list[ReductionEvent], log_history: list[dict]) -> ReductionEvent | None:
         """The earliest cut on trial beside whose baseline the newest evaluation is too bad; all later go with it."""
-        _, value = self._evaluations(log_history)[-1]
+        value = self.latest(log_history)
         for event in _standing(events):
             baseline = self.baseline(event.step, log_history)
             if self._judged(event, log_history) <= self.patience and baseline is not None:
@@ -47,6 +47,10 @@ class SafetyNet:
                 if not harm <= self.tolerance * abs(baseline):  # so is NaN
                     return event
         return None
+
+    def latest(self, log_history: list[dict]) -> float:
+        """The metric's newest value."""
+        return self._evaluations(log_history)[-1][1]
 
     def _judged(self, event: ReductionEvent, log_history: list[dict]) -> int:
         return sum(at >= event.step for at, _ in self._evaluations(log_history))
@@ -63,13 +67,11 @@ def safety_net_for(schedule: CompreSSMSchedule, args: TrainingArguments) -> Safe
     """The net that a schedule asks for, on the metric that Trainer is told to go by, the loss by default.
 
     Raises:
-        ValueError: nothing will be evaluated, or it is not known which way the metric is better.
+        ValueError: nothing will be evaluated.
     """
     if args.eval_strategy == IntervalStrategy.NO:
         raise ValueError("rollback_tolerance needs evaluations during training: set eval_strategy and eval_steps.")
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if args.greater_is_better is None and not metric.endswith("loss"):
-        raise ValueError(f"metric_for_best_model = '{metric}': set greater_is_better too, for rollback_tolerance.")
     return SafetyNet(
         f"eval_{metric}", bool(args.greater_is_better), schedule.rollback_tolerance, schedule.rollback_patience
     )

@@ -94,7 +94,7 @@ def learned(blocks) -> dict[str, torch.Tensor]:
     return weights_of(model)
 
 
-def build_trainer(folder, dataset, callbacks=(), model=None, **changes) -> Trainer:
+def build_trainer(folder, dataset, callbacks=(), model=None, eval_dataset=None, **changes) -> Trainer:
     options = dict(
         output_dir=str(folder),
         max_steps=20,
@@ -109,6 +109,7 @@ def build_trainer(folder, dataset, callbacks=(), model=None, **changes) -> Train
         model=build_model() if model is None else model,
         args=TrainingArguments(**(options | changes)),
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         data_collator=default_data_collator,
         callbacks=list(callbacks),
     )

@@ -72,6 +72,7 @@ def main() -> None:
     train_and_cut(model, optimizer, batches, accelerator.backward)
     torch.save(weights_of(accelerator.unwrap_model(model)), folder / f"loop {rank}.pt")
     (folder / f"loop {rank}.json").write_text(json.dumps(errors | {"calls of the wrapper's hook": len(calls)}))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from conftest import build_model, weights_of
 from datasets import load_from_disk
 from fsdp_on_cpu import enable_fsdp_on_cpu
+from test_rollback import SnapshotAndRestore, WorseAt
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +28,10 @@ BF16 = {
     "learning_rate": 5e-4,
 }  # from the first step on gradients differ in bf16's last bit, by batch size
 WRAPPED = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "best_at": 4}
+NEVER_CUT = "of a run never cut"
+ROLLBACKS = {f"rollback {how}": {"rollback": how} for how in ("memory", "disk", NEVER_CUT)}
+SHARDED = {**WRAPPED, "state_dict_type": "SHARDED_STATE_DICT"}
 DDP = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
@@ -39,10 +44,12 @@ DDP = {
     "attached": {"attached": True},
     "twice": {"trainings": 2},
     "saving": SAVING,
+    "best": {**BEST, "trainings": 2, "attached": True},
+    **ROLLBACKS,
 }
 FSDP = {
     "full": {"fsdp_config": WRAPPED, **SAVING},
-    "sharded": {"fsdp_config": {**WRAPPED, "state_dict_type": "SHARDED_STATE_DICT"}, **SAVING},
+    "sharded": {"fsdp_config": SHARDED, **SAVING},
     "accumulation": {"fsdp_config": WRAPPED, "gradient_accumulation_steps": 2},
     "checkpointing": {"fsdp_config": {**WRAPPED, "activation_checkpointing": True}},
     "whole model": {"fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
@@ -51,6 +58,9 @@ FSDP = {
     "compiled": {"fsdp_config": WRAPPED, **COMPILED},
     "bf16": {"fsdp_config": WRAPPED, **BF16},
     "twice": {"fsdp_config": WRAPPED, "trainings": 2},
+    "best": {"fsdp_config": WRAPPED, **BEST, "trainings": 2, "attached": True},
+    "best sharded": {"fsdp_config": SHARDED, **BEST, "attached": True},
+    **{name: {"fsdp_config": WRAPPED, **options} for name, options in ROLLBACKS.items()},
 }
 ENGINES = {"ddp": DDP, "fsdp": FSDP}
 
@@ -71,10 +81,25 @@ def full_weights_of(model) -> dict[str, torch.Tensor]:
 
 
 def train(
-    folder: Path, dataset, resume_from: Path | None = None, trainings: int = 1, attached: bool = False, **options
+    folder: Path,
+    dataset,
+    resume_from: Path | None = None,
+    trainings: int = 1,
+    attached: bool = False,
+    best_at: int | None = None,
+    rollback: str | None = None,
+    **options,
 ) -> tuple[Trainer, list[dict]]:
-    """Twelve steps, cuts after the third and the sixth; and again, if asked."""
+    """Twelve steps, cuts after the third and the sixth; and again, if asked.
+
+    Args:
+        best_at: the step whose evaluation comes out best, for `load_best_model_at_end`.
+        rollback: the cut after the third step is undone after the fourth, from "memory" or "disk"; or "of a run never
+            cut": the same is done to a run without cuts.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if rollback:
+        options |= {"eval_strategy": "steps", "eval_steps": 2}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=12,
@@ -85,28 +110,33 @@ def train(
         use_cpu=True,
         ddp_backend="gloo" if world_size > 1 else None,
         fsdp="fsdp_config" in options,
+        load_best_model_at_end=best_at is not None,
         **({"save_strategy": "no", "learning_rate": 3e-3} | options),
     )
     if "fsdp_config" in options:
         enable_fsdp_on_cpu()
+    net = {"rollback_tolerance": 0.05, "rollback_storage": rollback} if rollback in ("memory", "disk") else {}
     callback = CompreSSMCallback(
-        CompreSSMConfig(target_state_size=4, calibration_batches=4), CompreSSMSchedule(end=0.5, events=2)
+        CompreSSMConfig(target_state_size=4, calibration_batches=4), CompreSSMSchedule(end=0.5, events=2, **net)
     )
-    after_each_step = WeightsAfterEachStep()
-    attached = attached or "fsdp_config" in options
+    attached, after_each_step = attached or "fsdp_config" in options, WeightsAfterEachStep()
+    worse_at = {4} if net else set(range(2, 13, 2)) - {best_at} if best_at else set()
     trainer = Trainer(
         build_model(),
         arguments,
         train_dataset=dataset,
+        eval_dataset=dataset.select(range(16)),
         data_collator=default_data_collator,
-        callbacks=[] if attached else [callback],
+        callbacks=[WorseAt(*worse_at)] + [callback] * (not attached and rollback != NEVER_CUT),
     )
-    if attached:
+    if rollback == NEVER_CUT:
+        trainer.add_callback(SnapshotAndRestore(3, 4))
+    elif attached:
         callback.attach(trainer)
     trainer.add_callback(after_each_step)
     for _ in range(trainings):
         trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
-    return trainer, after_each_step.weights
+    return trainer, [*after_each_step.weights, full_weights_of(trainer.model)]
 
 
 def check_engine(engine: str, trainer: Trainer, is_compiled: bool) -> None:

@@ -47,7 +47,7 @@ def alone(tmp_path_factory, dataset):
     runs = {}
 
     def run(options: dict):
-        options = {k: v for k, v in options.items() if not k.startswith(("ddp_", "fsdp", "save_", "attached"))}
+        options = {k: v for k, v in options.items() if not k.startswith(("ddp_", "fsdp"))}
         if str(options) not in runs:
             runs[str(options)] = train(tmp_path_factory.mktemp("alone"), dataset, **options)[1]
         return runs[str(options)]
@@ -55,12 +55,16 @@ def alone(tmp_path_factory, dataset):
     return run
 
 
-@pytest.mark.parametrize(("engine", "variant"), [(engine, name) for engine in ENGINES for name in ENGINES[engine]])
+VARIANTS = [(engine, name) for engine in ENGINES for name in ENGINES[engine]]
+
+
+@pytest.mark.parametrize(("engine", "variant"), [pair for pair in VARIANTS if "rollback" not in pair[1]])
 def test_weights_are_those_of_one_process_after_every_step(launched, alone, engine, variant):
     expected, folder = alone(ENGINES[engine][variant]), launched(engine)
     first, second = (torch.load(folder / f"{engine} {variant} {rank}.pt") for rank in range(PROCESSES))
     sizes = [weights["backbone.layers.0.mixer.A_log"].shape[1] for weights in first]
-    assert sizes[:12] == [16, 16, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4] and set(sizes[12:]) <= {4}
+    assert sizes[:12] == [16, 16, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4]
+    assert sizes[-1] == (sizes[12 + 4] if "trainings" in ENGINES[engine][variant] else 8 if "best" in variant else 4)
     for weights, same, reference in zip(first, second, expected, strict=True):
         assert_identical(weights, same)
         bound = 2e-3 if variant == "bf16" else 1e-6
@@ -108,6 +112,18 @@ def test_a_fault_in_one_process_stops_all_with_one_error(looped, fault, message)
         assert errors[0].startswith("process 1 of 2 failed, so none went on. ValueError: ")
 
 
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(launched, engine, storage):
+    for rank in range(PROCESSES):
+        names = (f"rollback {storage}", "rollback of a run never cut")
+        undone, never_cut = (torch.load(launched(engine) / f"{engine} {name} {rank}.pt") for name in names)
+        sizes = [weights["backbone.layers.0.mixer.A_log"].shape[1] for weights in undone]
+        assert sizes == [16, 16, 8, 8] + [16] * 9
+        for left, right in zip(undone[4:], never_cut[4:], strict=True):
+            assert_identical(left, right)
+
+
 @pytest.mark.parametrize(("engine", "variant"), [("ddp", "saving"), ("fsdp", "full"), ("fsdp", "sharded")])
 def test_a_run_resumes_exactly_in_new_processes(launched, engine, variant):
     folder = launched(engine)
@@ -126,6 +142,6 @@ def test_a_checkpoint_of_two_processes_resumes_in_one_and_the_other_way_round(la
     resumed = torch.load(folder / "ddp saving resumed 0.pt")
     _, alone = train(tmp_path / "alone", dataset, resume_from=folder / "ddp" / "saving" / "checkpoint-4")
     for weights in (resumed, alone):
-        assert len(weights) == 8
+        assert len(weights) == 9  # eight steps, and at the end
         for later, reference in zip(weights, one_process[4:], strict=True):
             assert max((later[name] - reference[name]).abs().max() for name in reference) < 1e-6
