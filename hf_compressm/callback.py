@@ -1,7 +1,7 @@
 """`CompreSSMCallback`: analyze and compress, scheduled inside Trainer. No mathematics."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .analysis import check_config, reducible_size
+from .announcements import cut_text, observed_text, undone_text
 from .attachment import attach
 from .calibration import draw_batches, is_stream, take_batches
 from .checkpoint import adopt_checkpoint_sizes
@@ -20,24 +21,20 @@ from .config import CompreSSMConfig, CompreSSMSchedule
 from .engines import (
     Engine,
     check_training_arguments,
-    everywhere,
-    from_first_process,
     together,
     unwrap,
     unwrap_optimizer,
 )
-from .history import History, Observation, ReductionEvent, save_history
+from .history import History, save_history
 from .kernels import reference_loop_would_run
 from .layouts import SelectiveLayout, layout_of, state_sizes
 from .monitor import StateMonitor
-from .reduction import StateReport, analyze, compress
-from .safety_net import SafetyNet, first_evaluation_step, safety_net_for
-from .snapshot import Snapshot
+from .reduction import analyze, compress
+from .safety_net import SafetyNet, spread_safety_net
 from .surgery import check_state_tensors
 
 logger = logging.get_logger(__name__)
 
-SNAPSHOTS = "rollback"  # folder within Trainer's output folder
 MANY_OBSERVATIONS = 500  # their spectra make a trainer_state.json of tens of megabytes
 
 
@@ -99,7 +96,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._stream_batches: list | None = None
         self._monitor = StateMonitor()
         self._safety_net: SafetyNet | None = None  # during training
-        self._snapshots: dict[int, Snapshot] = {}  # by the step of the cut they were taken before
 
     def attach(self, trainer: Trainer) -> None:
         """Let the trainer and this callback know each other; the callback is added, unless the trainer has it.
@@ -128,29 +124,30 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         """Refuse now what could not be done later, and take up the history of a resumed run."""
-        check_training_arguments(args, model, attached=self.trainer is not None)
-        if state.is_hyper_param_search:
-            raise ValueError(
-                "a hyper-parameter search starts every trial from the same model: search without this callback."
-            )
-        Engine(self._as_wrapped(model))
-        self._check_companions(args, model)
-        model = unwrap(model)
-        check_state_tensors(model, unwrap_optimizer(optimizer))
-        self._event_steps = self.schedule.event_steps(state.max_steps)
-        sizes = list(state_sizes(model).values())
-        self._restore_history(state, sizes)
-        self._spread_safety_net(args, state)
-        self._check_calibration(args, train_dataloader)
-        check_config(self.config, model)
+        with together():
+            check_training_arguments(args, model, attached=self.trainer is not None)
+            if state.is_hyper_param_search:
+                raise ValueError(
+                    "a hyper-parameter search starts every trial from the same model: search without this callback."
+                )
+            bare = Engine(self._as_wrapped(model)).model
+            check_state_tensors(bare, unwrap_optimizer(optimizer))
+            self._check_companions(args, bare)
+            self._event_steps = self.schedule.event_steps(state.max_steps)
+            self._restore_history(state, list(state_sizes(bare).values()))
+            self._check_calibration(args, train_dataloader)
+            check_config(self.config, bare)
+            self._safety_net = spread_safety_net(self.schedule, args, state, self._event_steps, self.companions)
+        if self._safety_net is not None:
+            self._safety_net.take_up(self.history, state.log_history)
         if self.schedule.monitor_steps and state.max_steps > MANY_OBSERVATIONS * self.schedule.monitor_steps:
             logger.warning(
                 f"monitor_steps={self.schedule.monitor_steps} makes {state.max_steps // self.schedule.monitor_steps} "
                 "observations, and every checkpoint holds all of them: a larger number of steps keeps it small."
             )
         self._monitor = StateMonitor(self.history.observations[-1] if self.history.observations else None)
-        device = next(model.parameters()).device
-        if isinstance(layout_of(model), SelectiveLayout) and reference_loop_would_run(device.type):
+        device = next(bare.parameters()).device
+        if isinstance(layout_of(bare), SelectiveLayout) and reference_loop_would_run(device.type):
             logger.warning(
                 "Transformers' own Mamba loop is about to run: its training step is quadratic in the sequence length. "
                 "Call hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
@@ -183,22 +180,17 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         """Undo a cut that hurt."""
-        if self._safety_net is None or self._safety_net.metric not in (metrics or {}):
+        if self._safety_net is None or self._safety_net.verdict.metric not in (metrics or {}):
             return
-        events = self.history.events
-        harmful = self._safety_net.harmful_cut(events, state.log_history)
-        harmful = from_first_process(events.index(harmful) if harmful is not None else None)
-        if harmful is not None:
-            self._roll_back(state, model, optimizer, events[harmful:])
-        on_trial = {event.step for event in self._safety_net.on_trial(events, state.log_history)}
-        for step in self._snapshots.keys() - on_trial:
-            self._snapshots.pop(step).discard()
+        undone = self._safety_net.judge(self.history, state, self._as_wrapped(model), optimizer)
+        if undone is not None and state.is_world_process_zero:
+            tqdm.write(undone_text(undone, self._safety_net.verdict, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """What is evaluated from now on undoes nothing."""
+        if self._safety_net is not None:
+            self._safety_net.discard_all()
         self._safety_net = None
-        while self._snapshots:
-            self._snapshots.popitem()[1].discard()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Put the history beside the weights."""
@@ -256,7 +248,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         observation = self._monitor.observe(model, batches, self.config, state.global_step)
         self.history.observations.append(observation)
         if state.is_world_process_zero:
-            tqdm.write(_observed(observation, state))
+            tqdm.write(observed_text(observation, state))
 
     def _cut(self, args: TrainingArguments, state: TrainerState, model, optimizer, train_dataloader) -> None:
         started = time.perf_counter()
@@ -268,28 +260,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         model = self._as_wrapped(model)
         report = analyze(model, batches, config)
         if self._safety_net is not None and report.is_cut:
-            folder = self._snapshot_folder(args, state.global_step)
-            self._snapshots[state.global_step] = Snapshot(model, optimizer, folder, self.companions)
+            self._safety_net.keep(state.global_step, model, optimizer)
         event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
         event.seconds = time.perf_counter() - started
         self.history.events.append(event)
         if state.is_world_process_zero:
-            tqdm.write(_announced(report, state))
-
-    def _roll_back(self, state: TrainerState, model, optimizer, undone: list[ReductionEvent]) -> None:
-        """Back to before the first of these cuts; later ones go with it."""
-        snapshot = self._snapshots.get(undone[0].step)
-        if snapshot is None:
-            logger.warning(
-                f"The cut after step {undone[0].step} did harm, but cannot be undone: the run was resumed, and "
-                "rollback_storage='memory' did not outlive its process."
-            )
-            return
-        snapshot.restore(self._as_wrapped(model), optimizer, self.companions)
-        for event in undone:
-            event.rolled_back_at = state.global_step
-        if state.is_world_process_zero:
-            tqdm.write(_undone(undone, self._safety_net, state))
+            tqdm.write(cut_text(report, state))
 
     @property
     def _is_stopped(self) -> bool:
@@ -299,41 +275,16 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """The model as its engine has it; Trainer shows callbacks the bare one."""
         return model if self.trainer is None else self.trainer.model_wrapped
 
-    def _spread_safety_net(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Look whether every cut will have an evaluation before it, and take up what an earlier run left on trial."""
-        self._safety_net, self._snapshots = None, {}
-        if self.schedule.rollback_tolerance is None:
-            return
-        self._safety_net = safety_net = safety_net_for(self.schedule, args)
-        first_cut = min((step for step in self._event_steps if step > state.global_step), default=None)
-        first_evaluation = first_evaluation_step(args, state)
-        has_baseline = first_cut is None or safety_net.baseline(first_cut, state.log_history) is not None
-        if not has_baseline and first_evaluation >= first_cut:
-            raise ValueError(
-                f"rollback_tolerance compares with an evaluation before the cut, but the first cut is due after step "
-                f"{first_cut} and the first evaluation after step {first_evaluation}: set eval_on_start=True, or "
-                "evaluate earlier or cut later."
-            )
-        for event in safety_net.on_trial(self.history.events, state.log_history):
-            folder = self._snapshot_folder(args, event.step)
-            snapshot = Snapshot.found(folder) if folder is not None else None
-            if everywhere(snapshot is not None):
-                self._snapshots[event.step] = snapshot
-
-    def _snapshot_folder(self, args: TrainingArguments, step: int) -> Path | None:
-        on_disk = self.schedule.rollback_storage == "disk"
-        return Path(args.output_dir) / SNAPSHOTS / f"step-{step}" if on_disk else None
-
     def _check_companions(self, args: TrainingArguments, model: nn.Module) -> None:
         if self.companions and args.load_best_model_at_end:
             raise ValueError(
                 "companions cannot follow the model to another checkpoint: set load_best_model_at_end=False."
             )
         for companion in self.companions:
-            if state_sizes(unwrap(companion)) != state_sizes(unwrap(model)):
+            if state_sizes(unwrap(companion)) != state_sizes(model):
                 raise ValueError(
                     f"a companion has state sizes {state_sizes(unwrap(companion))}, the model has "
-                    f"{state_sizes(unwrap(model))}. After a resume load the companion's own weights first; "
+                    f"{state_sizes(model)}. After a resume load the companion's own weights first; "
                     "hf_compressm.checkpoint.adopt_checkpoint_sizes(companion) lets it take their size."
                 )
 
@@ -366,34 +317,3 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             args.process_index,
             args.world_size,
         )
-
-
-def _announced(report: StateReport, state: TrainerState) -> str:
-    before, after = (_sizes(sizes.values()) for sizes in (report.state_sizes_before, report.state_sizes))
-    what = f"state size {before} → {after}" if report.is_cut else "nothing cut"
-    return f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {what}\n{report}"
-
-
-def _undone(undone: list[ReductionEvent], safety_net: SafetyNet, state: TrainerState) -> str:
-    first = undone[0]
-    before = safety_net.baseline(first.step, state.log_history)
-    now = safety_net.latest(state.log_history)
-    return (
-        f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {safety_net.metric} went from {before:.4f} to "
-        f"{now:.4f} after the cut at step {first.step}; back to state size {_sizes(first.state_sizes_before)}"
-    )
-
-
-def _observed(observation: Observation, state: TrainerState) -> str:
-    text = f"singular values, step {observation.step} of {state.max_steps}: N {_sizes(observation.state_sizes)}"
-    if observation.movement is not None:
-        text += f", moved by at most {max(observation.share(observation.movement)):.2%} of σ_1"
-    if observation.weyl_bound is not None:
-        text += f" (Weyl's bound {max(observation.share(observation.weyl_bound)):.2%})"
-    return text
-
-
-def _sizes(sizes: Collection[int]) -> str:
-    """One number where all are equal, otherwise the smallest and the largest."""
-    smallest, largest = min(sizes), max(sizes)
-    return str(largest) if smallest == largest else f"{smallest}-{largest}"

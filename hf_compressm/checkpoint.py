@@ -117,7 +117,7 @@ def check_complete(folder: str | Path) -> None:
         )
     _read_json(folder / TRAINER_STATE_NAME)
     sharded = [path for path in folder.glob(f"{FSDP_MODEL_NAME}_*") if path.is_dir()]
-    for part in sharded:
+    for part in (path for path in folder.iterdir() if path.is_dir()):  # weights and optimizer, by all processes
         if not (part / ".metadata").is_file():
             raise FileNotFoundError(
                 f"{part} has no .metadata: it was not written to its end. Take another checkpoint."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .engines import local, process_count, process_index, unwrap, unwrap_optimizer
+from .engines import local, process_count, process_index, together, unwrap, unwrap_optimizer
 from .files import write_aside
 from .layouts import state_sizes
 from .surgery import set_state_sizes
@@ -60,7 +60,8 @@ class Snapshot:
         Raises:
             ValueError: the file is damaged, or the surgery is refused. Nothing has been changed then.
         """
-        content = self._content if self._content is not None else _read(self.folder / _file_name())
+        with together():
+            content = self._content if self._content is not None else _read(self.folder / _file_name())
         set_state_sizes(model, content["state_sizes"], optimizer, companions)
         bare, optimizer = unwrap(model), unwrap_optimizer(optimizer)
         _fill(bare, content["tensors"])

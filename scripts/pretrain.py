@@ -8,7 +8,7 @@ at 64 states; three to five minutes on two CPU cores.
 Real work, on any `datasets` name or on local text, JSONL or Parquet files, with any tokenizer; `--help` lists all
 options: those of TrainingArguments, of CompreSSMConfig and of CompreSSMSchedule among them.
 
-    accelerate launch scripts/pretrain.py --output_dir runs/mamba-130m \
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/pretrain.py --output_dir runs/mamba-130m \
         --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT --streaming \
         --tokenizer_name EleutherAI/gpt-neox-20b --hidden_size 768 --num_hidden_layers 24 --state_size 128 \
         --block_size 1024 --per_device_train_batch_size 32 --max_steps 100000 --learning_rate 6e-4 --bf16 \
@@ -31,6 +31,7 @@ from accelerate import PartialState
 from datasets import load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     MambaConfig,
@@ -42,10 +43,9 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
-from hf_compressm.checkpoint import check_checkpoint
+from hf_compressm.checkpoint import check_complete, last_complete_checkpoint
 from hf_compressm.config import GOALS
 from hf_compressm.engines import from_first_process
 from hf_compressm.history import save_history
@@ -164,13 +164,16 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=validation_set,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[throughput, CompreSSMCallback(config, schedule)],
+        callbacks=[throughput],
     )
+    CompreSSMCallback(config, schedule).attach(trainer)
     training_seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     perplexity = math.exp(trainer.evaluate()["eval_loss"])
 
     # Not the callback from above: with restore_callback_states_from_checkpoint Trainer puts another in its place.
     (shrink,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, CompreSSMCallback))
+    if trainer.is_fsdp_enabled:  # whatever the checkpoints were, the model is saved whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
@@ -179,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nTraining steps, median:\n{throughput}")
     print(f"Analysis and surgery: {cutting_seconds:.1f} s of {training_seconds:.1f} s of training")
     print(f"Validation perplexity: {perplexity:.2f} at N = {model.config.state_size}")
-    print(f"Sample: {sample(model, tokenizer, data_args.prompt)}")
+    saved = AutoModelForCausalLM.from_pretrained(training_args.output_dir, device_map=training_args.device)
+    print(f"Sample: {sample(saved, tokenizer, data_args.prompt)}")
     print(f"Saved in {training_args.output_dir}. To load it, with transformers alone:\n")
     print("    from transformers import AutoModelForCausalLM")
     print(f"    model = AutoModelForCausalLM.from_pretrained('{training_args.output_dir}')")
@@ -199,12 +203,11 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """The folder to resume from ("last" is the newest in the output folder), checked before anything is loaded."""
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint in ("last", "True", "true"):
-        folder = Path(training_args.output_dir)
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        checkpoint = last_complete_checkpoint(training_args.output_dir)
         if checkpoint is None:
-            raise ValueError(f"no checkpoint to resume from in {training_args.output_dir}.")
+            raise ValueError(f"no whole checkpoint to resume from in {training_args.output_dir}.")
     if checkpoint:
-        check_checkpoint(checkpoint)
+        check_complete(checkpoint)
     return checkpoint or None
 
 

@@ -30,9 +30,11 @@ def undisturbed(tmp_path_factory, dataset):
     run = start(folder / "undisturbed")
     assert run.stdout.readline() == "starting\n"
     started = time.perf_counter()
+    assert run.stdout.readline() == "step 20\n"
+    seconds = time.perf_counter() - started
     run.communicate()
     assert run.returncode == 0
-    return folder, load_file(folder / "undisturbed" / "weights.safetensors"), time.perf_counter() - started
+    return folder, load_file(folder / "undisturbed" / "weights.safetensors"), seconds
 
 
 def assert_it_goes_on(folder, weights) -> None:
@@ -58,12 +60,14 @@ def test_a_run_killed_during(undisturbed, moment):
 @pytest.mark.parametrize("number", range(20))
 def test_a_run_killed_at_a_random_moment(undisturbed, number):
     folder, weights, seconds = undisturbed
-    run = start(folder / str(number))
-    assert run.stdout.readline() == "starting\n"
-    time.sleep(random.Random(number).uniform(0, seconds * 0.9))
-    run.kill()
-    run.communicate()
-    if run.returncode == 0:
-        pytest.skip("it was faster than the undisturbed run, and done")
-    print(sorted(path.name for path in (folder / str(number)).glob("checkpoint-*")))
-    assert_it_goes_on(folder / str(number), weights)
+    draw = random.Random(number)
+    while True:  # until a run is not done before it is killed
+        mine = folder / f"{number}-{draw.random()}"
+        run = start(mine)
+        assert run.stdout.readline() == "starting\n"
+        time.sleep(draw.uniform(0, seconds))
+        run.kill()
+        if not run.stdout.read():
+            break
+    print(sorted(path.name for path in mine.glob("checkpoint-*")))
+    assert_it_goes_on(mine, weights)

@@ -116,9 +116,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, dataset, 
 
 def test_a_loss_budget_holds_over_a_run_with_several_cuts_and_a_resume(tmp_path, dataset, learned):
     class Recording(CompreSSMConfig):
-        def for_event(self, state_size, events_left, loss_spent):
+        def for_event(self, state_size, events_left, loss_spent, halvings=0):
             spent.append((events_left, loss_spent))
-            return super().for_event(state_size, events_left, loss_spent)
+            return super().for_event(state_size, events_left, loss_spent, halvings)
 
     def train(checkpoint=None):
         goal = {"loss_budget": 0.0015, "min_reduction": 0.0, "criterion": "random", "compensate": False}
