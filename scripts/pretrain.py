@@ -144,7 +144,9 @@ class ThroughputCallback(TrainerCallback):
 
 
 def main(argv: list[str] | None = None) -> None:
-    training_args, config, schedule, model_args, data_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    groups = (PretrainingArguments, CompreSSMConfig, CompreSSMSchedule, ModelArguments, DataArguments)
+    parsed = parse_arguments(sys.argv[1:] if argv is None else argv, groups)
+    training_args, config, schedule, model_args, data_args = parsed
     set_seed(training_args.seed)
     install_scan()
     checkpoint = checkpoint_to_resume(training_args)
@@ -189,14 +191,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"    model = AutoModelForCausalLM.from_pretrained('{training_args.output_dir}')")
 
 
-def parse_arguments(argv: list[str]):
-    """The five groups of options; without a word on what to keep, `EXAMPLE_GOAL`."""
+def parse_arguments(argv: list[str], groups: tuple[type, ...]):
+    """The groups of options; without a word on what to keep, `EXAMPLE_GOAL`."""
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     if not given & set(GOALS):
         argv = [*EXAMPLE_GOAL, *argv]
-    groups = (PretrainingArguments, CompreSSMConfig, CompreSSMSchedule, ModelArguments, DataArguments)
-    parser = HfArgumentParser(groups, allow_abbrev=False)
-    return parser.parse_args_into_dataclasses(argv)
+    return HfArgumentParser(groups, allow_abbrev=False).parse_args_into_dataclasses(argv)
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:

@@ -43,7 +43,7 @@ def main() -> None:
         kill_at(function, int(call))
     print("starting", flush=True)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    print(f"step {trainer.state.global_step}", flush=True)
+    print("trained", flush=True)
     save_file(weights_of(trainer.model), folder / "weights.safetensors")
 
 

@@ -11,8 +11,8 @@ import pretrain
 parse_arguments = pretrain.parse_arguments
 
 
-def parse_arguments_then_enable_fsdp(argv):
-    parsed = parse_arguments(argv)
+def parse_arguments_then_enable_fsdp(*given):
+    parsed = parse_arguments(*given)
     enable_fsdp_on_cpu()
     return parsed
 

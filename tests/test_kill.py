@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory, dataset):
     run = start(folder / "undisturbed")
     assert run.stdout.readline() == "starting\n"
     started = time.perf_counter()
-    assert run.stdout.readline() == "step 20\n"
+    assert "trained\n" in iter(run.stdout.readline, "")
     seconds = time.perf_counter() - started
     run.communicate()
     assert run.returncode == 0
@@ -67,7 +67,7 @@ def test_a_run_killed_at_a_random_moment(undisturbed, number):
         assert run.stdout.readline() == "starting\n"
         time.sleep(draw.uniform(0, seconds))
         run.kill()
-        if not run.stdout.read():
+        if "trained" not in run.stdout.read():
             break
     print(sorted(path.name for path in mine.glob("checkpoint-*")))
     assert_it_goes_on(mine, weights)

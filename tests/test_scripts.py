@@ -7,8 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_identical
 from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_compressm.history import load_history
 
 SMALL = """
     --max_steps 20 --end 0.5 --events 2 --target_state_size 4 --state_size 16 --hidden_size 32 --num_hidden_layers 2
@@ -17,8 +21,13 @@ SMALL = """
 """.split()
 
 
-def pretrain(folder, *more, launcher=(sys.executable,), check=True, options=SMALL) -> subprocess.CompletedProcess:
-    command = [*launcher, str(ROOT / "scripts" / "pretrain.py"), *options, "--output_dir", str(folder), *more]
+PRETRAIN = ROOT / "scripts" / "pretrain.py"
+
+
+def pretrain(
+    folder, *more, launcher=(sys.executable,), script=PRETRAIN, check=True, options=SMALL
+) -> subprocess.CompletedProcess:
+    command = [*launcher, str(script), *options, "--output_dir", str(folder), *more]
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=check, env=environment)
 
@@ -77,19 +86,73 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(finished, tex
     assert "model.safetensors is truncated or damaged" in failed.stderr.splitlines()[-1]
 
 
+def launcher_of(configuration: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(ROOT / "scripts" / "accelerate" / f"{configuration}.yaml")),
+    ]
+
+
 def test_it_streams_the_embedded_text_under_accelerate_launch(tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    output = pretrain(tmp_path / "run", "--streaming", launcher=launcher).stdout
+    output = pretrain(tmp_path / "run", "--streaming", launcher=launcher_of("single")).stdout
     assert "state size 8 → 4" in output and "Validation perplexity" in output
 
 
+def perplexity_of(output: str) -> float:
+    return float(re.search(r"Validation perplexity: ([\d.]+)", output)[1])
+
+
 def test_two_processes_train_one_model(finished, tmp_path, text_file):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    options = ["--train_file", str(text_file), "--ddp_backend", "gloo", "--per_device_train_batch_size", "4"]
-    output = pretrain(tmp_path / "run", *options, launcher=launcher).stdout
+    options = ["--train_file", str(text_file), "--per_device_train_batch_size", "4"]
+    output = pretrain(tmp_path / "run", *options, launcher=launcher_of("ddp")).stdout
     assert output.count("CompreSSM, step 10 of 20: state size 8 → 4") == output.count("Sample: And God said") == 1
-    perplexities = [float(re.search(r"Validation perplexity: ([\d.]+)", text)[1]) for text in (finished[1], output)]
-    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-3)  # the same sequences in every step
+    assert perplexity_of(output) == pytest.approx(perplexity_of(finished[1]), rel=1e-3)  # on the same sequences
+
+
+def test_fsdp_that_accelerate_would_quietly_ignore_is_refused(tmp_path, text_file):
+    failed = pretrain(tmp_path / "run", "--train_file", str(text_file), launcher=launcher_of("fsdp2"), check=False)
+    assert failed.returncode != 0
+    assert "FSDP was asked for, but the model is not sharded" in failed.stderr
+
+
+def test_fsdp2_trains_the_same_model_resumes_and_saves_it_whole(finished, tmp_path, text_file):
+    options = ["--train_file", str(text_file), "--per_device_train_batch_size", "4", "--ddp_backend", "gloo"]
+    script = ROOT / "tests" / "pretrain_fsdp_on_cpu.py"
+    run = pretrain(tmp_path / "run", *options, launcher=launcher_of("fsdp2"), script=script).stdout
+    assert perplexity_of(run) == pytest.approx(perplexity_of(finished[1]), rel=1e-3)
+    assert (tmp_path / "run" / "checkpoint-8" / "pytorch_model_fsdp_0" / ".metadata").exists()
+    resuming = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-8")]
+    resumed = pretrain(tmp_path / "resumed", *options, *resuming, launcher=launcher_of("fsdp2"), script=script).stdout
+    assert perplexity_of(resumed) == perplexity_of(run)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "resumed")]
+    assert_identical(*weights)
+    assert weights[0]["backbone.layers.0.mixer.A_log"].shape[1] == 4
+
+
+LOOP = """
+    --max_steps 20 --target_state_size 4 --end 0.5 --events 2 --hidden_size 32 --state_size 16 --num_hidden_layers 2
+    --block_size 32 --vocab_size 512 --batch_size 8 --save_steps 8 --calibration_batches 2 --validation_examples 50
+""".split()
+
+
+def test_a_loop_of_ones_own_cuts_resumes_and_saves_a_plain_model(tmp_path, text_file):
+    script = ROOT / "scripts" / "accelerate_loop.py"
+    options = ["--train_file", str(text_file)]
+    output = pretrain(tmp_path / "run", *options, script=script, options=LOOP).stdout
+    assert "State sizes [4, 4]. Saved in" in output
+    resuming = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-8")]
+    pretrain(tmp_path / "resumed", *options, *resuming, script=script, options=LOOP)
+    assert_identical(*(load_file(tmp_path / name / "model.safetensors") for name in ("run", "resumed")))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.state_size == 4
+    assert len(load_history(tmp_path / "resumed").events) == 2
+
+    two = ["--batch_size", "4", "--use_cpu"]
+    output = pretrain(
+        tmp_path / "two", *options, *two, script=script, options=LOOP, launcher=launcher_of("ddp")
+    ).stdout
+    assert output.count("State sizes [4, 4]. Saved in") == 1
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "two"))
+    assert max((left[name] - right[name]).abs().max() for name in left) < 0.1  # see test_distributed for the proof
 
 
 def test_jsonl_files_for_training_and_validation_are_read(tmp_path, verses):
@@ -116,7 +179,7 @@ def test_a_dataset_and_a_tokenizer_are_taken_by_name(finished, tmp_path, verses)
         (["--train_file", "book.pdf"], "allowed: one of .txt, .json, .jsonl, .parquet"),
         (["--tolerance", "0.1"], "give exactly one of tolerance, target_state_size"),
         (["--validation_file", "x.txt"], "validation_file goes with train_file"),
-        (["--train_file", "x.txt", "--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
+        (["--train_file", "x.txt", "--resume_from_checkpoint", "last"], "no whole checkpoint to resume from"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, options, message):
