@@ -1,16 +1,22 @@
-"""A hand-written loop in two processes, and what goes wrong in one of them: `torchrun … distributed_loop.py FOLDER`.
+"""A hand-written loop in two processes, and what goes wrong in one: `torchrun … distributed_loop.py FOLDER ENGINE`.
 
 Each rank leaves the errors it saw, and its weights after training on.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from conftest import build_model, weights_of
+from conftest import build_model
 from datasets import load_from_disk
+from distributed_training import full_weights_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from hf_compressm import CompreSSMConfig, analyze, compress, install_scan
 
@@ -33,47 +39,78 @@ def train_and_cut(model, optimizer, batches, backward) -> None:
         optimizer.zero_grad()
 
 
+def measured(model, batches) -> list[float]:
+    """What a report says of a cut that matters: loss before and after, and the change by each layer alone."""
+    weights = [layer.mixer.x_proj.weight for layer in getattr(model, "module", model).backbone.layers]
+    with torch.no_grad():
+        for weight in weights:
+            weight *= 16
+        config = replace(CONFIG, target_state_size=2, selection="smallest", compensate=False)
+        report = analyze(model, batches, config)
+        for weight in weights:
+            weight /= 16
+    return [report.loss_before, report.loss_after, *report.predicted_loss_change.values()]
+
+
 def faults(model, batches, rank: int) -> dict[str, str]:
     """What each process is told when one of them is in trouble."""
-    bare, errors = model.module, {}
+    bare, errors = getattr(model, "module", model), {}
 
-    def attempt(name: str, batches: list[dict], config: CompreSSMConfig) -> None:
+    def attempt(name: str, action) -> None:
         try:
-            analyze(model, batches, config)
+            action()
         except ValueError as error:
             errors[name] = str(error)
 
-    attempt("data", batches[: 4 - rank], CONFIG)
-    attempt("config", batches, CompreSSMConfig(target_state_size=8 - rank, calibration_batches=4))
-    A_log = bare.backbone.layers[0].mixer.A_log
-    kept = A_log.detach().clone()
+    def damage(name: str, parameter: torch.nn.Parameter) -> None:
+        part = parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        kept = part.clone()
+        if rank == 1:
+            part.fill_(float("nan"))
+        attempt(name, lambda: analyze(model, batches, CONFIG))
+        part.copy_(kept)
+
+    attempt("data", lambda: analyze(model, batches[: 4 - rank], CONFIG))
+    other = CompreSSMConfig(target_state_size=8 - rank, calibration_batches=4)
+    attempt("config", lambda: analyze(model, batches, other))
+    report = analyze(model, batches, CONFIG)
     if rank == 1:
-        A_log.data[0, 0] = float("nan")
-    attempt("weights", batches, CONFIG)
-    A_log.data.copy_(kept)
-    embedding = bare.get_input_embeddings().weight
-    kept = embedding.detach().clone()
-    if rank == 1:
-        embedding.data.fill_(float("nan"))
-    attempt("activations", batches, CONFIG)
-    embedding.data.copy_(kept)
+        report.plan[0] = replace(report.plan[0], keep=torch.arange(8) + 1 + report.plan[0].keep[0])
+    attempt("plan", lambda: compress(model, report))
+    damage("weights", bare.backbone.layers[0].mixer.A_log)
+    damage("activations", bare.get_input_embeddings().weight)
     return errors
+
+
+def prepared(engine: str):
+    """(model, optimizer, backward) of two processes."""
+    model = build_model()
+    if engine == "ddp":
+        accelerator = Accelerator(cpu=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
+        return *accelerator.prepare(model, optimizer), accelerator.backward
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.backbone.layers:
+        fully_shard(block.mixer.x_proj, mesh=mesh)  # the smallest unit: its projection by itself
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6), torch.Tensor.backward
 
 
 def main() -> None:
     install_scan()
-    folder, accelerator = Path(sys.argv[1]), Accelerator(cpu=True)
-    rank = accelerator.process_index
-    batches = batches_of(load_from_disk(folder / "dataset"), rank, accelerator.num_processes, 8)
-    model = build_model()
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6))
-    errors, calls = faults(model, batches, rank), []
+    folder, engine = Path(sys.argv[1]), sys.argv[2]
+    model, optimizer, backward = prepared(engine)
+    rank, calls = dist.get_rank(), []
+    batches = batches_of(load_from_disk(folder / "dataset"), rank, dist.get_world_size(), 8)
+    left = faults(model, batches, rank) | {"measured": measured(model, batches)}
     model.register_forward_hook(lambda *inputs: calls.append(inputs), with_kwargs=True)
-    train_and_cut(model, optimizer, batches, accelerator.backward)
-    torch.save(weights_of(accelerator.unwrap_model(model)), folder / f"loop {rank}.pt")
-    (folder / f"loop {rank}.json").write_text(json.dumps(errors | {"calls of the wrapper's hook": len(calls)}))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    train_and_cut(model, optimizer, batches, backward)
+    torch.save(full_weights_of(getattr(model, "module", model)), folder / f"{engine} loop {rank}.pt")
+    (folder / f"{engine} loop {rank}.json").write_text(json.dumps(left | {"calls of the hook": len(calls)}))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
