@@ -10,6 +10,9 @@ import pytest
 from conftest import ROOT, assert_identical
 from safetensors.torch import load_file
 
+from hf_compressm.checkpoint import last_complete_checkpoint
+from hf_compressm.history import load_history
+
 SCRIPT = str(ROOT / "tests" / "killed_training.py")
 MOMENTS = {
     "analysis": "collect_statistics:2",  # of the second cut
@@ -54,6 +57,17 @@ def test_a_run_killed_during(undisturbed, moment):
         half = folder / moment / "checkpoint-8"
         assert (half / "model.safetensors").exists() and not (half / "trainer_state.json").exists()
     assert_it_goes_on(folder / moment, weights)
+
+
+def test_a_run_whose_disk_fills(undisturbed):
+    folder, weights, _ = undisturbed
+    mine = folder / "full"
+    run = subprocess.run([sys.executable, SCRIPT, str(mine), "--full-after", "7"], capture_output=True, text=True)
+    assert run.returncode > 0 and "File too large" in run.stderr.splitlines()[-1]
+    assert last_complete_checkpoint(mine) == str(mine / "checkpoint-6")
+    assert load_history(mine / "checkpoint-6").state_sizes == [8, 8]
+    assert not list(mine.rglob("*.tmp"))
+    assert_it_goes_on(mine, weights)
 
 
 @pytest.mark.slow
