@@ -17,8 +17,9 @@ from distributed_training import full_weights_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import set_seed
 
-from hf_compressm import CompreSSMConfig, analyze, compress, install_scan
+from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, analyze, compress, install_scan
 
 CONFIG = CompreSSMConfig(target_state_size=8, calibration_batches=4)
 
@@ -82,16 +83,34 @@ def faults(model, batches, rank: int) -> dict[str, str]:
     return errors
 
 
-def prepared(engine: str):
+def truncate_in_training(model, optimizer, rank: int, processes: int, backward) -> None:
+    """A time-invariant model: three steps, a balanced truncation, three steps."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(6, processes, 8 // processes, 20, generator=generator)[:, rank]
+    for step, batch in enumerate(values):
+        if step == 3:
+            compress(model, analyze(model, None, CompreSSMConfig(target_state_size=8)), optimizer)
+        backward(model(input_values=batch, labels=(batch.sum(-1) > 0).long()).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def build_lru() -> LRUForSequenceClassification:
+    set_seed(0)
+    sizes = dict(state_size=16, hidden_size=8, num_hidden_layers=2, num_labels=2)
+    return LRUForSequenceClassification(LRUConfig(**sizes, hidden_dropout_prob=0.0))
+
+
+def prepared(engine: str, model: torch.nn.Module):
     """(model, optimizer, backward) of two processes."""
-    model = build_model()
     if engine == "ddp":
         accelerator = Accelerator(cpu=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
         return *accelerator.prepare(model, optimizer), accelerator.backward
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    for block in model.backbone.layers:
+    for block in model.backbone.layers if hasattr(model, "backbone") else ():
         fully_shard(block.mixer.x_proj, mesh=mesh)  # the smallest unit: its projection by itself
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -101,7 +120,7 @@ def prepared(engine: str):
 def main() -> None:
     install_scan()
     folder, engine = Path(sys.argv[1]), sys.argv[2]
-    model, optimizer, backward = prepared(engine)
+    model, optimizer, backward = prepared(engine, build_model())
     rank, calls = dist.get_rank(), []
     batches = batches_of(load_from_disk(folder / "dataset"), rank, dist.get_world_size(), 8)
     left = faults(model, batches, rank) | {"measured": measured(model, batches)}
@@ -109,6 +128,9 @@ def main() -> None:
     train_and_cut(model, optimizer, batches, backward)
     torch.save(full_weights_of(getattr(model, "module", model)), folder / f"{engine} loop {rank}.pt")
     (folder / f"{engine} loop {rank}.json").write_text(json.dumps(left | {"calls of the hook": len(calls)}))
+    model, optimizer, backward = prepared(engine, build_lru())
+    truncate_in_training(model, optimizer, rank, dist.get_world_size(), backward)
+    torch.save(full_weights_of(getattr(model, "module", model)), folder / f"{engine} lru {rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, assert_identical, build_model, weights_of
-from distributed_loop import batches_of, measured, train_and_cut
+from distributed_loop import batches_of, build_lru, measured, train_and_cut, truncate_in_training
 from distributed_training import ENGINES, train
 
 PROCESSES = 2
@@ -94,6 +94,20 @@ def test_a_loop_of_ones_own_trains_as_in_one_process(looped, dataset, engine):
     assert_identical(first, second)
     assert reference["backbone.layers.0.mixer.A_log"].shape[1] == 8
     assert max((first[name] - reference[name]).abs().max() for name in reference) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_time_invariant_model_is_truncated_as_in_one_process(looped, engine):
+    model = build_lru()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
+    truncate_in_training(model, optimizer, 0, 1, torch.Tensor.backward)
+    first, second = (torch.load(looped / f"{engine} lru {rank}.pt") for rank in range(PROCESSES))
+    assert_identical(first, second)
+    probe = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
+    expected = model(input_values=probe).logits
+    assert model.config.state_sizes == [8, 8]
+    model.load_state_dict(first)  # states may stand in another order
+    assert (model(input_values=probe).logits - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -47,7 +47,6 @@ def check_sharding(model: nn.Module) -> None:
             if held.sharded_param.dtype in (torch.float16, torch.bfloat16):
                 raise ValueError(f"{held._param_fqn} is sharded in {held.sharded_param.dtype}: load it in float32.")
             managed.add(held.sharded_param)
-    reshard(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and parameter not in managed:
             raise ValueError(

@@ -45,8 +45,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             f"the model is on {sorted(map(str, devices))}: use one CPU or CUDA device (float64 is needed)."
         )
     if is_sharded(model):
-        check_sharding(model)
         reshard(model)
+        check_sharding(model)
         return model
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or type(parameter.data) is not torch.Tensor:
