@@ -30,8 +30,8 @@ from .kernels import reference_loop_would_run
 from .layouts import SelectiveLayout, layout_of, state_sizes
 from .monitor import StateMonitor
 from .reduction import analyze, compress
+from .resizing import check_state_tensors
 from .safety_net import SafetyNet, spread_safety_net
-from .surgery import check_state_tensors
 
 logger = logging.get_logger(__name__)
 

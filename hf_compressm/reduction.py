@@ -18,7 +18,8 @@ from .history import ReductionEvent
 from .kernels import scan_installed
 from .layouts import state_sizes
 from .measurement import LossMeter
-from .surgery import Plan, check_state_tensors, plan_fingerprint, shrink_state
+from .resizing import check_state_tensors
+from .surgery import Plan, plan_fingerprint, shrink_state
 
 
 @dataclass

@@ -1,21 +1,17 @@
 """Resize the state of a model in place, with its optimizer state and config: shrink, pad, grow. No policy.
 
 An entry of a plan says what becomes of one layer: a `Selection` keeps some of its states as they are, a `Projection`
-replaces its tensors by those of a smaller system.
-
-Every operation checks first, then computes all new tensors, then swaps them in by plain assignments: it happens as a
-whole or not at all. A resized tensor is a new Parameter: `param.data = …` would keep autograd metadata of the old
-shape.
+replaces its tensors by those of a smaller system. How all of it happens at once, or not at all, is in `resizing.py`.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .engines import Engine, full, local, shard_like, together, unwrap, unwrap_optimizer
+from .engines import unwrap
 from .layouts import (
     STATE_INPUT,
     STATE_OUTPUT,
@@ -23,13 +19,11 @@ from .layouts import (
     StateLayout,
     layout_of,
     projection_rows,
-    record_state_size,
-    source_index,
     state_layers,
     state_size,
     state_sizes,
 )
-from .optimizers import check_optimizer, gather, resized_state, swap_parameter
+from .resizing import Edit, resize
 from .selective import complement
 
 
@@ -71,30 +65,6 @@ def plan_fingerprint(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """A parameter as all processes hold it together: its value, its gradient, its optimizer state."""
-
-    parameter: nn.Parameter
-    value: Tensor
-    grad: Tensor | None
-    state: dict
-
-
-@dataclass(frozen=True)
-class _Replacement:
-    module: nn.Module
-    name: str
-    old: _Whole
-    value: Tensor
-    grad: Tensor | None
-    state: dict
-
-
-# edit(layer, mixer, old, new): finish the new values of a layer's tensors, by path, in place.
-_Edit = Callable[[int, nn.Module, dict[str, Tensor], dict[str, Tensor]], None]
-
-
 def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Sequence[nn.Module] = ()) -> None:
     """Remove the states that the plan does not keep; a compensation goes into the kept rows of C.
 
@@ -125,7 +95,7 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Seque
             new[layout.projection][rows] = compensated_output_rows(before, entry)
 
     sources = {index: entry.keep for index, entry in plan.items()}
-    _resize(model, sources, optimizer, finish, projected, companions)
+    resize(model, sources, optimizer, finish, projected, companions)
 
 
 def pad_state(model: nn.Module, size: int) -> None:
@@ -177,7 +147,8 @@ def set_state_sizes(
     for index, old_size in state_sizes(unwrap(model)).items():
         states = torch.arange(sizes[index])
         sources[index] = torch.where(states < old_size, states, -1)
-    _resize(model, sources, optimizer, _as_gathered, companions=companions, is_prepared=is_prepared)
+    options = {"companions": companions, "is_prepared": is_prepared, "is_overwritten": True}
+    resize(model, sources, optimizer, _as_gathered, **options)
 
 
 def compensated_output_rows(rows: Tensor, selection: Selection) -> Tensor:
@@ -190,29 +161,7 @@ def compensated_output_rows(rows: Tensor, selection: Selection) -> Tensor:
     return (kept.double() + selection.compensation.to(dropped).mT @ dropped).to(kept.dtype)
 
 
-def check_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Refuse a model or an optimizer whose state could not be resized well.
-
-    Raises:
-        ValueError: not finite; float16 or bfloat16 masters in training; an optimizer that cannot follow.
-    """
-    layout = layout_of(model)
-    parameters = {}
-    for index, mixer in state_layers(model).items():
-        parameters |= {f"layer {index} {path}": mixer.get_parameter(path) for path in layout.tensors}
-    for name, parameter in parameters.items():
-        if not torch.isfinite(local(parameter)).all():
-            raise ValueError(f"{name} holds NaN or Inf: training has diverged; go back to an earlier checkpoint.")
-        if optimizer is not None and parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} is trained in {parameter.dtype}, which ruins the decay spectrum. Keep the weights in float32 "
-                "and train with autocast: TrainingArguments(bf16=True) and a model loaded with dtype=torch.float32."
-            )
-    if optimizer is not None:
-        check_optimizer(optimizer, parameters)
-
-
-def _enlarge(model: nn.Module, size: int, optimizer, edit: _Edit) -> None:
+def _enlarge(model: nn.Module, size: int, optimizer, edit: Edit) -> None:
     sizes = state_sizes(unwrap(model))
     largest = max(sizes.values())
     if size < largest:
@@ -221,112 +170,11 @@ def _enlarge(model: nn.Module, size: int, optimizer, edit: _Edit) -> None:
     for index, old_size in sizes.items():
         sources[index] = torch.full((size,), -1)
         sources[index][:old_size] = torch.arange(old_size)
-    _resize(model, sources, optimizer, edit)
+    resize(model, sources, optimizer, edit)
 
 
 def _as_gathered(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """Leave new entries at zero."""
-
-
-@torch.no_grad()
-def _resize(
-    model: nn.Module,
-    sources: dict[int, Tensor],
-    optimizer,
-    edit: _Edit,
-    afresh: frozenset | set = frozenset(),
-    companions: Sequence[nn.Module] = (),
-    is_prepared: bool = True,
-) -> None:
-    """Give every layer the states `sources` (for each new state the old one, or -1), all layers or none.
-
-    Layers `afresh` start without gradients and without optimizer state. The model may be wrapped by its engine.
-    """
-    targets = [(Engine(model, trains=is_prepared), unwrap_optimizer(optimizer))]
-    targets += [(Engine(companion, trains=False), None) for companion in companions]
-    changing = _changing_layers(targets[0][0].model, sources, afresh)
-    with together():
-        for engine, target_optimizer in targets:
-            check_state_tensors(engine.model, target_optimizer)
-            if state_sizes(engine.model) != state_sizes(targets[0][0].model):
-                raise ValueError(
-                    f"a companion has state sizes {state_sizes(engine.model)}, the model has "
-                    f"{state_sizes(targets[0][0].model)}: they have to be resized together from the start."
-                )
-    wholes = [_whole_tensors(engine.model, changing, target_optimizer) for engine, target_optimizer in targets]
-    with together():
-        replacements = [
-            _replacements(engine.model, whole, sources, target_optimizer, edit, afresh)
-            for (engine, target_optimizer), whole in zip(targets, wholes, strict=True)
-        ]
-    for (engine, target_optimizer), replaced in zip(targets, replacements, strict=True):
-        mixers = state_layers(engine.model)  # looked up while sizes and tensors still agree
-        _carry_out(engine, replaced, target_optimizer)
-        for index, mixer in mixers.items():
-            record_state_size(mixer, layout_of(engine.model), len(sources[index]))
-        if replaced:
-            engine.finish()
-
-
-def _changing_layers(model: nn.Module, sources: dict[int, Tensor], afresh: frozenset | set) -> list[int]:
-    sizes = state_sizes(model)
-    return [i for i, size in sizes.items() if i in afresh or not torch.equal(sources[i].cpu(), torch.arange(size))]
-
-
-def _whole_tensors(
-    model: nn.Module, indices: list[int], optimizer: torch.optim.Optimizer | None
-) -> dict[int, dict[str, _Whole]]:
-    """Layer → path → parameter, gathered from all processes where it is sharded."""
-    layout, mixers = layout_of(model), state_layers(model)
-
-    def whole(parameter: nn.Parameter) -> _Whole:
-        held = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        state = {key: full(value) for key, value in held.items()}
-        grad = None if parameter.grad is None else full(parameter.grad)
-        return _Whole(parameter, full(parameter.detach()), grad, state)
-
-    return {i: {path: whole(mixers[i].get_parameter(path)) for path in layout.tensors} for i in indices}
-
-
-def _replacements(
-    model: nn.Module,
-    whole: dict[int, dict[str, _Whole]],
-    sources: dict[int, Tensor],
-    optimizer: torch.optim.Optimizer | None,
-    edit: _Edit,
-    afresh: frozenset | set,
-) -> list[_Replacement]:
-    """All new values, gradients and optimizer states; nothing is changed yet."""
-    layout, mixers = layout_of(model), state_layers(model)
-    replacements = []
-    for index, old in whole.items():
-        mixer = mixers[index]
-        axes = {path: tensor.axis for path, tensor in layout.tensors.items()}
-        positions = {path: source_index(mixer, layout, t, sources[index]) for path, t in layout.tensors.items()}
-        new = {path: gather(old[path].value, axes[path], positions[path]) for path in axes}
-        edit(index, mixer, {path: old[path].value for path in axes}, new)
-        for path, value in new.items():
-            if not torch.isfinite(value).all():
-                raise ValueError(f"layer {index}: the resized {path} would hold NaN or Inf; nothing was changed.")
-            grad, state = None, {}
-            if index not in afresh:
-                name, entries = f"layer {index} {path}", (axes[path], positions[path])
-                state = resized_state(optimizer, name, old[path].state, old[path].value.shape, *entries)
-                grad = None if old[path].grad is None else gather(old[path].grad, *entries)
-            module_path, _, name = path.rpartition(".")
-            replacements.append(_Replacement(mixer.get_submodule(module_path), name, old[path], value, grad, state))
-    return replacements
-
-
-def _carry_out(engine: Engine, replacements: list[_Replacement], optimizer: torch.optim.Optimizer | None) -> None:
-    for replacement in replacements:
-        old = replacement.old.parameter
-        state = {key: shard_like(value, optimizer.state[old][key]) for key, value in replacement.state.items()}
-        new = engine.replace(replacement.module, replacement.name, replacement.value)
-        if replacement.grad is not None:
-            new.grad = shard_like(replacement.grad, old.grad)
-        if optimizer is not None:
-            swap_parameter(optimizer, old, new, state)
 
 
 def _check_plan(plan: Plan, mixers: dict[int, nn.Module], layout: StateLayout) -> None:

@@ -138,6 +138,26 @@ def test_nan_is_harm(tmp_path, dataset):
     assert callback.history.events[0].rolled_back_at == 6
 
 
+class NaNAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            for parameter in model.parameters():
+                parameter.data.fill_(float("nan"))
+
+
+def test_a_run_that_diverged_after_its_cut_comes_back(tmp_path, dataset):
+    callback = net()
+    trainer = trainer_for(tmp_path, dataset, [callback, NaNAt(6)])
+    trainer.train()
+    assert callback.history.events[0].rolled_back_at == 6
+    assert all(torch.isfinite(weight).all() for weight in weights_of(trainer.model).values())
+    losses = losses_of(trainer)
+    assert losses[20] < losses[1]
+
+
 def test_a_metric_that_should_rise_is_watched_for_falling(tmp_path, dataset):
     callback = net()
     options = {"metric_for_best_model": "accuracy", "greater_is_better": True}
