@@ -6,7 +6,6 @@ from transformers import TrainerState
 
 from .history import Observation, ReductionEvent
 from .reduction import StateReport
-from .safety_net import Verdict
 
 
 def cut_text(report: StateReport, state: TrainerState) -> str:
@@ -16,12 +15,11 @@ def cut_text(report: StateReport, state: TrainerState) -> str:
     return f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {what}\n{report}"
 
 
-def undone_text(undone: ReductionEvent, verdict: Verdict, state: TrainerState) -> str:
+def undone_text(undone: ReductionEvent, metric: str, value: float, state: TrainerState) -> str:
     """The cut that was taken back, and why."""
-    before, now = verdict.baseline(undone.step, state.log_history), verdict.latest(state.log_history)
     return (
-        f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {verdict.metric} went from {before:.4f} to "
-        f"{now:.4f} after the cut at step {undone.step}; back to state size {_sizes(undone.state_sizes_before)}"
+        f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {metric} = {value:.4f} is too bad beside what "
+        f"it was before the cut at step {undone.step}; back to state size {_sizes(undone.state_sizes_before)}"
     )
 
 

@@ -1,5 +1,7 @@
 """What Trainer does without asking callbacks: making a model, and loading weights of another state size into it."""
 
+from pathlib import Path
+
 from transformers import Trainer
 
 from .checkpoint import (
@@ -9,7 +11,7 @@ from .checkpoint import (
     last_complete_checkpoint,
     recorded_history,
 )
-from .engines import check_engine, unwrap
+from .engines import check_engine, from_first_process, process_index, together, unwrap
 from .history import History
 from .layouts import state_sizes
 from .surgery import set_state_sizes
@@ -23,37 +25,38 @@ def attach(trainer: Trainer, callback) -> None:
     Raises:
         ValueError: an engine or a model that is not served, or a trainer with another callback of this kind.
     """
-    others = [c for c in trainer.callback_handler.callbacks if isinstance(c, type(callback)) and c is not callback]
-    if others or getattr(trainer, "state_size_callback", callback) is not callback:
-        raise ValueError(
-            f"the trainer has another {type(callback).__name__}, which would cut the same model: give one."
-        )
+    own = type(callback)
+    if any(isinstance(c, own) and c is not callback for c in trainer.callback_handler.callbacks):
+        raise ValueError(f"the trainer has another {own.__name__}, which would cut the same model: give one.")
     check_engine(trainer.args, attached=True)
-    callback.trainer = trainer
-    if isinstance(trainer, _StateSizeFollower):
-        return
     if not any(c is callback for c in trainer.callback_handler.callbacks):
         trainer.add_callback(callback)
-    adopt_checkpoint_sizes(trainer.model)
-    trainer.state_size_callback = callback
-    own_class = type(trainer)
-    trainer.__class__ = type(own_class.__name__, (_StateSizeFollower, own_class), {})
+    callback.trainer, trainer.state_size_callback = trainer, callback
+    if not isinstance(trainer, _StateSizeFollower):
+        adopt_checkpoint_sizes(trainer.model)
+        own_class = type(trainer)
+        trainer.__class__ = type(own_class.__name__, (_StateSizeFollower, own_class), {})
 
 
 class _StateSizeFollower:
     """Comes before the class of a trainer: its model takes the state size of whatever is loaded into it."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As Trainer's, but never from a checkpoint that was not written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir}.")
-        elif resume_from_checkpoint:
-            check_complete(resume_from_checkpoint)
+        with together():
+            checkpoint = resume_from_checkpoint or None
+            if checkpoint is True:
+                checkpoint = last_complete_checkpoint(self.args.output_dir)
+                if checkpoint is None:
+                    raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir}.")
+            elif checkpoint:
+                check_complete(checkpoint)
         handler = self.callback_handler
         handler.callbacks = list(dict.fromkeys(handler.callbacks))  # the callback may have been added once more
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=from_first_process(checkpoint), **kwargs)
+        finally:
+            self.state_size_callback.end_trials()  # evaluations after an interruption undo nothing
 
     def call_model_init(self, trial=None):
         """As Trainer's; weights of any state size can be loaded into the new model."""
@@ -71,11 +74,15 @@ class _StateSizeFollower:
         return super().create_optimizer(*args, **kwargs)
 
     def _load_best_model(self):
-        history = history_of_checkpoint(self.state.best_model_checkpoint)
-        self._take_sizes_of(history, is_prepared=True)
-        super()._load_best_model()
+        best, history = Path(self.state.best_model_checkpoint), None
+        with together():
+            if process_index() == 0 and best.is_dir():  # where it is gone, Trainer says so
+                history = history_of_checkpoint(best)
+        history = from_first_process(history)
         if history is not None:
+            self._take_sizes_of(history, is_prepared=True)
             self.state_size_callback.history = history
+        super()._load_best_model()
 
     def _take_sizes_of(self, history: History | None, is_prepared: bool) -> None:
         """Resize to where the history ends; to the size before the first cut of the run, where it has none."""

@@ -1,5 +1,6 @@
 """`CompreSSMCallback`: analyze and compress, scheduled inside Trainer. No mathematics."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -130,6 +131,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 raise ValueError(
                     "a hyper-parameter search starts every trial from the same model: search without this callback."
                 )
+            if self.trainer is not None and unwrap(self.trainer.model_wrapped) is not unwrap(model):
+                raise ValueError("the callback is attached to another trainer: make one for each.")
             bare = Engine(self._as_wrapped(model)).model
             check_state_tensors(bare, unwrap_optimizer(optimizer))
             self._check_companions(args, bare)
@@ -137,7 +140,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._restore_history(state, list(state_sizes(bare).values()))
             self._check_calibration(args, train_dataloader)
             check_config(self.config, bare)
-            self._safety_net = spread_safety_net(self.schedule, args, state, self._event_steps, self.companions)
+            steps = self._event_steps, _steps_per_epoch(args, state, train_dataloader)
+            self._safety_net = spread_safety_net(self.schedule, args, state, self.history, *steps, self.companions)
         if self._safety_net is not None:
             self._safety_net.take_up(self.history, state.log_history)
         if self.schedule.monitor_steps and state.max_steps > MANY_OBSERVATIONS * self.schedule.monitor_steps:
@@ -180,16 +184,21 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         """Undo a cut that hurt."""
-        if self._safety_net is None or self._safety_net.verdict.metric not in (metrics or {}):
-            return
-        undone = self._safety_net.judge(self.history, state, self._as_wrapped(model), optimizer)
-        if undone is not None and state.is_world_process_zero:
-            tqdm.write(undone_text(undone, self._safety_net.verdict, state))
+        metric = self._safety_net.verdict.metric if self._safety_net is not None else None
+        if metric in (metrics or {}):
+            value = metrics[metric]
+            undone = self._safety_net.judge(value, self.history, state, self._as_wrapped(model), optimizer)
+            if undone is not None and state.is_world_process_zero:
+                tqdm.write(undone_text(undone, metric, value, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """What is evaluated from now on undoes nothing."""
         if self._safety_net is not None:
             self._safety_net.discard_all()
+        self.end_trials()
+
+    def end_trials(self) -> None:
+        """Stop watching evaluations; snapshots on disk stay for a run that is resumed."""
         self._safety_net = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -197,6 +206,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             save_history(self.history, folder)
+        if self._safety_net is not None:
+            self._safety_net.discard_judged(self.history, state.log_history)
 
     def state(self) -> dict:
         """What Trainer writes into `trainer_state.json`: enough to rebuild the callback, and the history."""
@@ -260,7 +271,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         model = self._as_wrapped(model)
         report = analyze(model, batches, config)
         if self._safety_net is not None and report.is_cut:
-            self._safety_net.keep(state.global_step, model, optimizer)
+            self._safety_net.keep(state, self.history, model, optimizer, report)
         event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
         event.seconds = time.perf_counter() - started
         self.history.events.append(event)
@@ -290,7 +301,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _check_calibration(self, args: TrainingArguments, train_dataloader) -> None:
         """Draw once in advance: missing data is noticed now, and a stream is read before training reads it."""
-        lacking = [name for name in self.needs if not getattr(self, name)]
+        lacking = [name for name in self.needs if getattr(self, name) in (None, ())]
         if lacking:
             raise ValueError(
                 f"restore_callback_states_from_checkpoint=True rebuilds the callback without its {lacking[0]}. "
@@ -317,3 +328,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             args.process_index,
             args.world_size,
         )
+
+
+def _steps_per_epoch(args: TrainingArguments, state: TrainerState, train_dataloader) -> int:
+    """Optimizer steps; those of the whole run for a stream, whose end is not known."""
+    try:
+        return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+    except TypeError:
+        return state.max_steps

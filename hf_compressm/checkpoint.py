@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils.constants import FSDP_MODEL_NAME
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -34,6 +34,8 @@ from .layouts import (
 
 logger = logging.get_logger(__name__)
 
+# What Trainer writes with torch.save, by patterns; other files in a checkpoint are not ours to judge.
+WRITTEN_BY_TORCH = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", f"{FSDP_MODEL_NAME}*.bin")
 _LAYER = re.compile(r"layers\.(\d+)\.")  # the layer in a parameter's name
 
 
@@ -103,9 +105,10 @@ def check_checkpoint(folder: str | Path) -> list[int]:
 
 
 def check_complete(folder: str | Path) -> None:
-    """Refuse a Trainer checkpoint that was not written to its end, or was damaged afterwards.
+    """Refuse a Trainer checkpoint that was not written to its end, or whose files were cut short or damaged.
 
-    Trainer writes `trainer_state.json` last. Weights are checked by `check_checkpoint`, where they are safetensors.
+    Trainer writes `trainer_state.json` last. Of safetensors the headers are read (`check_checkpoint`), of torch's own
+    files all checksums; sharded weights are known by their index only.
 
     Raises:
         FileNotFoundError, ValueError: names the file that is missing or damaged.
@@ -115,20 +118,31 @@ def check_complete(folder: str | Path) -> None:
         raise FileNotFoundError(
             f"{folder} has no {TRAINER_STATE_NAME}: it was not written to its end. Resume from an earlier checkpoint."
         )
-    _read_json(folder / TRAINER_STATE_NAME)
+    if "global_step" not in _read_json(folder / TRAINER_STATE_NAME):
+        raise ValueError(f"{folder / TRAINER_STATE_NAME} is not a state of Trainer; take another checkpoint.")
     sharded = [path for path in folder.glob(f"{FSDP_MODEL_NAME}_*") if path.is_dir()]
-    for part in (path for path in folder.iterdir() if path.is_dir()):  # weights and optimizer, by all processes
+    for part in [*sharded, *(path for path in folder.glob(f"{OPTIMIZER_NAME}_*") if path.is_dir())]:
         if not (part / ".metadata").is_file():
             raise FileNotFoundError(
                 f"{part} has no .metadata: it was not written to its end. Take another checkpoint."
             )
-    for file in folder.iterdir():
-        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+    for file in (path for pattern in WRITTEN_BY_TORCH for path in folder.glob(pattern)):
+        if not _is_whole(file):
             raise ValueError(f"{file} is truncated or damaged; take another checkpoint.")
+    if (folder / "scheduler.pt").exists() and not list(folder.glob(f"{OPTIMIZER_NAME}*")):
+        raise FileNotFoundError(f"{folder} has no state of the optimizer, which would start afresh. Take another.")
     if (folder / SAFE_WEIGHTS_NAME).exists() or (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         check_checkpoint(folder)
     elif not sharded and not list(folder.glob("pytorch_model*.bin")):
         raise FileNotFoundError(f"{folder} has no weights: it is not a complete checkpoint. Take another.")
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -165,7 +179,7 @@ def history_of_checkpoint(folder: str | Path) -> History | None:
 def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor, from the headers of the safetensors files."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [SAFE_WEIGHTS_NAME]
+    files = sorted(set(_weight_map(index).values())) if index.exists() else [SAFE_WEIGHTS_NAME]
     shapes = {}
     for file in files:
         if not (folder / file).is_file():
@@ -178,9 +192,19 @@ def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _weight_map(index: Path) -> dict:
+    content = _read_json(index)
+    if not isinstance(content.get("weight_map"), dict):
+        raise ValueError(f"{index} has no weight_map: it is damaged; take another checkpoint.")
+    return content["weight_map"]
+
+
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is damaged: it holds no table of names and values; take another checkpoint.")
+        return content
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); take another checkpoint.") from error
 

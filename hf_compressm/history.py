@@ -115,11 +115,10 @@ class History:
         """The sizes after all events and rollbacks, per layer; None before the first event."""
         if not self.events:
             return None
-        last = self.events[-1]
-        if last.rolled_back_at is None:
-            return last.state_sizes_after
-        undone = (event for event in self.events if event.rolled_back_at == last.rolled_back_at)
-        return next(undone).state_sizes_before
+        last_rollback = max((event.rolled_back_at or 0 for event in self.events), default=0)
+        if last_rollback == 0 or self.events[-1].step > last_rollback:
+            return self.events[-1].state_sizes_after
+        return next(event for event in self.events if event.rolled_back_at == last_rollback).state_sizes_before
 
     @property
     def rollbacks(self) -> int:

@@ -3,8 +3,8 @@
 Each process keeps its own part, without a word to the others.
 """
 
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,17 +18,26 @@ from .surgery import set_state_sizes
 
 
 class Snapshot:
-    """Everything that training changes: weights, buffers, optimizer state. Learning rates are the scheduler's.
+    """What training changes: weights, buffers, the optimizer's state of every parameter.
+
+    What stands in the optimizer's groups stays as it is: learning rates, which are the scheduler's, but also what
+    some optimizers (Prodigy, schedule-free ones) keep there.
 
     Args:
         model: as its engine has it, wrapped.
         optimizer: the one that trains it, or None.
         folder: where to keep it; by default in memory, on the CPU.
         companions: models that follow the model, such as a running average of its weights.
+        mark: what tells it from snapshots of other runs in the same folder.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer=None, folder: Path | None = None, companions: Sequence[nn.Module] = ()
+        self,
+        model: nn.Module,
+        optimizer=None,
+        folder: Path | None = None,
+        companions: Sequence[nn.Module] = (),
+        mark: str = "",
     ):
         optimizer = unwrap_optimizer(optimizer)
         bare = unwrap(model)
@@ -37,7 +46,8 @@ class Snapshot:
             "state_sizes": state_sizes(bare),
             "tensors": _tensors_of(bare),
             "optimizer": _optimizer_state(bare, optimizer),
-            "companions": [_tensors_of(unwrap(companion)) for companion in companions],
+            "companions": [_tensors_of(companion) for companion in companions],
+            "mark": mark,
         }
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -45,9 +55,10 @@ class Snapshot:
             self._content = None
 
     @classmethod
-    def found(cls, folder: Path) -> "Snapshot | None":
-        """The snapshot that this process of an earlier run left in a folder; None if there is no such file."""
-        if not (folder / _file_name()).is_file():
+    def found(cls, folder: Path, mark: str = "") -> "Snapshot | None":
+        """The snapshot that this process of an earlier run left in a folder; None if there is none with this mark."""
+        file = folder / _file_name()
+        if not file.is_file() or _read(file)["mark"] != mark:
             return None
         snapshot = cls.__new__(cls)
         snapshot.folder, snapshot._content = folder, None
@@ -62,6 +73,10 @@ class Snapshot:
         """
         with together():
             content = self._content if self._content is not None else _read(self.folder / _file_name())
+            if len(companions) != len(content["companions"]):
+                raise ValueError(
+                    f"the snapshot holds {len(content['companions'])} companions; given are {len(companions)}."
+                )
         set_state_sizes(model, content["state_sizes"], optimizer, companions)
         bare, optimizer = unwrap(model), unwrap_optimizer(optimizer)
         _fill(bare, content["tensors"])
@@ -69,15 +84,16 @@ class Snapshot:
             for name, parameter in bare.named_parameters():
                 _set_state(optimizer, parameter, content["optimizer"][name])
         for companion, tensors in zip(companions, content["companions"], strict=True):
-            _fill(unwrap(companion), tensors)
+            _fill(companion, tensors)
 
     def discard(self) -> None:
         """Free what it holds."""
         self._content = None
         if self.folder is not None:
-            (self.folder / _file_name()).unlink(missing_ok=True)
-            if self.folder.is_dir() and not any(self.folder.iterdir()):
-                shutil.rmtree(self.folder, ignore_errors=True)
+            for file in self.folder.glob(f"*{_file_name()}*"):  # with what a killed process was writing
+                file.unlink(missing_ok=True)
+            with suppress(OSError):  # another process still has a file there, or removed the folder itself
+                self.folder.rmdir()
 
 
 def _file_name() -> str:
@@ -86,7 +102,7 @@ def _file_name() -> str:
 
 def _read(path: Path) -> dict:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"the snapshot {path} is damaged ({error}): the cut cannot be undone.") from error
 

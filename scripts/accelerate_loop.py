@@ -45,6 +45,10 @@ class LoopArguments:
 def main(argv: list[str] | None = None) -> None:
     groups = (LoopArguments, CompreSSMConfig, CompreSSMSchedule, ModelArguments, DataArguments)
     args, config, schedule, model_args, data_args = parse_arguments(sys.argv[1:] if argv is None else argv, groups)
+    if schedule.rollback_tolerance is not None or schedule.monitor_steps is not None:
+        raise ValueError(
+            "rollback_tolerance and monitor_steps are the callback's: use pretrain.py, or leave them out."
+        )
     data_configuration = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(cpu=args.use_cpu, dataloader_config=data_configuration)
     set_seed(args.seed)
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         history = load_history(args.resume_from_checkpoint)
         if history.state_sizes:
             set_state_sizes(model, dict(enumerate(history.state_sizes)), is_prepared=False)
-        done = int(args.resume_from_checkpoint.rpartition("-")[2])
+        done = int(Path(args.resume_from_checkpoint).name.rpartition("-")[2])
     keep_average = args.average_decay > 0 and accelerator.distributed_type != "FSDP"
     average_function = get_ema_multi_avg_fn(args.average_decay)
     average = AveragedModel(model, multi_avg_fn=average_function).to(accelerator.device) if keep_average else None
@@ -76,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         (accelerator.process_index, accelerator.num_processes),
     )
     model.train()
-    for step, batch in enumerate(batches_from(done, loader, accelerator), start=done + 1):
+    for step, batch in zip(range(done + 1, args.max_steps + 1), batches_from(done, loader, accelerator), strict=False):
         loss = model(**batch).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -98,8 +102,6 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.print(f"step {step}: loss {loss.item():.4f}")
         if step % args.save_steps == 0 or step == args.max_steps:
             save(Path(args.output_dir) / f"checkpoint-{step}", history, accelerator)
-        if step == args.max_steps:
-            break
 
     weights = accelerator.get_state_dict(model)  # gathered, where it is sharded
     if accelerator.is_main_process:
@@ -107,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.save_pretrained(args.output_dir)
         save_history(history, args.output_dir)
     accelerator.print(f"State sizes {history.state_sizes}. Saved in {args.output_dir}")
+    accelerator.wait_for_everyone()  # or the first to leave would take the others' connections down
     accelerator.end_training()
 
 

@@ -13,6 +13,7 @@ from conftest import build_model, weights_of
 from datasets import load_from_disk
 from fsdp_on_cpu import enable_fsdp_on_cpu
 from test_rollback import SnapshotAndRestore, WorseAt
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +41,8 @@ DDP = {
     "static graph": {"ddp_static_graph": True},
     "small buckets": {"ddp_bucket_cap_mb": 1},
     "compiled": COMPILED,
+    "fp16 hook": {"communication_hook": "fp16"},
+    "power hook": {"communication_hook": "power"},
     "bf16": BF16,
     "attached": {"attached": True},
     "twice": {"trainings": 2},
@@ -75,6 +78,21 @@ class WeightsAfterEachStep(TrainerCallback):
         self.weights.append(full_weights_of(model))
 
 
+class CommunicationHook(TrainerCallback):
+    """Compresses gradients on their way."""
+
+    def __init__(self, kind: str, trainer: Trainer):
+        self.kind, self.trainer = kind, trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        wrapper = self.trainer.model_wrapped
+        if self.kind == "fp16":
+            wrapper.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        else:
+            compression = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=8, start_powerSGD_iter=2)
+            wrapper.register_comm_hook(compression, powerSGD_hook.powerSGD_hook)
+
+
 def full_weights_of(model) -> dict[str, torch.Tensor]:
     weights = weights_of(getattr(model, "_orig_mod", model))
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
@@ -88,6 +106,7 @@ def train(
     attached: bool = False,
     best_at: int | None = None,
     rollback: str | None = None,
+    communication_hook: str | None = None,
     **options,
 ) -> tuple[Trainer, list[dict]]:
     """Twelve steps, cuts after the third and the sixth; and again, if asked.
@@ -96,6 +115,7 @@ def train(
         best_at: the step whose evaluation comes out best, for `load_best_model_at_end`.
         rollback: the cut after the third step is undone after the fourth, from "memory" or "disk"; or "of a run never
             cut": the same is done to a run without cuts.
+        communication_hook: "fp16" or "power" (PowerSGD), registered on the wrapper.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if rollback:
@@ -134,6 +154,8 @@ def train(
     elif attached:
         callback.attach(trainer)
     trainer.add_callback(after_each_step)
+    if communication_hook and world_size > 1:
+        trainer.add_callback(CommunicationHook(communication_hook, trainer))
     for _ in range(trainings):
         trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     return trainer, [*after_each_step.weights, full_weights_of(trainer.model)]
@@ -162,6 +184,7 @@ def main() -> None:
         trainer, weights = train(folder / engine / variant, dataset, resume_from, **options)
         check_engine(engine, trainer, "torch_compile" in options)
         torch.save(weights, folder / f"{engine} {variant}{' resumed' if checkpoint else ''} {dist.get_rank()}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from hf_compressm.history import load_history
 SCRIPT = str(ROOT / "tests" / "killed_training.py")
 MOMENTS = {
     "analysis": "collect_statistics:2",  # of the second cut
-    "surgery": "replace:2",  # one tensor of the first cut is new, the others are not
+    "surgery": "swap_parameter:2",  # one tensor of the first cut is new, the others are not
     "saving": "_save_rng_state:8",  # weights and optimizer of step 8 are written, the rest is not
 }
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import assert_identical, build_model, build_trainer, losses_of, weights_of
+from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
@@ -62,8 +63,8 @@ def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(tmp_path, dataset
     assert [losses[step] for step in range(7, 21)] == [expected[step] for step in range(7, 21)]
     (event,) = callback.history.events
     assert (event.step, event.rolled_back_at, callback.history.state_sizes) == (5, 6, [16, 16])
-    assert "after the cut at step 5; back to state size 16" in capsys.readouterr().out
-    assert not (tmp_path / "rollback").exists() or not list((tmp_path / "rollback").iterdir())
+    assert "before the cut at step 5; back to state size 16" in capsys.readouterr().out
+    assert not (tmp_path / "_rollback").exists() or not list((tmp_path / "_rollback").iterdir())
 
 
 def test_a_good_cut_stays_and_its_snapshot_is_let_go(tmp_path, dataset):
@@ -72,9 +73,9 @@ def test_a_good_cut_stays_and_its_snapshot_is_let_go(tmp_path, dataset):
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            kept.append(sorted(path.name for path in (tmp_path / "rollback").glob("step-*")))
+            kept.append(sorted(path.name for path in (tmp_path / "_rollback").glob("step-*")))
 
-    trainer_for(tmp_path, dataset, [callback, Watch()]).train()
+    trainer_for(tmp_path, dataset, [callback, Watch()], save_strategy="steps", save_steps=2).train()
     assert callback.history.state_sizes == [4, 4] and callback.history.rollbacks == 0
     # Cuts after steps 5 and 10; evaluations after 6, 8 and 10, 12. What is seen at a step is before its evaluation.
     assert [bool(names) for names in kept] == [False] * 4 + [True] * 4 + [False] + [True] * 3 + [False] * 8
@@ -214,16 +215,156 @@ def test_a_run_resumed_while_a_cut_is_on_trial_can_still_undo_it_from_disk(tmp_p
     assert callback.history.events[0].rolled_back_at is None
 
 
+class StopAt(TrainerCallback):
+    """The process ends during this step, before anything is saved."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_killed_after_a_verdict_comes_to_it_again(tmp_path, dataset):
+    options = {"eval_steps": 3, "save_strategy": "steps", "save_steps": 5}  # judged at 6, killed at 8
+    whole = trainer_for(tmp_path / "a", dataset, [WorseAt(6), net(rollback_storage="disk")], **options)
+    whole.train()
+    killed = trainer_for(tmp_path / "b", dataset, [WorseAt(6), net(rollback_storage="disk"), StopAt(8)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = trainer_for(tmp_path / "b", dataset, [WorseAt(6), net(rollback_storage="disk")], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))
+    assert_identical(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_a_snapshot_of_another_run_is_not_taken_up(tmp_path, dataset, caplog):
+    options = {"save_strategy": "steps", "save_steps": 5}
+    first = trainer_for(tmp_path, dataset, [WorseAt(6), net(rollback_storage="disk")], **options)
+    first.train()
+    other = trainer_for(
+        tmp_path, dataset, [net(rollback_storage="disk"), StopAt(6)], eval_steps=3, seed=9, learning_rate=1e-3
+    )
+    with pytest.raises(KeyboardInterrupt):
+        other.train()
+    assert list((tmp_path / "_rollback").iterdir())
+    resumed = trainer_for(tmp_path, dataset, [WorseAt(6), net(rollback_storage="disk")], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert "no snapshot of that cut was found" in caplog.text
+
+
+def test_the_companions_come_back_too(tmp_path, dataset):
+    def run(folder, kind):
+        model = build_model()
+        average = AveragedModel(model)
+        callback = net() if kind is net else None
+        if callback:
+            callback.companions = (average,)
+        others = [WorseAt(6), callback] if callback else [kind(average)]
+
+        class Averaging(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                average.update_parameters(model)
+
+        trainer = build_trainer(
+            folder, dataset, [*others, Averaging()], model=model, eval_dataset=dataset.select(range(16)), **EVALUATING
+        )
+        trainer.train()
+        return weights_of(average)
+
+    class WithAverage(SnapshotAndRestore):
+        def __init__(self, average):
+            super().__init__(5, 6)
+            self.average = average
+
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == self.taken:
+                self.snapshot = Snapshot(model, optimizer, companions=[self.average])
+
+        def on_evaluate(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == self.restored:
+                before = int(self.average.n_averaged)
+                self.snapshot.restore(model, optimizer, [self.average])
+                assert int(self.average.n_averaged) == before - 2
+
+    assert_identical(run(tmp_path / "a", net), run(tmp_path / "b", WithAverage))
+
+
+def test_what_a_model_scored_that_was_taken_back_is_no_baseline(tmp_path, dataset):
+    callback = net(start=0.2, end=0.3, events=2, on_rollback="halve")  # after steps 5 and 6
+    worse = WorseAt(5, value=1e9)
+    also_worse = WorseAt(6, 7, value=50.0)
+    trainer_for(tmp_path, dataset, [worse, also_worse, callback], eval_steps=1).train()
+    assert [event.rolled_back_at for event in callback.history.events] == [5, 6]
+    assert callback.history.rollbacks == 2 and callback.history.state_sizes == [16, 16]
+
+
+def test_a_cut_undone_later_leaves_the_record_of_one_undone_before(tmp_path, dataset):
+    callback = net(start=0.2, end=0.3, events=2, rollback_patience=5)
+
+    class Scores(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            value = {4: 6.0, 5: 3.0, 6: 5.0, 7: 9.0}.get(state.global_step)  # the second cut hurts, then the first
+            if value is not None:
+                metrics["eval_loss"] = state.log_history[-1]["eval_loss"] = value
+
+    trainer_for(tmp_path, dataset, [Scores(), callback], eval_steps=1).train()
+    assert [event.rolled_back_at for event in callback.history.events] == [7, 6]
+    assert callback.history.rollbacks == 2 and callback.history.state_sizes == [16, 16]
+
+
+def test_several_evaluation_sets_need_the_name_of_a_metric(tmp_path, dataset):
+    sets = {"a": dataset.select(range(8)), "b": dataset.select(range(8, 16))}
+
+    def run(**options):
+        callback = net()
+        trainer = build_trainer(
+            tmp_path, dataset, [WorseAt(6, metric="eval_b_loss"), callback], eval_dataset=sets, **EVALUATING, **options
+        )
+        trainer.train()
+        return callback.history
+
+    with pytest.raises(ValueError, match="no evaluation gave it; they gave .*eval_b_loss"):
+        run()
+    assert run(metric_for_best_model="b_loss").events[0].rolled_back_at == 6
+
+
+def test_an_evaluation_after_an_interruption_undoes_nothing(tmp_path, dataset):
+    callback = net()
+    trainer = trainer_for(tmp_path, dataset, [WorseAt(7)], eval_steps=3)
+    callback.attach(trainer)
+    trainer.add_callback(StopAt(7))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.evaluate()
+    assert trainer.model.config.state_size == 8
+
+
+def test_an_evaluation_repeated_at_the_start_of_a_resumed_run_counts_once(tmp_path, dataset):
+    options = {"eval_steps": 2, "save_strategy": "steps", "save_steps": 6, "eval_on_start": True}
+    patient = {"rollback_storage": "disk", "rollback_patience": 2}
+    resumed = net(**patient)
+    killed = trainer_for(tmp_path, dataset, [net(**patient), StopAt(7)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    again = trainer_for(tmp_path, dataset, [WorseAt(8), resumed], **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed.history.events[0].rolled_back_at == 8
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"eval_steps": 2, "eval_delay": 5}, "the first evaluation after step 6"),
+        ({"eval_strategy": "epoch", "eval_delay": 1, "per_device_train_batch_size": 700}, "evaluation after step 5"),
         ({"eval_strategy": "no"}, "rollback_tolerance needs evaluations"),
         ({"eval_steps": 5}, "first cut is due after step 5 and the first evaluation after step 5"),
         ({"eval_strategy": "epoch"}, "set eval_on_start=True"),
     ],
 )
 def test_a_net_without_a_baseline_is_refused_before_training(tmp_path, dataset, options, message):
-    trainer = trainer_for(tmp_path, dataset, [net()], **options)
+    callback = net({"cut_fraction": 0.5, "calibration_batches": 2})
+    trainer = trainer_for(tmp_path, dataset, [callback], **options)
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -8,6 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 from .processes import process_count
 from .wrappers import ENGINES, bare
 
+NEWER_OPTIONS = ("skip_all_reduce_unused_params", "batched_grad_copy")  # of some releases of torch
+POWER_SGD_MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")
+
 
 def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
     """The wrapper that synchronises this model's gradients; None in a single process.
@@ -20,7 +23,7 @@ def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod
     if isinstance(model, DistributedDataParallel):
-        return model
+        return _checked(model)
     if process_count() == 1:
         return None
     wrappers = _live_wrappers(model)
@@ -33,7 +36,7 @@ def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
             f"{process_count()} processes, and {len(wrappers)} DistributedDataParallel wrappers around the model; "
             f"expected one. {ENGINES}"
         )
-    return wrappers[0]
+    return _checked(wrappers[0])
 
 
 def rebuild(wrapper: DistributedDataParallel) -> None:
@@ -52,6 +55,7 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
         gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
         static_graph=wrapper.static_graph,
         mixed_precision=wrapper.mixed_precision,
+        **{name: getattr(wrapper, name) for name in NEWER_OPTIONS if hasattr(wrapper, name)},
     )
     module, training, communication_hooks = wrapper.module, wrapper.training, list(wrapper._comm_hooks)
     module_hooks = {n: v for n, v in wrapper.__dict__.items() if "_hooks" in n and n != "_comm_hooks"}
@@ -61,7 +65,15 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
     wrapper.training = training
     wrapper.__dict__.update(module_hooks)
     for hook, state in communication_hooks:
-        wrapper.register_comm_hook(hook, state)
+        for memory in POWER_SGD_MEMORIES:  # by bucket, of the old sizes
+            getattr(state, memory, {}).clear()
+        wrapper.register_comm_hook(state, hook)
+
+
+def _checked(wrapper: DistributedDataParallel) -> DistributedDataParallel:
+    if getattr(wrapper, "_delay_all_reduce_params", None):
+        raise ValueError("delay_all_reduce_named_params of DistributedDataParallel cannot follow a resize: drop it.")
+    return wrapper
 
 
 def _live_wrappers(model: nn.Module) -> list[DistributedDataParallel]:
