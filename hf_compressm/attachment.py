@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from .adoption import adopt_checkpoint_sizes
 from .checkpoint import (
-    adopt_checkpoint_sizes,
     check_complete,
     history_of_checkpoint,
     last_complete_checkpoint,

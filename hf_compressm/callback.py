@@ -13,11 +13,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .adoption import adopt_checkpoint_sizes
 from .analysis import check_config, reducible_size
 from .announcements import cut_text, observed_text, undone_text
 from .attachment import attach
 from .calibration import draw_batches, is_stream, take_batches
-from .checkpoint import adopt_checkpoint_sizes
 from .config import CompreSSMConfig, CompreSSMSchedule
 from .engines import (
     Engine,
@@ -296,7 +296,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 raise ValueError(
                     f"a companion has state sizes {state_sizes(unwrap(companion))}, the model has "
                     f"{state_sizes(model)}. After a resume load the companion's own weights first; "
-                    "hf_compressm.checkpoint.adopt_checkpoint_sizes(companion) lets it take their size."
+                    "hf_compressm.adoption.adopt_checkpoint_sizes(companion) lets it take their size."
                 )
 
     def _check_calibration(self, args: TrainingArguments, train_dataloader) -> None:

@@ -1,67 +1,24 @@
-"""Checkpoints of reduced models: a model built at its original size adopts the size of the weights it is given.
-
-With one size for all layers a reduced model is a plain Mamba checkpoint; nothing here is needed to load it. Resuming
-is what needs help: the script builds the model at its original size, and Trainer copies the smaller weights into it.
-"""
+"""Checkpoints on disk: whether they are whole and fit together, and what they say of the cuts before them."""
 
 import json
 import re
 import zipfile
-from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .engines import new_parameter_like, unwrap
 from .history import History
-from .layouts import (
-    LAYOUTS,
-    StateLayout,
-    axis_length,
-    config_sizes,
-    layout_of,
-    record_state_size,
-    state_layers,
-    state_size,
-    state_size_of,
-)
+from .layouts import LAYOUTS, config_sizes
 
 logger = logging.get_logger(__name__)
 
 # What Trainer writes with torch.save, by patterns; other files in a checkpoint are not ours to judge.
 WRITTEN_BY_TORCH = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", f"{FSDP_MODEL_NAME}*.bin")
 _LAYER = re.compile(r"layers\.(\d+)\.")  # the layer in a parameter's name
-
-
-def adopt_checkpoint_sizes(model: nn.Module) -> list:
-    """Let every mixer take the state size of the weights that are loaded into it, just before they are copied.
-
-    For `load_state_dict` on a model built at another size, as Trainer does when it resumes. The resized tensors are
-    new Parameters, so an optimizer has to be built afterwards.
-
-    Returns:
-        Handles; call `.remove()` on each to stop.
-    """
-    layout = layout_of(unwrap(model))
-    hook = partial(_adopt_size, layout=layout)
-    return [mixer.register_load_state_dict_pre_hook(hook) for mixer in state_layers(unwrap(model)).values()]
-
-
-def _adopt_size(mixer: nn.Module, state_dict: dict, prefix: str, *args, layout: StateLayout) -> None:
-    """Take N from any of the mixer's tensors: those of one layer may lie in different shards."""
-    for path, tensor in layout.tensors.items():
-        weights = state_dict.get(prefix + path)
-        if weights is not None:
-            size = state_size_of(weights.shape[tensor.axis], mixer, layout, tensor)
-            if size != state_size(mixer, layout):
-                _resize_empty(mixer, layout, size)
-            return
 
 
 def check_checkpoint(folder: str | Path) -> list[int]:
@@ -207,15 +164,3 @@ def _read_json(path: Path) -> dict:
         return content
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); take another checkpoint.") from error
-
-
-@torch.no_grad()
-def _resize_empty(mixer: nn.Module, layout: StateLayout, size: int) -> None:
-    """New Parameters of the right shape, about to be overwritten."""
-    for path, tensor in layout.tensors.items():
-        old = mixer.get_parameter(path)
-        shape = list(old.shape)
-        shape[tensor.axis] = axis_length(mixer, layout, tensor, size)
-        module_path, _, name = path.rpartition(".")
-        mixer.get_submodule(module_path)._parameters[name] = new_parameter_like(old, old.new_zeros(shape))
-    record_state_size(mixer, layout, size)

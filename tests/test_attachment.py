@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
-from hf_compressm.checkpoint import adopt_checkpoint_sizes, check_complete, last_complete_checkpoint
+from hf_compressm.adoption import adopt_checkpoint_sizes
+from hf_compressm.checkpoint import check_complete, last_complete_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}

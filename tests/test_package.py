@@ -19,7 +19,7 @@ ORDER = """
     engines optimizers resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
     calibration measurement selective_analysis time_invariant_analysis analysis allocation history reduction monitor
-    checkpoint snapshot safety_net announcements attachment callback plotting
+    adoption checkpoint snapshot safety_net announcements attachment callback plotting
 """.split()
 MATHEMATICS = {"hankel", "kernels.torch_scan", "selective", "criteria", "lru.linear_recurrence"}
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaForCausalLM
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, uninstall_scan
-from hf_compressm.checkpoint import adopt_checkpoint_sizes
+from hf_compressm.adoption import adopt_checkpoint_sizes
 from hf_compressm.history import load_history
 
 SCHEDULE = CompreSSMSchedule(start=0.0, end=0.5, events=2)  # of 20 steps: after 5 and 10

@@ -16,8 +16,9 @@ from test_training import random_state
 from transformers import Adafactor, AutoModelForSequenceClassification, set_seed
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
+from hf_compressm.adoption import adopt_checkpoint_sizes
 from hf_compressm.allocation import choose_sizes
-from hf_compressm.checkpoint import adopt_checkpoint_sizes, check_checkpoint
+from hf_compressm.checkpoint import check_checkpoint
 from hf_compressm.hankel import error_bound, gramians, hankel_singular_values
 from hf_compressm.history import load_history
 from hf_compressm.layouts import state_layers, state_sizes
