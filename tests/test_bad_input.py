@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from accelerate.state import DistributedType, PartialState
 from conftest import LAYERS, assert_identical, build_model, build_trainer, weights_of
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -199,6 +200,34 @@ def test_options_that_a_resize_would_break_are_refused_before_training(tmp_path,
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "attached", "message"),
+    [
+        ("2", False, r"FSDP loads a checkpoint .* Call callback.attach\(trainer\)"),
+        ("2", True, "FSDP was asked for, but the model is not sharded"),
+        ("1", True, "FSDP1 was asked for. Set fsdp_config's version to 2"),
+    ],
+)
+def test_fsdp_that_could_not_be_followed_is_refused(tmp_path, dataset, monkeypatch, version, attached, message):
+    trainer, callback = build_trainer(tmp_path, dataset), CompreSSMCallback(TARGET, SCHEDULE)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch sets them
+    monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ValueError, match=message):
+        callback.attach(trainer) if attached else trainer.add_callback(callback)
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("engine", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA])
+def test_other_engines_are_refused_as_soon_as_they_are_known(tmp_path, dataset, monkeypatch, engine):
+    trainer = build_trainer(tmp_path, dataset)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", engine)
+    with pytest.raises(
+        ValueError, match=f"the engine '{engine.value}' was asked for. Use one process, or Distributed"
+    ):
+        CompreSSMCallback(TARGET, SCHEDULE).attach(trainer)
 
 
 def test_a_layer_wise_optimizer_is_refused_before_training(tmp_path, dataset):
