@@ -13,7 +13,7 @@ from conftest import build_model, weights_of
 from datasets import load_from_disk
 from fsdp_on_cpu import enable_fsdp_on_cpu
 from test_rollback import SnapshotAndRestore, WorseAt
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -41,8 +41,7 @@ DDP = {
     "static graph": {"ddp_static_graph": True},
     "small buckets": {"ddp_bucket_cap_mb": 1},
     "compiled": COMPILED,
-    "fp16 hook": {"communication_hook": "fp16"},
-    "power hook": {"communication_hook": "power"},
+    "fp16 hook": {"communication_hook": default_hooks.fp16_compress_hook},
     "bf16": BF16,
     "attached": {"attached": True},
     "twice": {"trainings": 2},
@@ -81,16 +80,11 @@ class WeightsAfterEachStep(TrainerCallback):
 class CommunicationHook(TrainerCallback):
     """Compresses gradients on their way."""
 
-    def __init__(self, kind: str, trainer: Trainer):
-        self.kind, self.trainer = kind, trainer
+    def __init__(self, hook, trainer: Trainer):
+        self.hook, self.trainer = hook, trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        wrapper = self.trainer.model_wrapped
-        if self.kind == "fp16":
-            wrapper.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        else:
-            compression = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=8, start_powerSGD_iter=2)
-            wrapper.register_comm_hook(compression, powerSGD_hook.powerSGD_hook)
+        self.trainer.model_wrapped.register_comm_hook(None, self.hook)
 
 
 def full_weights_of(model) -> dict[str, torch.Tensor]:
@@ -106,7 +100,7 @@ def train(
     attached: bool = False,
     best_at: int | None = None,
     rollback: str | None = None,
-    communication_hook: str | None = None,
+    communication_hook=None,
     **options,
 ) -> tuple[Trainer, list[dict]]:
     """Twelve steps, cuts after the third and the sixth; and again, if asked.
@@ -115,7 +109,7 @@ def train(
         best_at: the step whose evaluation comes out best, for `load_best_model_at_end`.
         rollback: the cut after the third step is undone after the fourth, from "memory" or "disk"; or "of a run never
             cut": the same is done to a run without cuts.
-        communication_hook: "fp16" or "power" (PowerSGD), registered on the wrapper.
+        communication_hook: registered on the wrapper.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if rollback:
