@@ -104,7 +104,7 @@ def _read(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"the snapshot {path} is damaged ({error}): the cut cannot be undone.") from error
+        raise ValueError(f"the snapshot {path} is damaged ({error}). Delete it to go on without.") from error
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

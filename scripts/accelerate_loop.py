@@ -75,10 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if done:
         accelerator.load_state(args.resume_from_checkpoint)
 
-    event_steps, processes = (
-        schedule.event_steps(args.max_steps),
-        (accelerator.process_index, accelerator.num_processes),
-    )
+    event_steps = schedule.event_steps(args.max_steps)
     model.train()
     for step, batch in zip(range(done + 1, args.max_steps + 1), batches_from(done, loader, accelerator), strict=False):
         loss = model(**batch).loss
@@ -90,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         if keep_average:
             average.update_parameters(accelerator.unwrap_model(model))
         if step in event_steps:
+            processes = accelerator.process_index, accelerator.num_processes
             draw = (config.calibration_batches, config.calibration_seed, step, *processes)
             calibration = draw_batches(dataset, default_data_collator, args.batch_size, *draw)
             events_left = len(event_steps) - event_steps.index(step)
