@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,6 +151,9 @@ class SafetyNet:
     def _discard(self, steps: set[int]) -> None:
         for step in steps:
             self._snapshots.pop(step).discard()
+        if self.folder is not None:
+            with suppress(OSError):  # others are there still, or nothing was
+                self.folder.rmdir()
 
     def _folder_of(self, step: int) -> Path | None:
         return None if self.folder is None else self.folder / f"step-{step}"

@@ -64,7 +64,7 @@ def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(tmp_path, dataset
     (event,) = callback.history.events
     assert (event.step, event.rolled_back_at, callback.history.state_sizes) == (5, 6, [16, 16])
     assert "before the cut at step 5; back to state size 16" in capsys.readouterr().out
-    assert not (tmp_path / "_rollback").exists() or not list((tmp_path / "_rollback").iterdir())
+    assert not (tmp_path / "_rollback").exists()
 
 
 def test_a_good_cut_stays_and_its_snapshot_is_let_go(tmp_path, dataset):
