@@ -1,53 +1,49 @@
-"""A model built at its original size adopts the state size of the weights that are loaded into it.
+"""A model built at its original size adopts the state sizes of the weights that are loaded into it.
 
-With one size for all layers a reduced model is a plain Mamba checkpoint; nothing here is needed to load it. Resuming
-is what needs help: the script builds the model at its original size, and Trainer copies the smaller weights into it.
+A reduced checkpoint loads by itself with `from_pretrained`. Resuming is what needs help: the script builds the model
+at its original size, and Trainer copies the smaller weights into it.
 """
-
-from functools import partial
 
 import torch
 from torch import nn
 
 from .engines import new_parameter_like, unwrap
-from .layouts import (
-    StateLayout,
-    axis_length,
-    layout_of,
-    record_state_size,
-    state_layers,
-    state_size,
-    state_size_of,
-)
+from .layouts import axis_length, layout_of, mixers_of, state_layers, state_size, state_size_of
+from .recording import record_state_sizes
 
 
-def adopt_checkpoint_sizes(model: nn.Module) -> list:
-    """Let every mixer take the state size of the weights that are loaded into it, just before they are copied.
+def adopt_checkpoint_sizes(model: nn.Module):
+    """Let every layer take the state size of the weights that are loaded into it, just before they are copied.
 
     For `load_state_dict` on a model built at another size, as Trainer does when it resumes. The resized tensors are
     new Parameters, so an optimizer has to be built afterwards.
 
     Returns:
-        Handles; call `.remove()` on each to stop.
+        A handle; call `.remove()` on it to stop.
     """
-    layout = layout_of(unwrap(model))
-    hook = partial(_adopt_size, layout=layout)
-    return [mixer.register_load_state_dict_pre_hook(hook) for mixer in state_layers(unwrap(model)).values()]
+    state_layers(unwrap(model))
+    return unwrap(model).register_load_state_dict_pre_hook(_adopt_sizes)
 
 
-def _adopt_size(mixer: nn.Module, state_dict: dict, prefix: str, *args, layout: StateLayout) -> None:
-    """Take N from any of the mixer's tensors: those of one layer may lie in different shards."""
-    for path, tensor in layout.tensors.items():
-        weights = state_dict.get(prefix + path)
-        if weights is not None:
-            size = state_size_of(weights.shape[tensor.axis], mixer, layout, tensor)
-            if size != state_size(mixer, layout):
-                _resize_empty(mixer, layout, size)
-            return
+def _adopt_sizes(model: nn.Module, state_dict: dict, prefix: str, *args) -> None:
+    """Weights may come in several parts, and those of one layer in different ones."""
+    layout, sizes = layout_of(model), {}
+    paths = {module: path for path, module in model.named_modules()}
+    for index, mixer in mixers_of(model).items():
+        for path, tensor in layout.tensors.items():
+            weights = state_dict.get(f"{prefix}{paths[mixer]}.{path}")
+            if weights is not None:
+                size = state_size_of(weights.shape[tensor.axis], mixer, layout, tensor)
+                if size != state_size(mixer, layout):
+                    sizes[index] = size
+    for index, size in sizes.items():
+        _resize_empty(mixers_of(model)[index], layout, size)
+    if sizes:
+        record_state_sizes(model, sizes)
 
 
 @torch.no_grad()
-def _resize_empty(mixer: nn.Module, layout: StateLayout, size: int) -> None:
+def _resize_empty(mixer: nn.Module, layout, size: int) -> None:
     """New Parameters of the right shape, about to be overwritten."""
     for path, tensor in layout.tensors.items():
         old = mixer.get_parameter(path)
@@ -55,4 +51,3 @@ def _resize_empty(mixer: nn.Module, layout: StateLayout, size: int) -> None:
         shape[tensor.axis] = axis_length(mixer, layout, tensor, size)
         module_path, _, name = path.rpartition(".")
         mixer.get_submodule(module_path)._parameters[name] = new_parameter_like(old, old.new_zeros(shape))
-    record_state_size(mixer, layout, size)

@@ -8,6 +8,7 @@ from torch import nn
 from .calibration import Batch, take_batches
 from .config import CompreSSMConfig
 from .layouts import SelectiveLayout, TimeInvariantLayout, layout_of, state_sizes
+from .recording import check_per_layer
 from .selective_analysis import SelectiveAnalysis
 from .time_invariant_analysis import TimeInvariantAnalysis
 
@@ -22,7 +23,7 @@ def analyze_states(
 
 def is_uniform(config: CompreSSMConfig, model: nn.Module) -> bool:
     """Whether all layers get one size: what the configuration says, or else what suits the architecture."""
-    return (config.allocation or ("per_layer" if layout_of(model).per_layer_sizes else "uniform")) == "uniform"
+    return (config.allocation or ("per_layer" if layout_of(model).per_layer_by_default else "uniform")) == "uniform"
 
 
 def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
@@ -33,8 +34,8 @@ def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
     """
     layout, sizes = layout_of(model), state_sizes(model)
     model_type = model.config.model_type
-    if not layout.per_layer_sizes and not is_uniform(config, model):
-        raise ValueError(f"allocation = 'per_layer'; a model of type '{model_type}' allows 'uniform' only.")
+    if not is_uniform(config, model):
+        check_per_layer(model)
     if config.skip_layers and (is_uniform(config, model) or not set(config.skip_layers) < set(sizes)):
         raise ValueError(
             f"skip_layers = {config.skip_layers}; allowed: some of the layers {sorted(sizes)}, in a model where each "

@@ -12,7 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .history import History
-from .layouts import LAYOUTS, config_sizes
+from .layouts import LAYOUTS
+from .recording import recorded_state_sizes
 
 logger = logging.get_logger(__name__)
 
@@ -39,18 +40,19 @@ def check_checkpoint(folder: str | Path) -> list[int]:
             f"{folder} holds a model of type '{config.get('model_type')}'; supported: {', '.join(LAYOUTS)}. Give the "
             "folder of a checkpoint of such a model."
         )
-    if layout.size_field not in config or "num_hidden_layers" not in config:
-        raise ValueError(f"{folder / CONFIG_NAME} lacks {layout.size_field} or num_hidden_layers; take another.")
-    expected = config_sizes(config[layout.size_field], config["num_hidden_layers"])
+    try:
+        expected = recorded_state_sizes(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}; take another checkpoint.") from error
     sizes = {
         int(_LAYER.search(name)[1]): shape[layout.tensors[layout.marker].axis]
         for name, shape in _weight_shapes(folder).items()
         if name.endswith("." + layout.marker)
     }
-    if sorted(sizes) != list(range(config["num_hidden_layers"])) or len(expected) != len(sizes):
+    if sorted(sizes) != list(range(len(expected))):
         raise ValueError(
             f"the weights in {folder} hold {layout.marker} of the layers {sorted(sizes)}, {CONFIG_NAME} speaks of "
-            f"{config['num_hidden_layers']} with {len(expected)} sizes; the checkpoint is incomplete, take another."
+            f"{len(expected)} layers; the checkpoint is incomplete, take another."
         )
     for index, size in sizes.items():
         if size != expected[index]:

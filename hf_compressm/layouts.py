@@ -1,6 +1,6 @@
 """Where the state axis sits in a model: data, one entry for each supported `model_type`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ class StateLayout:
         tensors: path of each parameter within the mixer → its state axis.
         size_attribute: the mixer's attribute that holds N.
         size_field: the config's field that holds N.
-        per_layer_sizes: whether that field may be a list, one N for each layer.
+        per_layer_by_default: whether a reduction gives each layer a size of its own, unless it is told otherwise.
     """
 
     mixer_class: str
     tensors: dict[str, StateTensor]
     size_attribute: str
     size_field: str
-    per_layer_sizes: bool
+    per_layer_by_default: bool
 
     @property
     def marker(self) -> str:
@@ -61,20 +61,22 @@ class TimeInvariantLayout(StateLayout):
     """A diagonal time-invariant layer: its mixer offers `system()` and `parameters_of(eigenvalues, B, C)`."""
 
 
+MAMBA = SelectiveLayout(
+    mixer_class="MambaMixer",
+    tensors={
+        "x_proj.weight": StateTensor(axis=0, blocks=("time_step_rank", STATE_INPUT, STATE_OUTPUT)),
+        "A_log": StateTensor(axis=1, blocks=(STATE,)),
+    },
+    projection="x_proj.weight",
+    decay="A_log",
+    output_projection="out_proj.weight",
+    size_attribute="ssm_state_size",
+    size_field="state_size",
+    per_layer_by_default=False,
+)
 LAYOUTS = {
-    "mamba": SelectiveLayout(
-        mixer_class="MambaMixer",
-        tensors={
-            "x_proj.weight": StateTensor(axis=0, blocks=("time_step_rank", STATE_INPUT, STATE_OUTPUT)),
-            "A_log": StateTensor(axis=1, blocks=(STATE,)),
-        },
-        projection="x_proj.weight",
-        decay="A_log",
-        output_projection="out_proj.weight",
-        size_attribute="ssm_state_size",
-        size_field="state_size",
-        per_layer_sizes=False,
-    ),
+    "mamba": MAMBA,
+    "compressm_mamba": replace(MAMBA, per_layer_by_default=True),
     "lru": TimeInvariantLayout(
         mixer_class="LRUMixer",
         tensors={
@@ -86,7 +88,7 @@ LAYOUTS = {
         },
         size_attribute="state_size",
         size_field="state_size",
-        per_layer_sizes=True,
+        per_layer_by_default=True,
     ),
 }
 
@@ -116,20 +118,26 @@ def layout_of(model: nn.Module) -> StateLayout:
 
 
 def state_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """The mixers of an unwrapped model by layer index.
+    """The mixers of an unwrapped model by layer index, checked.
 
     Raises:
         ValueError: no layer has a state, a mixer's tensors do not have the sizes it claims, or its projection is not
             a plain linear layer (an adapter or a quantised layer in its place).
     """
-    layout = layout_of(model)
-    # FSDP2 derives a class of its own from that of every module that it wraps.
-    names = (layout.mixer_class, f"FSDP{layout.mixer_class}")
-    mixers = {module.layer_idx: module for module in model.modules() if type(module).__name__ in names}
+    layout, mixers = layout_of(model), mixers_of(model)
     if not mixers:
         raise ValueError(f"{type(model).__name__} has no {layout.mixer_class}: there is no state to resize.")
     for index, mixer in mixers.items():
         _check_mixer(mixer, layout, index)
+    return mixers
+
+
+def mixers_of(model: nn.Module) -> dict[int, nn.Module]:
+    """The mixers of an unwrapped model by layer index, even while they do not have the sizes they claim."""
+    layout = layout_of(model)
+    # FSDP2 derives a class of its own from that of every module that it wraps.
+    names = (layout.mixer_class, f"FSDP{layout.mixer_class}")
+    mixers = {module.layer_idx: module for module in model.modules() if type(module).__name__ in names}
     return dict(sorted(mixers.items()))
 
 
@@ -142,25 +150,6 @@ def state_sizes(model: nn.Module) -> dict[int, int]:
     """N by layer index."""
     layout = layout_of(model)
     return {index: state_size(mixer, layout) for index, mixer in state_layers(model).items()}
-
-
-def record_state_size(mixer: nn.Module, layout: StateLayout, size: int) -> None:
-    """Make what is derived from N true again: the mixer's attribute, its projection's, the config's field."""
-    setattr(mixer, layout.size_attribute, size)
-    if isinstance(layout, SelectiveLayout):
-        projection = projection_module(mixer, layout)
-        projection.out_features = projection.weight.shape[0]
-    recorded = size
-    if layout.per_layer_sizes:
-        sizes = config_sizes(getattr(mixer.config, layout.size_field), mixer.config.num_hidden_layers)
-        sizes[mixer.layer_idx] = size
-        recorded = size if set(sizes) == {size} else sizes
-    setattr(mixer.config, layout.size_field, recorded)
-
-
-def config_sizes(field: int | list[int], layers: int) -> list[int]:
-    """N of each layer, from a config's field that holds one for all or one for each."""
-    return list(field) if isinstance(field, list) else [field] * layers
 
 
 def projection_module(mixer: nn.Module, layout: SelectiveLayout) -> nn.Module:

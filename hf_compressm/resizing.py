@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .engines import Engine, full, local, shard_like, together, unwrap_optimizer
-from .layouts import layout_of, record_state_size, source_index, state_layers, state_sizes
+from .layouts import layout_of, source_index, state_layers, state_sizes
 from .optimizers import check_optimizer, gather, resized_state, swap_parameter
+from .recording import check_per_layer, record_state_sizes
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ def resize(
     targets = [(Engine(model, trains=is_prepared), unwrap_optimizer(optimizer))]
     targets += [(Engine(companion, trains=False), None) for companion in companions]
     changing = _changing_layers(targets[0][0].model, sources, afresh)
+    sizes = {index: len(source) for index, source in sources.items()}
     with together():
         for engine, target_optimizer in targets:
             check_state_tensors(engine.model, target_optimizer, is_overwritten)
+            if len(set(sizes.values())) > 1:
+                check_per_layer(engine.model)
             if state_sizes(engine.model) != state_sizes(targets[0][0].model):
                 raise ValueError(
                     f"a companion has state sizes {state_sizes(engine.model)}, the model has "
@@ -86,10 +90,8 @@ def resize(
         if not is_overwritten:
             _check_finite(replacements)
     for (engine, target_optimizer), replaced in zip(targets, replacements, strict=True):
-        mixers = state_layers(engine.model)  # looked up while sizes and tensors still agree
         _carry_out(engine, replaced, target_optimizer)
-        for index, mixer in mixers.items():
-            record_state_size(mixer, layout_of(engine.model), len(sources[index]))
+        record_state_sizes(engine.model, sizes)
         if replaced:
             engine.finish()
 

@@ -70,8 +70,8 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Seque
 
     Args:
         model: a supported Transformers model.
-        plan: for every layer of the model, what becomes of it; the same number of states in each, unless the
-            architecture has a size per layer.
+        plan: for every layer of the model, what becomes of it. Where layers of a Mamba keep different numbers of
+            states it becomes a `CompreSSMMambaForCausalLM`, in place.
         optimizer: its moments are sliced at their positions; step counts and everything else stay. A projected layer
             has new coordinates, which old moments know nothing of: its tensors start afresh.
         companions: models of the same shape that follow, such as a running average of the weights. They keep the same
@@ -180,9 +180,6 @@ def _as_gathered(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict
 def _check_plan(plan: Plan, mixers: dict[int, nn.Module], layout: StateLayout) -> None:
     if plan.keys() != mixers.keys():
         raise ValueError(f"a plan for layers {sorted(plan)} given to a model with layers {sorted(mixers)}.")
-    sizes = {len(entry.keep) for entry in plan.values()}
-    if len(sizes) > 1 and not layout.per_layer_sizes:
-        raise ValueError(f"layers would keep {sorted(sizes)} states; give every layer the same number.")
     for index, mixer in mixers.items():
         keep, size = plan[index].keep, state_size(mixer, layout)
         if len(keep) == 0 or (keep.diff() <= 0).any() or keep[0] < 0 or keep[-1] >= size:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator, get_cosine_schedule_with_warmup, set_seed
 
 from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress, install_scan, parameter_groups
+from hf_compressm.analysis import reducible_size
 from hf_compressm.calibration import draw_batches
 from hf_compressm.history import History, load_history, save_history
 from hf_compressm.surgery import set_state_sizes
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
             draw = (config.calibration_batches, config.calibration_seed, step, *processes)
             calibration = draw_batches(dataset, default_data_collator, args.batch_size, *draw)
             events_left = len(event_steps) - event_steps.index(step)
-            goal = config.for_event(accelerator.unwrap_model(model).config.state_size, events_left, history.loss_spent)
+            size = reducible_size(config, accelerator.unwrap_model(model))
+            goal = config.for_event(size, events_left, history.loss_spent)
             report = analyze(model, calibration, goal)  # the wrapped model: every process takes part
             event = compress(model, report, optimizer, step=step, companions=[average] if keep_average else [])
             history.events.append(event)

@@ -45,10 +45,12 @@ from transformers import (
 )
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
+from hf_compressm.announcements import sizes_text
 from hf_compressm.checkpoint import check_complete, last_complete_checkpoint
 from hf_compressm.config import GOALS
-from hf_compressm.engines import from_first_process
+from hf_compressm.engines import from_first_process, unwrap
 from hf_compressm.history import save_history
+from hf_compressm.layouts import state_sizes
 
 EXAMPLE_GOAL = ["--target_state_size", "16", "--calibration_batches", "6"]
 END_OF_TEXT = "<|endoftext|>"
@@ -116,21 +118,20 @@ class ThroughputCallback(TrainerCallback):
 
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
-        self.seconds: dict[int, list[float]] = defaultdict(list)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seconds[model.config.state_size].append(time.perf_counter() - self.started)
+        self.seconds[size_of(model)].append(time.perf_counter() - self.started)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" in logs:
-            size = model.config.state_size
-            rates = self.rates()
-            logs |= {"state_size": size} | ({"tokens_per_second": round(rates[size])} if size in rates else {})
+            rate = self.rates().get(size_of(model))
+            logs |= {"tokens_per_second": round(rate)} if rate else {}
 
-    def rates(self) -> dict[int, float]:
+    def rates(self) -> dict[str, float]:
         """State size → tokens per second, from the median step."""
         return {size: self.tokens_per_step / statistics.median(times) for size, times in self.seconds.items()}
 
@@ -138,7 +139,7 @@ class ThroughputCallback(TrainerCallback):
         rates = self.rates()
         first = next(iter(rates.values()))
         rows = [
-            f"  N = {size:3d}: {rate:8,.0f} tokens per second ({rate / first:.2f}×)" for size, rate in rates.items()
+            f"  N = {size:>3}: {rate:8,.0f} tokens per second ({rate / first:.2f}×)" for size, rate in rates.items()
         ]
         return "\n".join(rows)
 
@@ -183,12 +184,17 @@ def main(argv: list[str] | None = None) -> None:
     cutting_seconds = sum(event.seconds for event in shrink.history.events)
     print(f"\nTraining steps, median:\n{throughput}")
     print(f"Analysis and surgery: {cutting_seconds:.1f} s of {training_seconds:.1f} s of training")
-    print(f"Validation perplexity: {perplexity:.2f} at N = {model.config.state_size}")
+    print(f"Validation perplexity: {perplexity:.2f} at N = {size_of(model)}")
     saved = AutoModelForCausalLM.from_pretrained(training_args.output_dir, device_map=training_args.device)
     print(f"Sample: {sample(saved, tokenizer, data_args.prompt)}")
     print(f"Saved in {training_args.output_dir}. To load it, with transformers alone:\n")
     print("    from transformers import AutoModelForCausalLM")
     print(f"    model = AutoModelForCausalLM.from_pretrained('{training_args.output_dir}')")
+
+
+def size_of(model) -> str:
+    """N; of layers with sizes of their own the smallest and the largest."""
+    return sizes_text(state_sizes(unwrap(model)).values())
 
 
 def parse_arguments(argv: list[str], groups: tuple[type, ...]):

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
+from hf_compressm.per_layer import CompreSSMMambaForCausalLM
 
 GLOBAL_BATCH = 16
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -32,6 +33,7 @@ WRAPPED = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "best_at": 4}
 NEVER_CUT = "of a run never cut"
 ROLLBACKS = {f"rollback {how}": {"rollback": how} for how in ("memory", "disk", NEVER_CUT)}
+PER_LAYER = {"goal": {"cut_fraction": 0.5, "allocation": "per_layer", "skip_layers": [1]}, **SAVING}
 SHARDED = {**WRAPPED, "state_dict_type": "SHARDED_STATE_DICT"}
 DDP = {
     "plain": {},
@@ -46,12 +48,14 @@ DDP = {
     "attached": {"attached": True},
     "twice": {"trainings": 2},
     "saving": SAVING,
+    "per layer": PER_LAYER,
     "best": {**BEST, "trainings": 2, "attached": True},
     **ROLLBACKS,
 }
 FSDP = {
     "full": {"fsdp_config": WRAPPED, **SAVING},
     "sharded": {"fsdp_config": SHARDED, **SAVING},
+    "per layer": {"fsdp_config": WRAPPED, **PER_LAYER},
     "accumulation": {"fsdp_config": WRAPPED, "gradient_accumulation_steps": 2},
     "checkpointing": {"fsdp_config": {**WRAPPED, "activation_checkpointing": True}},
     "whole model": {"fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
@@ -101,6 +105,7 @@ def train(
     best_at: int | None = None,
     rollback: str | None = None,
     communication_hook=None,
+    goal: dict | None = None,
     **options,
 ) -> tuple[Trainer, list[dict]]:
     """Twelve steps, cuts after the third and the sixth; and again, if asked.
@@ -110,6 +115,7 @@ def train(
         rollback: the cut after the third step is undone after the fourth, from "memory" or "disk"; or "of a run never
             cut": the same is done to a run without cuts.
         communication_hook: registered on the wrapper.
+        goal: what to keep; by default four states.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if rollback:
@@ -131,7 +137,8 @@ def train(
         enable_fsdp_on_cpu()
     net = {"rollback_tolerance": 0.05, "rollback_storage": rollback} if rollback in ("memory", "disk") else {}
     callback = CompreSSMCallback(
-        CompreSSMConfig(target_state_size=4, calibration_batches=4), CompreSSMSchedule(end=0.5, events=2, **net)
+        CompreSSMConfig(calibration_batches=4, **(goal or {"target_state_size": 4})),
+        CompreSSMSchedule(end=0.5, events=2, **net),
     )
     attached, after_each_step = attached or "fsdp_config" in options, WeightsAfterEachStep()
     worse_at = {4} if net else set(range(2, 13, 2)) - {best_at} if best_at else set()
@@ -155,11 +162,14 @@ def train(
     return trainer, [*after_each_step.weights, full_weights_of(trainer.model)]
 
 
-def check_engine(engine: str, trainer: Trainer, is_compiled: bool) -> None:
+def check_engine(engine: str, trainer: Trainer, is_compiled: bool, is_per_layer: bool) -> None:
     """The run was what it was meant to be."""
     assert dist.get_world_size() == 2
     wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
     assert (wrapped is not trainer.model_wrapped) == is_compiled
+    assert (
+        trainer.model.config.is_heterogeneous == isinstance(trainer.model, CompreSSMMambaForCausalLM) == is_per_layer
+    )
     if engine == "ddp":
         assert type(wrapped) is DistributedDataParallel
     else:
@@ -176,7 +186,7 @@ def main() -> None:
         options = ENGINES[engine][variant]
         resume_from = Path(checkpoint) if checkpoint else None
         trainer, weights = train(folder / engine / variant, dataset, resume_from, **options)
-        check_engine(engine, trainer, "torch_compile" in options)
+        check_engine(engine, trainer, "torch_compile" in options, "goal" in options)
         torch.save(weights, folder / f"{engine} {variant}{' resumed' if checkpoint else ''} {dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -158,7 +158,9 @@ def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(launched, engine,
             assert_identical(left, right)
 
 
-@pytest.mark.parametrize(("engine", "variant"), [("ddp", "saving"), ("fsdp", "full"), ("fsdp", "sharded")])
+@pytest.mark.parametrize(
+    ("engine", "variant"), [("ddp", "saving"), ("fsdp", "full"), ("fsdp", "sharded"), ("fsdp", "per layer")]
+)
 def test_a_run_resumes_exactly_in_new_processes(launched, engine, variant):
     folder = launched(engine)
     checkpoint = folder / engine / variant / "checkpoint-4"

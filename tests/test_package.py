@@ -16,7 +16,7 @@ import hf_compressm
 ORDER = """
     hankel kernels.torch_scan selective criteria kernels.dispatch kernels layouts config files
     engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
-    engines optimizers resizing surgery
+    engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
     calibration measurement selective_analysis time_invariant_analysis analysis allocation history reduction monitor
     adoption checkpoint snapshot safety_net announcements attachment callback plotting

@@ -132,7 +132,6 @@ def test_a_failure_in_the_last_layer_leaves_everything_as_it_was(trained, batche
     ("selections", "message"),
     [
         ({0: Selection(torch.arange(4))}, "given to a model with layers"),
-        ({0: Selection(torch.arange(4)), 1: Selection(torch.arange(5))}, "the same number"),
         ({0: Selection(torch.tensor([1, 0])), 1: Selection(torch.arange(2))}, "layer 0: kept states must be sorted"),
         (
             {0: Selection(torch.arange(2)), 1: Selection(torch.tensor([1, 16]))},

@@ -392,12 +392,11 @@ def test_a_cut_model_is_an_ordinary_checkpoint(tmp_path, model, data):
 
 def test_a_model_adopts_any_sizes_layer_by_layer_from_the_weights_it_is_given():
     source, model = build_lru(state_size=[N - 1, N + 1]), build_lru(seed=1)
-    handles = adopt_checkpoint_sizes(model)
+    handle = adopt_checkpoint_sizes(model)
     model.load_state_dict(source.state_dict())
     assert model.config.state_size == [N - 1, N + 1]
     assert_identical(weights_of(model), weights_of(source))
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict(build_lru().state_dict())
 
@@ -407,8 +406,8 @@ def test_a_model_adopts_any_sizes_layer_by_layer_from_the_weights_it_is_given():
     [
         (lambda folder: edit_config(folder, state_size=[9, 5]), "layer 0 has 5 states, config.json says .* 9"),
         (lambda folder: edit_config(folder, state_size=5), "layer 1 has 9 states, config.json says .* 5"),
-        (lambda folder: edit_config(folder, state_size=[5, 9, 9]), r"speaks of 2 with 3 sizes"),
-        (lambda folder: edit_config(folder, model_type="gpt2"), "type 'gpt2'; supported: mamba, lru"),
+        (lambda folder: edit_config(folder, state_size=[5, 9, 9]), r"gives 2 layers the state sizes"),
+        (lambda folder: edit_config(folder, model_type="gpt2"), "type 'gpt2'; supported: mamba, compressm_mamba, lru"),
         (lambda folder: cut_file(folder / "model.safetensors"), "truncated or damaged"),
         (lambda folder: cut_file(folder / "config.json"), "truncated or damaged"),
     ],
@@ -450,7 +449,6 @@ def test_a_configuration_that_does_not_fit_an_lru_is_refused(goal, message):
     ("goal", "given", "message"),
     [
         ({"tolerance": 0.1}, False, "batches = None; a model of type 'mamba' is analysed on batches"),
-        ({"tolerance": 0.1, "allocation": "per_layer"}, True, "'per_layer'; a model of type 'mamba' allows 'uniform'"),
         ({"tolerance": 0.1, "skip_layers": [0]}, True, r"skip_layers = \[0\]; allowed: .* a size of its own"),
     ],
 )

@@ -2,12 +2,13 @@
 
 from .engine import Engine, forward_with, new_parameter_like
 from .processes import everywhere, from_first_process, process_count, process_index, sum_over_processes, together
-from .sharded import full, gathered, local, shard_like
+from .sharded import change_class, full, gathered, local, original_class, shard_like
 from .training_arguments import check_engine, check_training_arguments, fsdp_is_asked
 from .wrappers import unwrap, unwrap_optimizer
 
 __all__ = [
     "Engine",
+    "change_class",
     "check_engine",
     "check_training_arguments",
     "everywhere",
@@ -18,6 +19,7 @@ __all__ = [
     "gathered",
     "local",
     "new_parameter_like",
+    "original_class",
     "process_count",
     "process_index",
     "shard_like",

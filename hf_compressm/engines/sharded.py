@@ -119,6 +119,18 @@ def replace_sharded(model: nn.Module, old: nn.Parameter, value: Tensor) -> nn.Pa
     raise ValueError("FSDP2 does not hold the parameter that is to be replaced; nothing was changed.")
 
 
+def original_class(module: nn.Module) -> type:
+    """The class of a module, before FSDP2 derived one of its own from it."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def change_class(module: nn.Module, new: type) -> None:
+    """Make a module one of the class `new`, which has to take it as it is; a sharded one stays sharded."""
+    if isinstance(module, FSDPModule):
+        new = type(f"FSDP{new.__name__}", (FSDPModule, new), {"__deepcopy__": type(module).__deepcopy__})
+    module.__class__ = new
+
+
 def forward_sharded(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
     """One forward pass with some parameters overridden by full tensors, each while its module runs."""
     handles = []

@@ -5,8 +5,6 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..layouts import config_sizes
-
 
 @strict
 class LRUConfig(PreTrainedConfig):
@@ -56,4 +54,4 @@ class LRUConfig(PreTrainedConfig):
     @property
     def state_sizes(self) -> list[int]:
         """N of each layer."""
-        return config_sizes(self.state_size, self.num_hidden_layers)
+        return self.state_size if isinstance(self.state_size, list) else [self.state_size] * self.num_hidden_layers

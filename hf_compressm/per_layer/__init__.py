@@ -1,0 +1,11 @@
+"""A Mamba whose layers have state sizes of their own, known to Transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .modeling_compressm_mamba import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
+
+__all__ = ["CompreSSMMambaConfig", "CompreSSMMambaForCausalLM", "CompreSSMMambaModel"]
+
+AutoConfig.register(CompreSSMMambaConfig.model_type, CompreSSMMambaConfig, exist_ok=True)
+AutoModel.register(CompreSSMMambaConfig, CompreSSMMambaModel, exist_ok=True)
+AutoModelForCausalLM.register(CompreSSMMambaConfig, CompreSSMMambaForCausalLM, exist_ok=True)
