@@ -1,6 +1,5 @@
 """Checkpoints on disk: whether they are whole and fit together, and what they say of the cuts before them."""
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from .files import read_json
 from .history import History
 from .layouts import LAYOUTS
 from .recording import recorded_state_sizes
@@ -33,7 +33,7 @@ def check_checkpoint(folder: str | Path) -> list[int]:
         ValueError: another architecture, a truncated or damaged file, or sizes that do not match the config.
     """
     folder = Path(folder)
-    config = _read_json(folder / CONFIG_NAME)
+    config = read_json(folder / CONFIG_NAME)
     layout = LAYOUTS.get(config.get("model_type"))
     if layout is None:
         raise ValueError(
@@ -77,7 +77,7 @@ def check_complete(folder: str | Path) -> None:
         raise FileNotFoundError(
             f"{folder} has no {TRAINER_STATE_NAME}: it was not written to its end. Resume from an earlier checkpoint."
         )
-    if "global_step" not in _read_json(folder / TRAINER_STATE_NAME):
+    if "global_step" not in read_json(folder / TRAINER_STATE_NAME):
         raise ValueError(f"{folder / TRAINER_STATE_NAME} is not a state of Trainer; take another checkpoint.")
     sharded = [path for path in folder.glob(f"{FSDP_MODEL_NAME}_*") if path.is_dir()]
     for part in [*sharded, *(path for path in folder.glob(f"{OPTIMIZER_NAME}_*") if path.is_dir())]:
@@ -132,7 +132,7 @@ def recorded_history(trainer_state: dict) -> History | None:
 
 def history_of_checkpoint(folder: str | Path) -> History | None:
     """The history of a Trainer checkpoint of any engine; None where a run without our callback wrote it."""
-    return recorded_history(_read_json(Path(folder) / TRAINER_STATE_NAME))
+    return recorded_history(read_json(Path(folder) / TRAINER_STATE_NAME))
 
 
 def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -152,17 +152,7 @@ def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_map(index: Path) -> dict:
-    content = _read_json(index)
+    content = read_json(index)
     if not isinstance(content.get("weight_map"), dict):
         raise ValueError(f"{index} has no weight_map: it is damaged; take another checkpoint.")
     return content["weight_map"]
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} is damaged: it holds no table of names and values; take another checkpoint.")
-        return content
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); take another checkpoint.") from error

@@ -59,7 +59,7 @@ class CompreSSMConfig:
     calibration_seed: int = _help(0, "Seed of the calibration draw, the random criterion and the random selection.")
 
     def __post_init__(self):
-        given = [goal for goal in GOALS if getattr(self, goal) is not None]
+        given = self.goal
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(GOALS)}; got {', '.join(given) or 'none'}.")
         for name in ("tolerance", "cut_fraction"):
@@ -94,6 +94,11 @@ class CompreSSMConfig:
             target >= self.min_state_size, "target_state_size", target, f"≥ min_state_size = {self.min_state_size}"
         )
         _require(target % self.multiple_of == 0, "target_state_size", target, f"a multiple of {self.multiple_of}")
+
+    @property
+    def goal(self) -> dict[str, float]:
+        """The one goal that is given, by its name."""
+        return {name: getattr(self, name) for name in GOALS if getattr(self, name) is not None}
 
     def check_target(self, state_size: int) -> None:
         """Refuse a target above the present size N; anything else fits any size.

@@ -1,5 +1,6 @@
 """Files that a reader never sees half written."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,3 +14,24 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`content` as indented JSON, aside first and then renamed."""
+    write_aside(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict:
+    """The table that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, damaged, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); take another checkpoint.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no table of names and values; take another checkpoint.")
+    return content

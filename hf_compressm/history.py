@@ -2,10 +2,11 @@
 
 `compressm.json` is readable without this library. The spectra, float64, (N,), descending, stand beside it in
 `hsv.safetensors`: `event.<i>.layer.<j>` belongs to the i-th entry of `events`, `observation.<i>.layer.<j>` to the i-th
-entry of `observations`, layer j.
+entry of `observations`, layer j. The model's own `config.json` gets a summary, under `compressm`. The format is
+documented in the README.
 """
 
-import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
@@ -16,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import write_aside
+from .files import read_json, write_aside, write_json
 
 FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"  # of a model that Transformers saved
+SUMMARY = "compressm"
 HISTORY_FILE = "compressm.json"
 SPECTRA_FILE = "hsv.safetensors"
 RECORDS = {"events": "event", "observations": "observation"}  # kind in the JSON → name in the tensor file
@@ -42,6 +45,7 @@ class ReductionEvent:
         criterion, compensate: how states were ranked and made up for.
         hankel_singular_values: spectrum before the cut, (N,), descending.
         rolled_back_at: optimizer steps done when the cut was undone; None while it stands.
+        goal: what this event was to achieve: the name of the goal and its value.
     """
 
     step: int | None
@@ -59,6 +63,7 @@ class ReductionEvent:
     compensate: bool
     hankel_singular_values: list[Tensor] = field(repr=False)
     rolled_back_at: int | None = None
+    goal: dict[str, float] | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -104,10 +109,14 @@ class History:
     library_version: str = field(default_factory=partial(version, "hf_compressm"))
 
     @property
+    def standing_cuts(self) -> list[ReductionEvent]:
+        """The events that removed something and were not undone."""
+        return [event for event in self.events if event.is_cut and event.rolled_back_at is None]
+
+    @property
     def loss_spent(self) -> float:
         """Rise of the measured loss by all cuts that stand, nats per token; one that lowered it earns nothing back."""
-        standing = [event for event in self.events if event.is_cut and event.rolled_back_at is None]
-        measured = [event for event in standing if event.loss_before is not None]
+        measured = [event for event in self.standing_cuts if event.loss_before is not None]
         return sum(max(0.0, event.loss_after - event.loss_before) for event in measured)
 
     @property
@@ -129,6 +138,29 @@ class History:
     def steps(self) -> list[int | None]:
         """The steps of the events."""
         return [event.step for event in self.events]
+
+    @property
+    def energy_kept(self) -> list[float]:
+        """Per layer: the share of the state energy that all cuts together kept, each as measured before it."""
+        shares = [[1 - share for share in event.energy_discarded] for event in self.standing_cuts]
+        return [math.prod(layer) for layer in zip(*shares, strict=True)]
+
+    def summary(self) -> dict | None:
+        """What stands in `config.json`; None where no cut stands. JSON types only."""
+        cuts = self.standing_cuts
+        if not cuts:
+            return None
+        return {
+            "format_version": FORMAT_VERSION,
+            "library_version": self.library_version,
+            "criterion": cuts[-1].criterion,
+            "compensate": cuts[-1].compensate,
+            "goals": [cut.goal for cut in cuts],
+            "steps": [cut.step for cut in cuts],
+            "state_sizes_before": cuts[0].state_sizes_before,
+            "state_sizes_after": cuts[-1].state_sizes_after,
+            "energy_kept": self.energy_kept,
+        }
 
     def to_dict(self) -> dict:
         """JSON types only, spectra included as lists."""
@@ -161,14 +193,17 @@ class History:
                 observations=[_from_record(Observation, record) for record in content.get("observations", [])],
                 library_version=content["library_version"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"malformed history ({type(error).__name__}: {error}); it was not written by this library."
             ) from error
 
 
 def save_history(history: History, folder: str | Path) -> None:
-    """Write `compressm.json` and `hsv.safetensors` into `folder`, each aside first and then renamed."""
+    """Write `compressm.json` and `hsv.safetensors` into `folder`, each aside first and then renamed.
+
+    Where a model's `config.json` lies there, its summary is brought up to date.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content, spectra = history.to_dict(), {}
@@ -176,8 +211,13 @@ def save_history(history: History, folder: str | Path) -> None:
         for i, record in enumerate(content[kind]):
             for j, spectrum in enumerate(record.pop("hankel_singular_values")):
                 spectra[f"{RECORDS[kind]}.{i}.layer.{j}"] = torch.tensor(spectrum, dtype=torch.float64)
-    write_aside(folder / SPECTRA_FILE, lambda path: save_file(spectra, path))
-    write_aside(folder / HISTORY_FILE, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    write_aside(folder / SPECTRA_FILE, lambda path: save_file(spectra, path, {"format": "pt"}))
+    write_json(folder / HISTORY_FILE, content)
+    if (folder / CONFIG_NAME).is_file():
+        config, summary = read_json(folder / CONFIG_NAME), history.summary()
+        if config.get(SUMMARY) != summary:
+            others = {name: value for name, value in config.items() if name != SUMMARY}
+            write_json(folder / CONFIG_NAME, others | ({SUMMARY: summary} if summary else {}))
 
 
 def load_history(folder: str | Path) -> History:
@@ -188,14 +228,14 @@ def load_history(folder: str | Path) -> History:
         ValueError: a file is damaged, or the two do not belong together.
     """
     folder = Path(folder)
+    content = read_json(folder / HISTORY_FILE)
     try:
-        content = json.loads((folder / HISTORY_FILE).read_text())
         spectra = load_file(folder / SPECTRA_FILE)
         for kind in RECORDS:
             for i, record in enumerate(content.get(kind, [])):
                 layers = range(len(record["state_sizes_before" if kind == "events" else "state_sizes"]))
                 record["hankel_singular_values"] = [spectra.pop(f"{RECORDS[kind]}.{i}.layer.{j}") for j in layers]
-    except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the history in {folder} is damaged ({error}); take it from another checkpoint.") from error
     if spectra:
         raise ValueError(f"{SPECTRA_FILE} in {folder} holds {sorted(spectra)}, of which {HISTORY_FILE} knows nothing.")
@@ -212,4 +252,25 @@ def _from_record(kind: type, record: dict) -> ReductionEvent | Observation:
     entry = kind(**given)
     spectra = entry.hankel_singular_values
     entry.hankel_singular_values = [torch.as_tensor(spectrum, dtype=torch.float64) for spectrum in spectra]
+    _check_record(entry)
     return entry
+
+
+def _check_record(entry: ReductionEvent | Observation) -> None:
+    """Refuse what could only come from elsewhere: everything is per layer, sizes are counts, spectra fit them."""
+    is_event = isinstance(entry, ReductionEvent)
+    sizes = entry.state_sizes_before if is_event else entry.state_sizes
+    lists = [sizes, *((entry.state_sizes_after, entry.keep, entry.energy_discarded) if is_event else ())]
+    if not all(isinstance(each, list) and len(each) == len(sizes) for each in lists) or not sizes:
+        raise TypeError("lists that are not one entry per layer")
+    if not all(type(size) is int and size > 0 for size in sizes + (entry.state_sizes_after if is_event else [])):
+        raise TypeError(f"state sizes {sizes}")
+    if not (entry.step is None or type(entry.step) is int):
+        raise TypeError(f"step {entry.step!r}")
+    if is_event and [len(keep) for keep in entry.keep] != entry.state_sizes_after:
+        raise TypeError("kept states that are not as many as the state sizes after the cut")
+    if is_event and not all(-1e-9 <= share <= 1 for share in entry.energy_discarded):
+        raise TypeError(f"energy_discarded {entry.energy_discarded}")
+    for size, spectrum in zip(sizes, entry.hankel_singular_values, strict=True):
+        if spectrum.shape != (size,) or not torch.isfinite(spectrum).all():
+            raise TypeError(f"a spectrum of shape {tuple(spectrum.shape)}, NaN or Inf for {size} states")

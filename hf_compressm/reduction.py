@@ -211,4 +211,5 @@ def compress(
         criterion=report.criterion,
         compensate=report.compensate,
         hankel_singular_values=[spectrum.cpu() for spectrum in report.hankel_singular_values.values()],
+        goal=report.config.goal,
     )

@@ -335,7 +335,7 @@ def test_a_damaged_checkpoint_is_refused(checkpoint, damage, error, message):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "compressm.json").write_text("{"), "is damaged"),
+        (lambda f: (f / "compressm.json").write_text("{"), "is truncated or damaged"),
         (lambda f: edit_json(f / "compressm.json", lambda c: c.update(format_version=99)), "history format 99"),
         (
             lambda f: edit_json(f / "compressm.json", lambda c: c["events"].pop()),
@@ -354,7 +354,7 @@ def test_a_damaged_history_is_refused(checkpoint, damage, message):
 def test_a_history_that_contradicts_the_weights_is_refused(checkpoint, dataset):
     def change(content):
         event = content["stateful_callbacks"]["CompreSSMCallback"]["attributes"]["exported_history"]["events"][-1]
-        event["state_sizes_after"] = [5] * LAYERS
+        event |= {"state_sizes_after": [5] * LAYERS, "keep": [list(range(5))] * LAYERS}
 
     edit_json(checkpoint / "trainer_state.json", change)
     trainer = build_trainer(checkpoint.parent, dataset, [CompreSSMCallback(TARGET, SCHEDULE)])
