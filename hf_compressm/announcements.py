@@ -1,6 +1,7 @@
-"""What is printed during training."""
+"""What is said of a run while it trains: to read, and as numbers for the Trainer's log."""
 
 from collections.abc import Collection
+from statistics import mean
 
 from transformers import TrainerState
 
@@ -31,6 +32,29 @@ def observed_text(observation: Observation, state: TrainerState) -> str:
     if observation.weyl_bound is not None:
         text += f" (Weyl's bound {max(observation.share(observation.weyl_bound)):.2%})"
     return text
+
+
+def event_numbers(event: ReductionEvent) -> dict[str, float]:
+    """State size (mean over the layers), energy kept in the layer that kept least, and measured losses, in nats."""
+    losses = {"loss_before_cut": event.loss_before, "loss_after_cut": event.loss_after}
+    return {
+        "state_size": mean(event.state_sizes_after),
+        "energy_kept": 1 - max(event.energy_discarded),
+        "seconds": event.seconds,
+    } | {name: loss for name, loss in losses.items() if loss is not None}
+
+
+def undone_numbers(undone: ReductionEvent) -> dict[str, float]:
+    """The state size (the mean over the layers) that the model is back to."""
+    return {"state_size": mean(undone.state_sizes_before)}
+
+
+def observed_numbers(observation: Observation) -> dict[str, float]:
+    """The largest movement of a singular value since the last observation, as a share of σ_1."""
+    numbers = {"state_size": mean(observation.state_sizes)}
+    if observation.movement is not None:
+        numbers["movement"] = max(observation.share(observation.movement))
+    return numbers
 
 
 def sizes_text(sizes: Collection[int]) -> str:

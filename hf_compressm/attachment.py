@@ -14,13 +14,18 @@ from .checkpoint import (
 from .engines import check_engine, from_first_process, process_index, together, unwrap
 from .history import History
 from .layouts import state_sizes
+from .model_card import CardDetails
+from .publication import Publisher
 from .surgery import set_state_sizes
 
 
-def attach(trainer: Trainer, callback) -> None:
+def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
     """Let Trainer and callback know each other; to be called once, before training.
 
     The callback is added, unless the trainer has it. The trainer becomes one of a class derived from its own.
+
+    Args:
+        card: what the model's card is to say, where the trainer pushes to the Hub.
 
     Raises:
         ValueError: an engine or a model that is not served, or a trainer with another callback of this kind.
@@ -32,10 +37,11 @@ def attach(trainer: Trainer, callback) -> None:
     if not any(c is callback for c in trainer.callback_handler.callbacks):
         trainer.add_callback(callback)
     callback.trainer, trainer.state_size_callback = trainer, callback
+    trainer.card_details = card or CardDetails()
     if not isinstance(trainer, _StateSizeFollower):
         adopt_checkpoint_sizes(trainer.model)
         own_class = type(trainer)
-        trainer.__class__ = type(own_class.__name__, (_StateSizeFollower, own_class), {})
+        trainer.__class__ = type(own_class.__name__, (_StateSizeFollower, Publisher, own_class), {})
 
 
 class _StateSizeFollower:
@@ -51,6 +57,7 @@ class _StateSizeFollower:
                     raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir}.")
             elif checkpoint:
                 check_complete(checkpoint)
+        self.check_may_push()
         handler = self.callback_handler
         handler.callbacks = list(dict.fromkeys(handler.callbacks))  # the callback may have been added once more
         try:

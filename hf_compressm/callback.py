@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .adoption import adopt_checkpoint_sizes
 from .analysis import check_config, reducible_size
-from .announcements import cut_text, observed_text, undone_text
+from .announcements import cut_text, event_numbers, observed_numbers, observed_text, undone_numbers, undone_text
 from .attachment import attach
 from .calibration import draw_batches, is_stream, take_batches
 from .config import CompreSSMConfig, CompreSSMSchedule
@@ -29,6 +29,7 @@ from .engines import (
 from .history import History, save_history
 from .kernels import reference_loop_would_run
 from .layouts import SelectiveLayout, layout_of, state_sizes
+from .model_card import CardDetails
 from .monitor import StateMonitor
 from .reduction import analyze, compress
 from .resizing import check_state_tensors
@@ -98,16 +99,20 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._monitor = StateMonitor()
         self._safety_net: SafetyNet | None = None  # during training
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: Trainer, card: CardDetails | None = None) -> None:
         """Let the trainer and this callback know each other; the callback is added, unless the trainer has it.
 
         What Trainer loads by itself can then be of any state size: a checkpoint under FSDP2, the best model at the
-        end, weights for a model made by `model_init`. And no checkpoint that was not written to its end is resumed.
+        end, weights for a model made by `model_init`. No checkpoint that was not written to its end is resumed. The
+        trainer's log gets what every event measured, and what it pushes to the Hub the history, pictures and a card.
+
+        Args:
+            card: what that card is to say of license, data and the like.
 
         Raises:
             ValueError: an engine or model that is not served, or a trainer with another callback of this kind.
         """
-        attach(trainer, self)
+        attach(trainer, self, card)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         """The only moment before a checkpoint is loaded: make the model take the checkpoint's size."""
@@ -131,6 +136,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 raise ValueError(
                     "a hyper-parameter search starts every trial from the same model: search without this callback."
                 )
+            if args.push_to_hub and self.trainer is None:
+                raise ValueError("push_to_hub=True: call callback.attach(trainer), so that pushes carry the history.")
             if self.trainer is not None and unwrap(self.trainer.model_wrapped) is not unwrap(model):
                 raise ValueError("the callback is attached to another trainer: make one for each.")
             bare = Engine(self._as_wrapped(model)).model
@@ -188,8 +195,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if metric in (metrics or {}):
             value = metrics[metric]
             undone = self._safety_net.judge(value, self.history, state, self._as_wrapped(model), optimizer)
-            if undone is not None and state.is_world_process_zero:
-                tqdm.write(undone_text(undone, metric, value, state))
+            if undone is not None:
+                self._announce(undone_text(undone, metric, value, state), undone_numbers(undone), state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """What is evaluated from now on undoes nothing."""
@@ -258,8 +265,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             batches = self._calibration_batches(args, 0, train_dataloader) if needs_data else None
         observation = self._monitor.observe(model, batches, self.config, state.global_step)
         self.history.observations.append(observation)
-        if state.is_world_process_zero:
-            tqdm.write(observed_text(observation, state))
+        self._announce(observed_text(observation, state), observed_numbers(observation), state)
 
     def _cut(self, args: TrainingArguments, state: TrainerState, model, optimizer, train_dataloader) -> None:
         started = time.perf_counter()
@@ -275,8 +281,16 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
         event.seconds = time.perf_counter() - started
         self.history.events.append(event)
+        self._announce(cut_text(report, state), event_numbers(event), state)
+
+    def _announce(self, text: str, numbers: dict[str, float], state: TrainerState) -> None:
+        """Print what happened, and let the trainer report it."""
         if state.is_world_process_zero:
-            tqdm.write(cut_text(report, state))
+            tqdm.write(text)
+        if self.trainer is not None:
+            is_log_due = self.trainer.control.should_log
+            self.trainer.log({f"compressm/{name}": number for name, number in numbers.items()})
+            self.trainer.control.should_log = is_log_due  # this was not the log that is due
 
     @property
     def _is_stopped(self) -> bool:

@@ -46,7 +46,7 @@ def check_checkpoint(folder: str | Path) -> list[int]:
         raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}; take another checkpoint.") from error
     sizes = {
         int(_LAYER.search(name)[1]): shape[layout.tensors[layout.marker].axis]
-        for name, shape in _weight_shapes(folder).items()
+        for name, shape in weight_shapes(folder).items()
         if name.endswith("." + layout.marker)
     }
     if sorted(sizes) != list(range(len(expected))):
@@ -135,7 +135,7 @@ def history_of_checkpoint(folder: str | Path) -> History | None:
     return recorded_history(read_json(Path(folder) / TRAINER_STATE_NAME))
 
 
-def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor, from the headers of the safetensors files."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     files = sorted(set(_weight_map(index).values())) if index.exists() else [SAFE_WEIGHTS_NAME]
@@ -151,8 +151,11 @@ def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _weight_map(index: Path) -> dict:
-    content = read_json(index)
-    if not isinstance(content.get("weight_map"), dict):
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} has no weight_map: it is damaged; take another checkpoint.")
-    return content["weight_map"]
+    for file in weight_map.values():
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise ValueError(f"{index} names the file {file!r}, outside of its folder; do not use it.")
+    return weight_map

@@ -189,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Sample: {sample(saved, tokenizer, data_args.prompt)}")
     print(f"Saved in {training_args.output_dir}. To load it, with transformers alone:\n")
     print("    from transformers import AutoModelForCausalLM")
+    if model.config.is_heterogeneous:
+        print("    import hf_compressm  # layers have sizes of their own; or, without it, trust_remote_code=True")
     print(f"    model = AutoModelForCausalLM.from_pretrained('{training_args.output_dir}')")
 
 

@@ -19,7 +19,10 @@ ORDER = """
     engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
     calibration measurement selective_analysis time_invariant_analysis analysis allocation history reduction monitor
-    adoption checkpoint snapshot safety_net announcements attachment callback plotting
+    adoption checkpoint snapshot safety_net announcements
+    plotting.figures plotting.spectra plotting.trajectories plotting.runs plotting.results plotting
+    mamba_ssm_format loading export pictures model_card hub publication attachment callback
+    environment text cli
 """.split()
 MATHEMATICS = {"hankel", "kernels.torch_scan", "selective", "criteria", "lru.linear_recurrence"}
 

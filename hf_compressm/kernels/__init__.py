@@ -6,6 +6,7 @@ from .dispatch import (
     reference_loop_would_run,
     scan_installed,
     scan_is_installed,
+    scan_name,
     uninstall_scan,
 )
 from .torch_scan import selective_scan
@@ -16,6 +17,7 @@ __all__ = [
     "reference_loop_would_run",
     "scan_installed",
     "scan_is_installed",
+    "scan_name",
     "selective_scan",
     "uninstall_scan",
 ]

@@ -59,6 +59,13 @@ def reference_loop_would_run(device_type: str) -> bool:
     return not scan_is_installed() and not _mamba_ssm_serves(device_type)
 
 
+def scan_name(device_type: str) -> str:
+    """Which scan a Mamba model on this kind of device runs now."""
+    if _mamba_ssm_serves(device_type):
+        return "mamba-ssm"
+    return "hf_compressm's torch scan" if scan_is_installed() else "Transformers' loop (call install_scan())"
+
+
 @contextmanager
 def scan_installed() -> Iterator[None]:
     """The scan installed within a `with` block, and as before afterwards."""

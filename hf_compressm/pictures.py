@@ -1,0 +1,36 @@
+"""The pictures that lie beside a reduced model: what was cut, when, and what became of the loss."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.utils import logging
+
+from .history import History
+from .plotting import plot_event_spectra, plot_loss, plot_state_sizes, save_figure
+
+logger = logging.get_logger(__name__)
+
+PICTURES = ("spectra.png", "state_sizes.png", "loss.png")
+
+
+def write_pictures(folder: str | Path, history: History, log_history: Sequence[dict] = ()) -> None:
+    """Write those of `PICTURES` that there is something to show in; without matplotlib none, and a warning.
+
+    Args:
+        log_history: of the Trainer, if one trained the model.
+    """
+    folder = Path(folder)
+    in_training = any(event.step is not None for event in history.events)
+    drawings = {
+        "spectra.png": lambda: plot_event_spectra(history) if history.events else None,
+        "state_sizes.png": lambda: plot_state_sizes(history) if in_training else None,
+        "loss.png": lambda: plot_loss(list(log_history), history) if any("loss" in e for e in log_history) else None,
+    }
+    try:
+        figures = {name: draw() for name, draw in drawings.items()}
+    except ImportError as error:
+        logger.warning(f"No pictures beside the model: {error}")
+        return
+    for name, figure in figures.items():
+        if figure is not None:
+            save_figure(figure, folder / name)

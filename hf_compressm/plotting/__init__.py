@@ -1,0 +1,25 @@
+"""Pictures of the singular values, of a run, and of results: `pip install hf_compressm[plot]`.
+
+Every function returns a matplotlib `Figure`, which `save_figure` writes. No pyplot: no global state, no backend.
+
+One analysis: `plot_spectra`, `plot_kept_energy`, `plot_energy_map`. A run: `plot_trajectories`, `plot_event_spectra`,
+`plot_state_sizes`, `plot_loss`. Many runs: `plot_accuracy`.
+"""
+
+from .figures import save_figure
+from .results import plot_accuracy
+from .runs import plot_loss, plot_state_sizes
+from .spectra import plot_energy_map, plot_kept_energy, plot_spectra
+from .trajectories import plot_event_spectra, plot_trajectories
+
+__all__ = [
+    "plot_accuracy",
+    "plot_energy_map",
+    "plot_event_spectra",
+    "plot_kept_energy",
+    "plot_loss",
+    "plot_spectra",
+    "plot_state_sizes",
+    "plot_trajectories",
+    "save_figure",
+]

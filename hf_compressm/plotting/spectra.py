@@ -1,0 +1,162 @@
+"""One analysis: spectra and energies, layer by layer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..hankel import truncation_rank
+from .figures import (
+    AUXILIARY,
+    FLOOR,
+    SMALL,
+    color_bar,
+    color_scale,
+    load_matplotlib,
+    new_figure,
+    tell_layers_apart,
+    whole_numbers,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Spectra = dict[int, Tensor] | Sequence[Tensor]  # layer → spectrum, (N,), descending; or one for each layer
+SMALLEST_SHARE = 1e-4  # %, in the map of energies
+
+
+def plot_spectra(spectra: Spectra) -> "Figure":
+    """Hankel singular values of every layer, σ_i / σ_1 on a logarithmic axis; what is below 1e-10 is shown there.
+
+    Args:
+        spectra: layer → spectrum, (N,), descending, as in `StateReport.hankel_singular_values`; or one for each layer.
+    """
+    spectra, (figure, axes) = _by_layer(spectra), new_figure()
+    _draw_layers(axes, {i: (sigma / sigma[0].clamp_min(1e-300)).clamp_min(FLOOR) for i, sigma in spectra.items()})
+    axes.set(yscale="log", xlabel="rank $i$", ylabel=r"Hankel singular value $\sigma_i\,/\,\sigma_1$")
+    return figure
+
+
+def plot_kept_energy(spectra: Spectra, tolerances: Sequence[float] = (0.1, 0.05, 0.01)) -> "Figure":
+    """Share of Σσ that the first r singular values hold, in %; dots at the rank that each tolerance τ gives a layer.
+
+    Args:
+        spectra: as for `plot_spectra`.
+        tolerances: shares that may be discarded, in (0, 1). The axis begins at five times the largest below 100 %.
+    """
+    spectra, (figure, axes) = _by_layer(spectra), new_figure()
+    kept = {i: 100 * sigma.cumsum(0) / sigma.sum().clamp_min(1e-300) for i, sigma in spectra.items()}
+    for line, (i, sigma) in zip(_draw_layers(axes, kept), spectra.items(), strict=True):
+        ranks = [truncation_rank(sigma, tolerance, min_reduction=0) for tolerance in tolerances]
+        shares = [kept[i][rank - 1] for rank in ranks]
+        axes.plot(ranks, shares, "o", color=line.get_color(), markersize=5.5, markeredgecolor="white")
+    for tolerance in tolerances:
+        share = 100 * (1 - tolerance)
+        axes.axhline(share, **AUXILIARY)
+        text = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": SMALL}
+        axes.annotate(rf"$\tau$ = {tolerance:g}", (1, share), xytext=(3, 0), va="center", **text)
+    axes.set(xlabel="rank $r$", ylabel=r"share of $\Sigma\sigma$ kept (%)")
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], 100 * (1 - 5 * max(tolerances, default=1))))
+    return figure
+
+
+def plot_energy_map(energies: Spectra, state_sizes: dict[int, int] | Sequence[int] | None = None) -> "Figure":
+    """Each state's share of its layer's energy, in %, over depth and rank; colours are logarithmic, from 1e-4 % on.
+
+    Args:
+        energies: layer → energy of each state, (N,), in any order, as in `StateReport.energies`; or one for each
+            layer. Spectra will do as well. Beyond a layer's N the map is hatched.
+        state_sizes: layer → states kept, as in `StateReport.state_sizes`; or one for each layer. A line is drawn to
+            the right of them.
+
+    Raises:
+        ValueError: there are no energies, some are negative or not finite, or the sizes do not fit them.
+    """
+    energies = _by_layer(energies)
+    _check_energies(energies)
+    if state_sizes is not None:
+        state_sizes = state_sizes if isinstance(state_sizes, dict) else dict(enumerate(state_sizes))
+        _check_state_sizes(state_sizes, energies)
+    figure, axes = new_figure(height=min(max(1.8 + 0.13 * len(energies), 2.4), 7))
+    _draw_map(axes, energies)
+    if state_sizes is not None:
+        _draw_kept(axes, [state_sizes[index] for index in energies])
+    axes.set(xlabel="state, by rank $i$", ylabel="layer")
+    return figure
+
+
+def _by_layer(spectra: Spectra) -> dict[int, Tensor]:
+    """Layer → spectrum, float64 on the CPU, (N,)."""
+    spectra = spectra if isinstance(spectra, dict) else dict(enumerate(spectra))
+    if not spectra:
+        raise ValueError("there are no spectra to plot.")
+    return {index: sigma.detach().to("cpu", torch.float64) for index, sigma in spectra.items()}
+
+
+def _draw_layers(axes: "Axes", curves: dict[int, Tensor]) -> list:
+    """A line for each layer over the ranks 1 … N, coloured along depth, and what tells the layers apart."""
+    colors = color_scale(min(curves), max(curves))
+    for index, curve in curves.items():
+        style = {"color": colors.to_rgba(index), "marker": "." if len(curve) <= 16 else ""}
+        axes.plot(range(1, len(curve) + 1), curve, linewidth=1.3, label=f"layer {index}", **style)
+    tell_layers_apart(axes, colors, len(curves))
+    return list(axes.lines)
+
+
+def _check_energies(energies: dict[int, Tensor]) -> None:
+    for index, energy in energies.items():
+        wrong = int((~(energy.isfinite() & (energy >= 0))).sum())
+        if energy.ndim != 1 or len(energy) == 0 or wrong:
+            raise ValueError(
+                f"the energies of layer {index} have the shape {tuple(energy.shape)}, {wrong} of them are negative, "
+                "NaN or infinite; give (N,) finite numbers ≥ 0 for each layer."
+            )
+
+
+def _check_state_sizes(state_sizes: dict[int, int], energies: dict[int, Tensor]) -> None:
+    limits = {index: len(energy) for index, energy in energies.items()}
+    if state_sizes.keys() != limits.keys():
+        raise ValueError(f"state_sizes of layers {list(state_sizes)}, energies of {list(limits)}; give both for each.")
+    for index, size in state_sizes.items():
+        if not 0 <= size <= limits[index]:
+            raise ValueError(f"state_sizes[{index}] = {size}; allowed: 0 … {limits[index]}, the states it has.")
+
+
+def _draw_map(axes: "Axes", energies: dict[int, Tensor]) -> None:
+    """A row for each layer, the first on top, its states from the largest to the smallest, and the colour bar."""
+    mpl, layers = load_matplotlib(), list(energies)
+    shares = [100 * e.sort(descending=True).values / e.sum().clamp_min(1e-300) for e in energies.values()]
+    table = pad_sequence(
+        shares, batch_first=True, padding_value=torch.nan
+    )  # (layers, N); NaN leaves the hatching bare
+    given = torch.cat(shares)
+    largest = float(given.max()) or 100.0
+    smallest = min(max(float(given.min()), SMALLEST_SHARE), largest / 10)
+    axes.patch.set(facecolor="0.93", edgecolor="0.7", hatch="//////")
+    image = axes.imshow(
+        table.clamp_min(smallest),
+        cmap="viridis",
+        norm=mpl.colors.LogNorm(smallest, largest),
+        extent=(0.5, table.shape[1] + 0.5, len(layers) - 0.5, -0.5),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axes.yaxis.set_major_locator(whole_numbers())
+    axes.yaxis.set_major_formatter(lambda row, _: str(layers[int(row)]) if 0 <= row < len(layers) else "")
+    extend = "min" if float(given.min()) < smallest else "neither"
+    ticks = mpl.ticker.LogLocator(subs=[1] if largest > 100 * smallest else [1, 2, 5])
+    color_bar(axes, image, "share of energy (%)", ticks=ticks, format="%g", extend=extend)
+
+
+def _draw_kept(axes: "Axes", state_sizes: list[int]) -> None:
+    """A line down the rows, to the right of the states kept; white within black shows on every colour."""
+    mpl = load_matplotlib()
+    borders = [size + 0.5 for size in state_sizes for _ in range(2)]
+    rows = [row + side for row in range(len(state_sizes)) for side in (-0.5, 0.5)]
+    casing = [mpl.patheffects.Stroke(linewidth=3.2, foreground="black"), mpl.patheffects.Normal()]
+    style = {"color": "white", "linewidth": 1.6, "path_effects": casing, "clip_on": False, "solid_capstyle": "butt"}
+    axes.plot(borders, rows, label="kept: what lies left of the line", **style)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, fontsize=SMALL)

@@ -1,0 +1,92 @@
+"""What Trainer saves and pushes carries the history, the pictures and the card of the reduction."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from transformers.utils import CONFIG_NAME, logging
+
+from .engines import together, unwrap
+from .history import HISTORY_FILE, SPECTRA_FILE, save_history
+from .hub import as_push_error, check_may_push
+from .layouts import SelectiveLayout, layout_of
+from .model_card import CARD, CardDetails, may_be_written, write_model_card
+from .per_layer import modeling_compressm_mamba
+from .pictures import PICTURES, write_pictures
+
+logger = logging.get_logger(__name__)
+
+CODE_FILE = f"{modeling_compressm_mamba.MODULE}.py"
+
+
+class Publisher:
+    """Comes before the class of a trainer: its checkpoints and pushes say how the model was reduced.
+
+    Trainer pushes and rotates checkpoints before it tells its callbacks of them, so this cannot be left to a callback.
+
+    Attributes:
+        state_size_callback: whose history it is.
+        card_details: what the card says beside it.
+    """
+
+    def check_may_push(self) -> None:
+        """Refuse at the start a token that could not push at the end.
+
+        Raises:
+            PushError: in every process.
+        """
+        with together():
+            if self.args.push_to_hub and self.is_world_process_zero():
+                check_may_push(self.hub_model_id, self.args.hub_token)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        """As Trainer's, with the history beside the weights; with pictures where the run ends."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder, history = Path(output_dir or self.args.output_dir), self.state_size_callback.history
+            save_history(history, folder)
+            if folder == Path(self.args.output_dir):
+                write_pictures(folder, history, self.state.log_history)
+
+    def create_model_card(self, license=None, language=None, tags=None, dataset=None, **kwargs):
+        """The card of the reduction, in the place of Trainer's; one that somebody wrote by hand stays."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        if not self._is_language_model:
+            super().create_model_card(license=license, language=language, tags=tags, dataset=dataset, **kwargs)
+        elif may_be_written(folder / CARD):
+            given = {"license": license, "language": language, "tags": tags, "datasets": dataset}
+            given = {name: [value] if isinstance(value, str) else value for name, value in given.items() if value}
+            given |= {"license": license} if license else {}
+            self._write_card(folder, replace(self.card_details, **given))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        """As Trainer's, which pushes from its output folder: what goes with the weights comes there with them."""
+        folder, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
+        if self.is_world_process_zero() and (checkpoint / CONFIG_NAME).exists() and self._is_language_model:
+            write_pictures(checkpoint, self.state_size_callback.history, self.state.log_history)
+            self._write_card(checkpoint, self.card_details)
+            keep_card = not may_be_written(folder / CARD)
+            for name in (CODE_FILE, HISTORY_FILE, SPECTRA_FILE, *PICTURES, *([] if keep_card else [CARD])):
+                if (checkpoint / name).exists():
+                    shutil.copy(checkpoint / name, folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self):
+        """As Trainer's, which does not say when a push in the background failed."""
+        super()._finish_current_push()
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+            if job.done() and job.exception() is not None:
+                logger.warning(
+                    f"A checkpoint was not pushed: {as_push_error(job.exception(), self.hub_model_id)} It lies in "
+                    f"{self.args.output_dir}."
+                )
+
+    @property
+    def _is_language_model(self) -> bool:
+        return isinstance(layout_of(unwrap(self.model)), SelectiveLayout)
+
+    def _write_card(self, folder: Path, details: CardDetails) -> None:
+        details = replace(details, log_history=self.state.log_history)
+        write_model_card(folder, self.hub_model_id or folder.name, details)
