@@ -4,14 +4,18 @@ from importlib.metadata import version
 
 from .callback import CompreSSMCallback
 from .config import CompreSSMConfig, CompreSSMSchedule
+from .environment import env_report
+from .hub import push_compressed
 from .kernels import install_scan, uninstall_scan
 from .lru import LRUConfig, LRUForSequenceClassification, LRUModel
+from .model_card import CardDetails
 from .optimizers import parameter_groups
 from .reduction import analyze, compress
 
 __version__ = version("hf_compressm")
 
 __all__ = [
+    "CardDetails",
     "CompreSSMCallback",
     "CompreSSMConfig",
     "CompreSSMSchedule",
@@ -20,7 +24,9 @@ __all__ = [
     "LRUModel",
     "analyze",
     "compress",
+    "env_report",
     "install_scan",
     "parameter_groups",
+    "push_compressed",
     "uninstall_scan",
 ]

@@ -38,7 +38,7 @@ EXAMPLES = """examples:
   hf-compressm env
 
 exit codes: 0 done, 2 bad input (nothing was changed), 1 the work or the Hub failed"""
-EXPORT_HELP = """Write MODEL in the form that another tool wants, into the new folder OUTPUT. The logits are compared with
+EXPORT_HELP = """Write MODEL in the form that another tool wants, into the new folder OUTPUT. Logits are compared with
 those of MODEL before anything is called done.
 
   uniform    one state size for all layers: smaller ones are padded with states that do nothing, exactly. For tools

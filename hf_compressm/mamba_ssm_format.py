@@ -11,7 +11,6 @@ Carried over is what the model's function depends on. Not carried over: how new 
 import json
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -56,6 +55,7 @@ READABLE = {"layer": "Mamba1", "attn_layer_idx": [], "d_intermediate": 0, "rms_n
 WRITABLE = {"layer_norm_epsilon": (1e-5,), "hidden_act": ("silu", "swish")}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DIRECTORY = 0x10  # the bit of MS-DOS in the attributes of a record
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
@@ -88,7 +88,7 @@ def write_mamba_ssm(model: MambaForCausalLM, folder: str | Path) -> None:
     if fields["tie_embeddings"]:
         copies[HEAD] = copies[EMBEDDING]  # stored once
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / WEIGHTS_NAME, lambda path: torch.save(copies, path))
+    write_aside(folder / WEIGHTS_NAME, lambda path: _save(copies, path))
     write_aside(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(fields, indent=2) + "\n"))
 
 
@@ -233,27 +233,24 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     _require(path)
     with path.open("rb") as file:
         try:
-            if not _has_right_checksums(file):
-                raise ValueError("a checksum differs")
+            with zipfile.ZipFile(file) as archive:
+                _check_records(archive)
+            file.seek(0)
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # of any kind: torch unpickles whatever bytes are there
             raise ValueError(
-                f"{path} is truncated, damaged or more than tensors ({type(error).__name__}); no code in it was run. "
-                "Take a checkpoint that holds a plain dict of tensors."
+                f"{path} is truncated, damaged or no archive of tensors only ({type(error).__name__}); no code in it "
+                "was run. Take another checkpoint, or write the model's state_dict with torch.save of today."
             ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} holds no plain dict of tensors by name; take model.state_dict() of what it holds.")
     return tensors
 
 
-def _has_right_checksums(file: BinaryIO) -> bool:
-    """Whether the archive is as it was written: torch does not look, and takes a flipped bit for a weight."""
-    damaged = None
-    if zipfile.is_zipfile(file):  # torch before 1.6 wrote no archives
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    file.seek(0)
-    return damaged is None
+def _check_records(archive: zipfile.ZipFile) -> None:
+    """Refuse what torch would pass over: it takes a flipped bit for a weight, and reads no data from a directory."""
+    if archive.testzip() is not None or any(record.external_attr & DIRECTORY for record in archive.infolist()):
+        raise ValueError("a record is damaged")
 
 
 def _require(path: Path) -> None:
@@ -312,6 +309,11 @@ def _shapes(config: MambaConfig) -> dict[str, tuple[int, ...]]:
     for index in range(config.num_hidden_layers):
         shapes |= {f"backbone.layers.{index}.{name}": shape for name, shape in layer.items()}
     return shapes | {HEAD: (config.vocab_size, hidden)}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch writes its name, here a temporary one, into the archive
+        torch.save(tensors, file)
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -129,7 +129,9 @@ class ThroughputCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" in logs:
             rate = self.rates().get(size_of(model))
-            logs |= {"tokens_per_second": round(rate)} if rate else {}
+            measured = {"tokens_per_second": round(rate)} if rate else {}
+            logs |= measured
+            state.log_history[-1] |= measured  # which the model's card reads
 
     def rates(self) -> dict[str, float]:
         """State size → tokens per second, from the median step."""

@@ -12,6 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
 from hf_compressm.adoption import adopt_checkpoint_sizes
 from hf_compressm.checkpoint import check_complete, last_complete_checkpoint
+from hf_compressm.history import load_history
+from hf_compressm.layouts import state_sizes
+from hf_compressm.pictures import PICTURES
 
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -318,3 +321,27 @@ def test_a_companion_of_another_size_is_refused_before_training(tmp_path, datase
     companion.load_state_dict(build_model().state_dict())  # the remedy that the message names
     trainer.train()
     assert companion.config.state_size == 4
+
+
+def test_the_log_says_what_was_cut_and_the_folder_shows_it(tmp_path, dataset):
+    trainer = build_trainer(tmp_path, dataset, **SAVING)
+    callback = cutting_callback()
+    callback.attach(trainer)
+    trainer.train()
+    trainer.save_model()
+    entries = [entry for entry in trainer.state.log_history if "compressm/state_size" in entry]
+    assert [entry["step"] for entry in entries] == callback.history.steps
+    for entry, event in zip(entries, callback.history.events, strict=True):
+        assert entry["compressm/state_size"] == event.state_sizes_after[0]
+        assert entry["compressm/loss_after_cut"] == event.loss_after
+    assert list(losses_of(trainer)) == list(
+        range(1, trainer.state.global_step + 1)
+    )  # no log of the loss was displaced
+    config = json.loads((tmp_path / "config.json").read_text())["compressm"]
+    assert config == callback.history.summary() and config["state_sizes_after"] == trainer_sizes(trainer)
+    assert load_history(tmp_path).to_dict() == callback.history.to_dict()
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in PICTURES)
+
+
+def trainer_sizes(trainer) -> list[int]:
+    return list(state_sizes(trainer.model).values())

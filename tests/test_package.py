@@ -32,7 +32,9 @@ USE = """
     assert hf_compressm.__file__.startswith(sys.argv[1]), hf_compressm.__file__
     from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
     from hf_compressm import CompreSSMConfig, analyze, compress
+    from hf_compressm.cli import main
     from hf_compressm.history import History, load_history, save_history
+    from hf_compressm.model_card import write_model_card
 
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, state_size=16, num_hidden_layers=2))
     batches = [{"input_ids": torch.randint(0, 64, (2, 16))} for _ in range(8)]
@@ -42,6 +44,8 @@ USE = """
     save_history(history, "model")
     assert AutoModelForCausalLM.from_pretrained("model").config.state_size == 4
     assert load_history("model").state_sizes == [4, 4]
+    assert "| state size N | 16 | 4 |" in str(write_model_card("model", "me/model"))
+    assert main(["env"]) == 0
     print("used", hf_compressm.__version__)
 """
 
@@ -60,7 +64,7 @@ def test_the_wheel_alone_analyses_compresses_saves_and_loads(tmp_path):
     use = [sys.executable, "-c", textwrap.dedent(USE), str(site)]
     environment = os.environ | {"PYTHONPATH": str(site)}
     used = subprocess.run(use, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
-    assert used == f"used {hf_compressm.__version__}\n"
+    assert used.endswith(f"used {hf_compressm.__version__}\n")
 
 
 def imports_of(module: str) -> set[str]:
@@ -104,6 +108,7 @@ def test_the_mathematics_knows_torch_only(module):
 
 def test_the_public_names_are_those_of_the_readme():
     assert sorted(hf_compressm.__all__) == [
+        "CardDetails",
         "CompreSSMCallback",
         "CompreSSMConfig",
         "CompreSSMSchedule",
@@ -112,8 +117,10 @@ def test_the_public_names_are_those_of_the_readme():
         "LRUModel",
         "analyze",
         "compress",
+        "env_report",
         "install_scan",
         "parameter_groups",
+        "push_compressed",
         "uninstall_scan",
     ]
     readme = (ROOT / "README.md").read_text()

@@ -4,12 +4,13 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from conftest import VOCABULARY, build_trainer
 from datasets import Dataset
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_compressm import (
     CompreSSMCallback,
@@ -20,7 +21,18 @@ from hf_compressm import (
     analyze,
 )
 from hf_compressm.hankel import truncation_rank
-from hf_compressm.plotting import plot_accuracy, plot_kept_energy, plot_spectra, plot_trajectories, save_figure
+from hf_compressm.history import History
+from hf_compressm.plotting import (
+    plot_accuracy,
+    plot_energy_map,
+    plot_event_spectra,
+    plot_kept_energy,
+    plot_loss,
+    plot_spectra,
+    plot_state_sizes,
+    plot_trajectories,
+    save_figure,
+)
 
 CUTS, OBSERVED = [5, 10], [3, 6, 9, 12, 15, 18]
 RESULTS = [
@@ -49,6 +61,40 @@ def history(blocks, tmp_path_factory):
     assert [event.step for event in callback.history.events] == CUTS
     assert [observation.step for observation in callback.history.observations] == OBSERVED
     return callback.history
+
+
+class WorseAfterTheFirstCut(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.global_step == 6:
+            metrics["eval_loss"] = state.log_history[-1]["eval_loss"] = 9.0
+
+
+@pytest.fixture(scope="module")
+def rolled_back(dataset, tmp_path_factory):
+    """History and log of a run that cuts layers 16 → 8 at step 5, undoes it at step 6, cuts 16 → 12 at step 10."""
+    callback = CompreSSMCallback(
+        CompreSSMConfig(cut_fraction=0.5),
+        CompreSSMSchedule(end=0.5, events=2, rollback_tolerance=0.05, on_rollback="halve"),
+    )
+    options = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": dataset.select(range(16))}
+    trainer = build_trainer(tmp_path_factory.mktemp("run"), dataset, [WorseAfterTheFirstCut(), callback], **options)
+    trainer.train()
+    events = callback.history.events
+    assert [(event.step, event.rolled_back_at, event.state_sizes_after) for event in events] == [
+        (5, 6, [8, 8]),
+        (10, None, [12, 12]),
+    ]
+    return callback.history, trainer.state.log_history
+
+
+def resized(history: History, *changes: tuple) -> History:
+    """Of changes (step, before, after, rolled back at): events with the spectra of the history's first."""
+    names = ("step", "state_sizes_before", "state_sizes_after", "rolled_back_at")
+    return replace(
+        history,
+        events=[replace(history.events[0], **dict(zip(names, change, strict=True))) for change in changes],
+        observations=[],
+    )
 
 
 def spectra_of(layers: int) -> dict[int, torch.Tensor]:
@@ -229,6 +275,307 @@ def test_sizes_are_plain_numbers_where_there_is_room():
     assert list(axes.get_xticks(minor=True)) == [57.3]
     (axes,) = plot_accuracy(RESULTS[:1]).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["57.3"]
+
+
+def test_the_energy_map_shows_shares_in_per_cent_from_the_largest_down():
+    energies = {0: torch.tensor([1.0, 4.0, 3.0]), 1: torch.tensor([20.0]), 4: torch.tensor([1.0, 3.0])}
+    axes, bar = plot_energy_map(energies).axes
+    (image,) = axes.images
+    assert image.get_array().tolist() == [[50, 37.5, 12.5], [100, None, None], [75, 25, None]]
+    assert image.get_extent() == [0.5, 3.5, 2.5, -0.5] and axes.patch.get_hatch()  # which shows where nothing is
+    assert (image.norm.vmin, image.norm.vmax) == (10, 100) and type(image.norm).__name__ == "LogNorm"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("state, by rank $i$", "layer")
+    assert bar.get_ylabel() == "share of energy (%)" and image.colorbar.extend == "neither"
+    assert [label.get_text() for label in bar.get_yticklabels() if 10 <= label.get_position()[1] <= 100] == [
+        "10",
+        "20",
+        "50",
+        "100",
+    ]
+    assert [axes.yaxis.get_major_formatter()(row) for row in range(-1, 4)] == ["", "0", "1", "4", ""]
+    assert not axes.lines and axes.get_legend() is None
+
+
+def test_the_energy_map_of_a_report_marks_what_it_keeps():
+    report = analyze(build_lru(3), None, CompreSSMConfig(tolerance=0.1))
+    sizes = list(report.state_sizes.values())
+    assert min(sizes) < 12
+    for state_sizes in (report.state_sizes, sizes):
+        axes = plot_energy_map(report.energies, state_sizes).axes[0]
+        (line,) = axes.lines
+        assert list(line.get_xdata()) == [sizes[row] + 0.5 for row in (0, 0, 1, 1, 2, 2)]
+        assert list(line.get_ydata()) == [-0.5, 0.5, 0.5, 1.5, 1.5, 2.5]
+        assert legend_of(axes) == ["kept: what lies left of the line"]
+    for row, energy in zip(axes.images[0].get_array(), report.energies.values(), strict=True):
+        assert row.tolist() == pytest.approx((100 * energy / energy.sum()).tolist())
+
+
+def test_the_energy_map_ends_where_energies_no_longer_count():
+    axes, _ = plot_energy_map([torch.tensor([1.0, 1e-3, 1e-9, 0.0]), torch.zeros(4)]).axes
+    (image,) = axes.images
+    assert image.get_array().tolist()[1] == [1e-4] * 4 and image.get_array().tolist()[0][2:] == [1e-4] * 2
+    assert image.norm.vmin == 1e-4 and image.colorbar.extend == "min"
+    (image,) = plot_energy_map([torch.zeros(4)]).axes[0].images
+    assert image.norm.vmin < image.norm.vmax
+
+
+def test_the_energy_map_grows_with_depth():
+    heights = [plot_energy_map([torch.ones(8)] * layers).get_figheight() for layers in (1, 24, 64)]
+    assert heights == pytest.approx([2.4, 4.92, 7])
+
+
+@pytest.mark.parametrize("energy", [[1.0, -1.0], [1.0, math.nan], [math.inf], [], [[1.0]], 1.0])
+def test_a_map_of_what_are_no_energies_is_refused(energy):
+    with pytest.raises(ValueError, match=r"energies of layer 1 have the shape .* give \(N,\) finite numbers ≥ 0"):
+        plot_energy_map([torch.ones(2), torch.tensor(energy)])
+
+
+def test_sizes_that_do_not_fit_the_energies_are_refused():
+    with pytest.raises(ValueError, match="no spectra"):
+        plot_energy_map({})
+    with pytest.raises(ValueError, match=r"state_sizes of layers \[0\], energies of \[0, 1\]; give both for each"):
+        plot_energy_map([torch.ones(2)] * 2, [1])
+    for size in (-1, 3):
+        with pytest.raises(ValueError, match=rf"state_sizes\[1\] = {size}; allowed: 0 … 2"):
+            plot_energy_map([torch.ones(2)] * 2, [2, size])
+
+
+def test_every_event_gets_a_panel_of_its_spectra(history):
+    figure = plot_event_spectra(history)
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "log"]
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == (
+        "rank $i$",
+        r"Hankel singular value $\sigma_i\,/\,\sigma_1$",
+    )
+    means = []
+    for axes, event in zip(figure.axes, history.events, strict=True):
+        before, after = event.state_sizes_before, event.state_sizes_after
+        title = f"step {event.step}\nmean N {sum(before) / 2:g} → {sum(after) / 2:g}"
+        assert axes.get_title("left") == title
+        shares = [sigma / sigma[0] for sigma in event.hankel_singular_values]
+        line, *_ = axes.lines
+        means.append(heights(line))
+        assert list(line.get_xdata()) == list(range(1, min(before) + 1))
+        torch.testing.assert_close(means[-1], torch.stack([(a * b).sqrt() for a, b in zip(*shares, strict=False)]))
+        (band,) = axes.collections
+        outline = band.get_paths()[0].vertices
+        for i in range(max(before)):
+            ranked = [float(share[i]) for share in shares if i < len(share)]
+            drawn = outline[outline[:, 0] == i + 1, 1]
+            assert (drawn.min(), drawn.max()) == pytest.approx((min(ranked), max(ranked)))
+        assert [line.get_xdata()[0] for line in vertical_lines(axes)] == [sum(after) / 2 + 0.5]
+        (bar,) = [line for line in axes.lines if line.get_label() == "range of cuts"]
+        assert list(bar.get_xdata()) == [min(after) + 0.5, max(after) + 0.5]
+    for axes, others in zip(figure.axes, (means[1:], means[:1]), strict=True):
+        drawn = [heights(line) for line in axes.lines if line.get_label() == "other events"]
+        assert len(drawn) == 1 and torch.equal(drawn[0], others[0])
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == [
+        "cut",
+        "mean over layers",
+        "other events",
+        "range of cuts",
+        "range over layers",
+    ]
+
+
+def test_events_after_training_those_undone_and_those_without_a_cut_are_named(history):
+    with_others = resized(
+        history,
+        (5, [12, 12], [8, 8], 6),
+        (7, [12, 12], [12, 12], None),
+        (9, [12, 12], [12, 12], 10),
+        (None, [12, 12], [7, 7], None),
+    )
+    panels = plot_event_spectra(with_others).axes
+    titles = ["step 5, undone at 6\nN 12 → 8", "step 7\nnot cut", "step 9\nnot cut", "after training\nN 12 → 7"]
+    assert [axes.get_title("left") for axes in panels] == titles
+    assert [[line.get_xdata()[0] for line in vertical_lines(axes)] for axes in panels] == [[8.5], [], [], [7.5]]
+    assert not [line for axes in panels for line in axes.lines if line.get_label() == "range of cuts"]
+    first, second, third, last = [axes.lines[0].get_color() for axes in panels]
+    assert first[1] < second[1] < third[1] and last == "#D55E00"  # dark to light, along the steps
+
+
+@pytest.mark.parametrize("events, rows, columns, numbered", [(1, 1, 1, [0]), (4, 2, 2, [2, 3]), (5, 2, 3, [2, 3, 4])])
+def test_panels_of_events_fill_a_grid(history, events, rows, columns, numbered):
+    figure = plot_event_spectra(resized(history, *[(step, [12, 12], [12, 12], None) for step in range(1, events + 1)]))
+    figure.canvas.draw()
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert figure.axes[0].get_gridspec().get_geometry() == (rows, columns) and len(panels) == events
+    assert [i for i, axes in enumerate(panels) if axes.xaxis.get_tick_params()["labelbottom"]] == numbered
+
+
+def test_a_single_state_shows_as_a_dot_and_a_vanishing_value_at_the_floor(history):
+    spectra = [torch.tensor([2.0]), torch.tensor([0.0])]
+    (axes,) = plot_event_spectra(
+        replace(history, events=[replace(history.events[0], hankel_singular_values=spectra)])
+    ).axes
+    assert axes.lines[0].get_marker() == "." and heights(axes.lines[0]).tolist() == pytest.approx([1e-5])
+
+
+def test_spectra_of_no_event_are_refused(history):
+    for events in ([], [replace(history.events[0], hankel_singular_values=[])]):
+        with pytest.raises(ValueError, match="no spectra of events: train with a CompreSSMCallback"):
+            plot_event_spectra(replace(history, events=events))
+
+
+def test_one_line_goes_down_with_the_cuts_and_up_again_with_a_rollback(rolled_back):
+    (axes,) = plot_state_sizes(rolled_back[0], max_steps=20).axes
+    (line,) = curves(axes)
+    assert line.get_drawstyle() == "steps-post"
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 5, 6, 10, 20], [16, 8, 16, 12, 12])
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("optimizer step", "state size $N$", "log")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["8", "16", "12"]
+    (dotted,) = [line for line in axes.lines if line.get_linestyle() == ":"]
+    (span,) = axes.patches
+    assert dotted.get_xdata()[0] == 6 and (span.get_x(), span.get_width()) == (5, 1)
+    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [("rollback", 6)]
+    assert axes.get_legend() is None and not vertical_lines(axes)
+
+
+def test_a_cut_undone_at_its_own_step_goes_down_and_up_there(history):
+    at_once = resized(history, (5, [16], [8], 7), (7, [8], [4], 7))  # both undone by the evaluation after step 7
+    (axes,) = plot_state_sizes(at_once, 20).axes
+    (line,) = curves(axes)
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 5, 7, 7, 20], [16, 8, 4, 16, 16])
+    assert [(span.get_x(), span.get_width()) for span in axes.patches] == [(5, 2)]
+
+
+def test_layers_of_different_sizes_get_a_line_each(history):
+    (axes,) = plot_state_sizes(history, 20).axes
+    cut, spared = axes.lines
+    assert list(cut.get_xdata()) == list(spared.get_xdata()) == [0, *CUTS, 20]
+    sizes = [12, *(event.state_sizes_after[0] for event in history.events)]
+    assert (list(cut.get_ydata()), list(spared.get_ydata())) == ([*sizes, sizes[-1]], [12] * 4)
+    assert legend_of(axes) == ["layer 0", "layer 1"]
+    assert cut.get_color()[1] < spared.get_color()[1] and cut.get_linewidth() > spared.get_linewidth()
+
+    deep = resized(history, (5, [64] * 24, list(range(12, 36)), None))
+    axes, bar = plot_state_sizes(deep).axes
+    assert len(axes.lines) == 24 and bar.get_ylim() == (0, 23) and axes.get_legend() is None
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["16", "32", "64"]
+
+
+def test_very_many_layers_are_drawn_as_mean_and_range(history):
+    (axes,) = plot_state_sizes(resized(history, (5, [64] * 33, [10] * 11 + [20] * 22, None)), 20).axes
+    (line,) = axes.lines
+    assert list(line.get_ydata()) == pytest.approx([64, 50 / 3, 50 / 3])
+    outline = axes.collections[0].get_paths()[0].vertices
+    assert {tuple(vertex) for vertex in outline} >= {(0, 64), (5, 10), (5, 20), (20, 10), (20, 20)}
+    assert sorted(legend_of(axes)) == ["mean over layers", "range over layers"]
+
+
+def test_cuts_after_training_come_after_its_end(history):
+    later = resized(history, (10, [16], [8], None), (None, [8], [4], None), (None, [4], [2], None))
+    for max_steps, end in ((None, 10), (20, 20)):
+        (axes,) = plot_state_sizes(later, max_steps).axes
+        (line,) = curves(axes)
+        assert list(line.get_xdata()) == pytest.approx([0, 10, 1.05 * end, 1.1 * end, 1.15 * end])
+        assert list(line.get_ydata()) == [16, 8, 4, 2, 2]
+        places = pytest.approx([1.05 * end, 1.1 * end])
+        assert [text.xy[0] for text in axes.texts] == [line.get_xdata()[0] for line in vertical_lines(axes)] == places
+        assert {text.get_text() for text in axes.texts} == {"after training"}
+
+
+def test_lines_go_on_to_the_last_step_that_is_known_of_and_past_a_last_cut(history):
+    (axes,) = plot_state_sizes(history).axes
+    assert axes.lines[0].get_xdata()[-1] == OBSERVED[-1]
+    (axes,) = plot_state_sizes(replace(history, observations=[])).axes
+    assert axes.lines[0].get_xdata()[-1] == pytest.approx(1.05 * CUTS[-1])
+    (axes,) = plot_state_sizes(replace(history, events=[])).axes
+    assert list(axes.lines[0].get_ydata()) == [12, 12]  # before any cut
+
+
+def test_sizes_over_no_steps_are_refused(history):
+    for nothing in (resized(history), resized(history, (None, [8], [4], None))):
+        with pytest.raises(ValueError, match="no event or observation in training: train with a CompreSSMCallback"):
+            plot_state_sizes(nothing, 20)
+    with pytest.raises(ValueError, match="max_steps = 17; the history goes on to step 18"):
+        plot_state_sizes(history, 17)
+    with pytest.raises(ValueError, match="max_steps = 6; the history goes on to step 7"):
+        plot_state_sizes(resized(history, (5, [16], [8], 7)), 6)
+
+
+def test_the_loss_is_that_of_the_log_with_cuts_and_rollbacks(rolled_back):
+    history, log = rolled_back
+    (axes,) = plot_loss(log, history).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss (nats per prediction)")
+    assert legend_of(axes) == ["training", "evaluation"]
+    (training,) = curves(axes)
+    (evaluation,) = [line for line in axes.lines if line.get_linestyle() == "None"]
+    assert list(training.get_xdata()) == list(range(1, 21)) and training.get_marker() == ""
+    assert list(training.get_ydata()) == [entry["loss"] for entry in log if "loss" in entry]
+    assert list(evaluation.get_xdata()) == list(range(2, 21, 2)) and evaluation.get_marker() == "o"
+    assert list(evaluation.get_ydata()) == [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert [line.get_xdata()[0] for line in vertical_lines(axes)] == [5, 10]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [6]
+    assert [(span.get_x(), span.get_width()) for span in axes.patches] == [(5, 1)]
+    notes = [(text.get_text(), text.xy[0]) for text in axes.texts]
+    assert notes == [("N 16 → 8", 5), ("rollback", 6), ("N 16 → 12", 10)]
+    assert axes.texts[0].get_color() == axes.texts[2].get_color() != axes.texts[1].get_color() == "#D55E00"
+
+
+def test_what_was_not_cut_in_training_is_not_marked_in_the_loss(history):
+    others = resized(history, (5, [8, 4], [8, 4], None), (6, [8, 4], [6, 3], None), (None, [6, 3], [2, 2], None))
+    (axes,) = plot_loss([{"loss": 2.0, "step": 10}], others).axes
+    assert [text.get_text() for text in axes.texts] == ["mean N 6 → 4.5"]
+    assert curves(axes)[0].get_marker() == "."  # a single value would not show as a line
+
+
+@pytest.mark.parametrize("cut, shown", [(50, 4.0), (10, 6.0)])
+def test_a_steep_start_is_left_out_but_no_cut(history, cut, shown):
+    losses = {5: 10.0, 10: 6.0, 20: 4.0, 500: 2.5, 900: math.nan, 1000: 2.0}
+    log = [{"loss": loss, "step": step} for step, loss in losses.items()]
+    (axes,) = plot_loss(log, resized(history, (cut, [16], [8], None))).axes
+    bottom, top = axes.get_ylim()
+    assert bottom < 2 and top == pytest.approx(shown + 0.05 * (shown - bottom))
+    assert heights(axes.lines[0])[0] == 10  # though it lies above
+
+
+def test_the_axis_of_a_loss_without_a_steep_start_is_as_high_as_it_is(history):
+    for losses in ([2.0, 2.0], [2.0, 3.0], [2.0, math.nan]):
+        log = [{"loss": loss, "step": 500 * i} for i, loss in enumerate(losses)]
+        (axes,) = plot_loss(log, resized(history)).axes
+        bottom, top = axes.get_ylim()
+        assert bottom < 2 and top > max(losses)
+
+
+def test_evaluations_alone_make_a_picture_and_a_log_without_losses_none(history):
+    (axes,) = plot_loss([{"eval_loss": 2.0, "step": 10}], history).axes
+    assert legend_of(axes) == ["evaluation"]
+    for log, seen in (
+        ([], r"\[\]"),
+        ([{"step": 3, "train_loss": 2.0}, {"loss": 1.0}], "'loss', 'step', 'train_loss'"),
+    ):
+        with pytest.raises(ValueError, match=rf"no loss and no eval_loss with a step, but .*{seen}.*log_history"):
+            plot_loss(log, history)
+
+
+def notes_above(history, steps) -> list:
+    cuts = resized(history, *[(step, [16], [8], None) for step in steps])
+    (axes,) = plot_loss([{"loss": 2.0, "step": 0}, {"loss": 1.0, "step": 1000}], cuts).axes
+    assert axes.get_xlim() == (-50, 1050)
+    return axes.texts
+
+
+def test_notes_that_would_run_into_each_other_move_apart(history):
+    steps = [0, 1, 500, 501, 502, 900]
+    notes = notes_above(history, reversed(steps))
+    own, places = [(step + 50) / 1100 for step in steps], [note.xyann[0] for note in notes]
+    assert [note.xy[0] for note in notes] == steps
+    assert all(right - left >= 0.03 - 1e-9 for left, right in pairwise(places))
+    assert places[5] == own[5] and places[3] == pytest.approx(own[3])
+    assert [note.arrow_patch is not None for note in notes] == [True, True, True, False, True, False]
+
+    crowd = [note.xyann[0] for note in notes_above(history, range(30))]
+    assert crowd == pytest.approx([0.03 * i for i in range(30)])  # pushed to the right from the edge
+    crowd = [note.xyann[0] for note in notes_above(history, range(970, 1000))]
+    assert crowd == pytest.approx([1 - 0.03 * i for i in reversed(range(30))])
+
+
+def test_of_more_notes_than_fit_some_are_left_out(history):
+    notes = notes_above(history, range(0, 1000, 10))
+    assert [note.xy[0] for note in notes] == list(range(0, 1000, 30))
 
 
 @pytest.mark.parametrize("name, start", [("run.png", b"\x89PNG"), ("run.pdf", b"%PDF"), ("run.svg", b"<?xml")])

@@ -151,10 +151,9 @@ def _logged(log_history: Sequence[dict], name: str) -> list[tuple[int, float]]:
 def _leave_out_steep_start(axes: "Axes", losses: list[tuple[int, float]], history: History) -> None:
     """End the axis at the highest loss after the first steps, or after the first cut, so that cuts can be seen."""
     start = min([STEEP_START * max(losses)[0], *(event.step for event in _cuts(history))])
-    later = [loss for step, loss in losses if step >= start and math.isfinite(loss)]
-    if later:
-        margin = 0.05 * (max(later) - min(later))
-        axes.set_ylim(top=min(axes.get_ylim()[1], max(later) + margin))
+    highest = max((loss for step, loss in losses if step >= start and math.isfinite(loss)), default=math.inf)
+    if any(loss > highest for _, loss in losses):
+        axes.set_ylim(top=highest + 0.05 * (highest - axes.get_ylim()[0]))
 
 
 def _cuts(history: History) -> list[ReductionEvent]:

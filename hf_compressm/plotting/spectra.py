@@ -35,7 +35,7 @@ def plot_spectra(spectra: Spectra) -> "Figure":
         spectra: layer → spectrum, (N,), descending, as in `StateReport.hankel_singular_values`; or one for each layer.
     """
     spectra, (figure, axes) = _by_layer(spectra), new_figure()
-    _draw_layers(axes, {i: (sigma / sigma[0].clamp_min(1e-300)).clamp_min(FLOOR) for i, sigma in spectra.items()})
+    _draw_layers(axes, {i: shares_of_largest(sigma) for i, sigma in spectra.items()})
     axes.set(yscale="log", xlabel="rank $i$", ylabel=r"Hankel singular value $\sigma_i\,/\,\sigma_1$")
     return figure
 
@@ -88,6 +88,11 @@ def plot_energy_map(energies: Spectra, state_sizes: dict[int, int] | Sequence[in
     return figure
 
 
+def shares_of_largest(sigma: Tensor) -> Tensor:
+    """σ_i / σ_1, (N,), what is below 1e-10 set to that."""
+    return (sigma / sigma[0].clamp_min(1e-300)).clamp_min(FLOOR)
+
+
 def _by_layer(spectra: Spectra) -> dict[int, Tensor]:
     """Layer → spectrum, float64 on the CPU, (N,)."""
     spectra = spectra if isinstance(spectra, dict) else dict(enumerate(spectra))
@@ -129,15 +134,13 @@ def _draw_map(axes: "Axes", energies: dict[int, Tensor]) -> None:
     """A row for each layer, the first on top, its states from the largest to the smallest, and the colour bar."""
     mpl, layers = load_matplotlib(), list(energies)
     shares = [100 * e.sort(descending=True).values / e.sum().clamp_min(1e-300) for e in energies.values()]
-    table = pad_sequence(
-        shares, batch_first=True, padding_value=torch.nan
-    )  # (layers, N); NaN leaves the hatching bare
+    table = pad_sequence(shares, batch_first=True, padding_value=torch.nan)  # (layers, N), NaN where there is no state
     given = torch.cat(shares)
     largest = float(given.max()) or 100.0
     smallest = min(max(float(given.min()), SMALLEST_SHARE), largest / 10)
     axes.patch.set(facecolor="0.93", edgecolor="0.7", hatch="//////")
     image = axes.imshow(
-        table.clamp_min(smallest),
+        table.clamp_min(smallest).numpy(),
         cmap="viridis",
         norm=mpl.colors.LogNorm(smallest, largest),
         extent=(0.5, table.shape[1] + 0.5, len(layers) - 0.5, -0.5),

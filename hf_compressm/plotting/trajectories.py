@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..history import History, ReductionEvent
 from .figures import AUXILIARY, COLORS, FLOOR, SMALL, color_bar, color_scale, new_figure, size_change, whole_numbers
+from .spectra import shares_of_largest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,11 +73,8 @@ def plot_event_spectra(history: History) -> "Figure":
     colors = _step_colors(events)
     ranges = [_range_over_layers(event.hankel_singular_values) for event in events]
     for axes, event, color, measured in zip(panels, events, colors, ranges, strict=False):
-        for other in ranges:
-            if other is not measured:
-                style = {"color": "0.6", "linewidth": 0.6, "zorder": 1.5, "label": "other events"}
-                axes.plot(range(1, len(other[1]) + 1), other[1], **style)
         _draw_range(axes, *measured, color)
+        _draw_others(axes, [other[1] for other in ranges if other is not measured])
         _mark_sizes_kept(axes, event)
         axes.set_title(_title(event), fontsize=SMALL, loc="left")
     _finish_grid(figure, panels, len(events), columns)
@@ -143,16 +141,23 @@ def _range_over_layers(spectra: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tenso
 
     Beyond r a mean would rise wherever a layer with small values ends.
     """
-    shares = [(sigma / sigma[0].clamp_min(1e-300)).clamp_min(FLOOR) for sigma in spectra]
+    shares = [shares_of_largest(sigma.double()) for sigma in spectra]
     logarithms = pad_sequence(shares, padding_value=torch.nan).log()  # (N, layers)
     smallest, largest = logarithms.nan_to_num(nan=torch.inf).amin(1), logarithms.nan_to_num(nan=-torch.inf).amax(1)
     return smallest.exp(), logarithms[: min(map(len, spectra))].mean(1).exp(), largest.exp()
 
 
 def _draw_range(axes: "Axes", smallest: Tensor, middle: Tensor, largest: Tensor, color) -> None:
-    axes.plot(range(1, len(middle) + 1), middle, color=color, linewidth=1.8, label="mean over layers")
+    style = {"linewidth": 1.8, "marker": "." if len(middle) == 1 else "", "label": "mean over layers"}
+    axes.plot(range(1, len(middle) + 1), middle, color=color, **style)
     band = {"color": color, "alpha": 0.25, "linewidth": 0, "label": "range over layers"}
     axes.fill_between(range(1, len(smallest) + 1), smallest, largest, **band)
+
+
+def _draw_others(axes: "Axes", means: Sequence[Tensor]) -> None:
+    for middle in means:
+        style = {"color": "0.6", "linewidth": 0.6, "zorder": 1.5, "label": "other events"}
+        axes.plot(range(1, len(middle) + 1), middle, **style)
 
 
 def _mark_sizes_kept(axes: "Axes", event: ReductionEvent) -> None:
@@ -182,6 +187,10 @@ def _finish_grid(figure: "Figure", panels: list["Axes"], used: int, columns: int
     panels[0].xaxis.set_major_locator(whole_numbers(4 if columns > 1 else 10))
     figure.supxlabel("rank $i$", fontsize="medium")
     figure.supylabel(r"Hankel singular value $\sigma_i\,/\,\sigma_1$", fontsize="medium")
-    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    named = {
+        label: handle
+        for axes in reversed(panels)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     style = {"loc": "outside upper center", "frameon": False, "fontsize": SMALL}
     figure.legend(named.values(), named.keys(), ncols=len(named), **style)
