@@ -5,7 +5,7 @@ from statistics import mean
 
 from transformers import TrainerState
 
-from .history import Observation, ReductionEvent
+from .records import Observation, ReductionEvent
 from .reduction import StateReport
 
 

@@ -12,13 +12,14 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from .files import read_json
 from .history import History
-from .layouts import LAYOUTS
+from .layouts import LAYOUTS, StateLayout
 from .recording import recorded_state_sizes
 
 logger = logging.get_logger(__name__)
 
 # What Trainer writes with torch.save, by patterns; other files in a checkpoint are not ours to judge.
 WRITTEN_BY_TORCH = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", f"{FSDP_MODEL_NAME}*.bin")
+DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; others would be cast without a word
 _LAYER = re.compile(r"layers\.(\d+)\.")  # the layer in a parameter's name
 
 
@@ -34,8 +35,7 @@ def check_checkpoint(folder: str | Path) -> list[int]:
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME)
-    layout = LAYOUTS.get(config.get("model_type"))
-    if layout is None:
+    if config.get("model_type") not in list(LAYOUTS):  # it may be of any type
         raise ValueError(
             f"{folder} holds a model of type '{config.get('model_type')}'; supported: {', '.join(LAYOUTS)}. Give the "
             "folder of a checkpoint of such a model."
@@ -44,17 +44,14 @@ def check_checkpoint(folder: str | Path) -> list[int]:
         expected = recorded_state_sizes(config)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}; take another checkpoint.") from error
-    sizes = {
-        int(_LAYER.search(name)[1]): shape[layout.tensors[layout.marker].axis]
-        for name, shape in weight_shapes(folder).items()
-        if name.endswith("." + layout.marker)
-    }
-    if sorted(sizes) != list(range(len(expected))):
+    layout = LAYOUTS[config["model_type"]]
+    sizes = _sizes_in_weights(folder, layout)
+    if [index for index, _ in sizes] != list(range(len(expected))):
         raise ValueError(
-            f"the weights in {folder} hold {layout.marker} of the layers {sorted(sizes)}, {CONFIG_NAME} speaks of "
-            f"{len(expected)} layers; the checkpoint is incomplete, take another."
+            f"the weights in {folder} hold {layout.marker} of the layers {[index for index, _ in sizes]}, "
+            f"{CONFIG_NAME} speaks of {len(expected)} layers; the checkpoint is incomplete, take another."
         )
-    for index, size in sizes.items():
+    for index, size in sizes:
         if size != expected[index]:
             raise ValueError(
                 f"{folder}: layer {index} has {size} states, {CONFIG_NAME} says {layout.size_field} = "
@@ -136,19 +133,48 @@ def history_of_checkpoint(folder: str | Path) -> History | None:
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor, from the headers of the safetensors files."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    files = sorted(set(_weight_map(index).values())) if index.exists() else [SAFE_WEIGHTS_NAME]
-    shapes = {}
-    for file in files:
+    """Name → shape of every tensor, from the headers of the safetensors files that Transformers would read.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: one is damaged, holds what is not a weight, or holds a tensor that another one has, too.
+    """
+    index, shapes = folder / SAFE_WEIGHTS_INDEX_NAME, {}
+    is_sharded = index.exists() and not (folder / SAFE_WEIGHTS_NAME).is_file()  # one file goes before an index
+    for file in sorted(set(_weight_map(index).values())) if is_sharded else [SAFE_WEIGHTS_NAME]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} has no {file}: it is not a complete checkpoint.")
-        try:
-            with safe_open(folder / file, "pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file} is truncated or damaged ({error}); take another checkpoint.") from error
+        found = _shapes_in_header(folder / file)
+        if shapes.keys() & found.keys():
+            raise ValueError(f"{folder / file} holds {min(shapes.keys() & found.keys())}, as another file does.")
+        shapes |= found
     return shapes
+
+
+def _shapes_in_header(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or damaged ({error}); take another checkpoint.") from error
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{file}: {name} is of {dtype}, expected {', '.join(DTYPES)}; take another checkpoint.")
+    return shapes
+
+
+def _sizes_in_weights(folder: Path, layout: StateLayout) -> list[tuple[int, int]]:
+    """(layer, N) as the weights have them, in order; a name twice or without its layer is no such model's."""
+    axis, sizes = layout.tensors[layout.marker].axis, []
+    for name, shape in weight_shapes(folder).items():
+        if name.endswith("." + layout.marker):
+            layer = _LAYER.search(name)
+            if layer is None or len(shape) <= axis:
+                raise ValueError(f"{folder}: {name} of shape {shape} is not a layer's; take another checkpoint.")
+            sizes.append((int(layer[1]), shape[axis]))
+    return sorted(sizes)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .config import GOALS, CompreSSMConfig
 from .environment import env_report
 from .export import export_bf16, export_mamba_ssm, export_sharded, export_uniform
-from .files import folder_aside, write_json
+from .files import check_new, folder_aside, write_json
 from .history import HISTORY_FILE, History, load_history, save_history
 from .kernels import install_scan
 from .layouts import state_sizes
@@ -38,8 +40,8 @@ EXAMPLES = """examples:
   hf-compressm env
 
 exit codes: 0 done, 2 bad input (nothing was changed), 1 the work or the Hub failed"""
-EXPORT_HELP = """Write MODEL in the form that another tool wants, into the new folder OUTPUT. Logits are compared with
-those of MODEL before anything is called done.
+EXPORT_HELP = """Write MODEL in the form that another tool wants, into the new folder OUTPUT. The logits are compared
+with those of MODEL before anything is called done.
 
   uniform    one state size for all layers: smaller ones are padded with states that do nothing, exactly. For tools
              that know one number for all layers, such as vLLM, which reads a scalar state_size; llama.cpp's CUDA
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         print(f"hf-compressm {options.command}: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (RuntimeError, OSError, HfHubHTTPError) as error:
+    except (RuntimeError, OSError, HfHubHTTPError, SafetensorError) as error:
         print(f"hf-compressm {options.command} failed: {error}", file=sys.stderr)
         return FAILED
     return 0
@@ -65,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_analyze(options: argparse.Namespace) -> None:
     """Table, JSON and picture of what each layer's states do."""
+    if options.output is not None and options.output.exists() and not options.output.is_dir():
+        raise FileExistsError(f"{options.output} exists and is not a folder; give another.")
     _, _, report = _analyzed(options)
     print(report)
     if options.output is not None:
@@ -77,8 +81,7 @@ def run_analyze(options: argparse.Namespace) -> None:
 
 def run_compress(options: argparse.Namespace) -> None:
     """Cut a trained model, and save it with its history, pictures and card."""
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise FileExistsError(f"{options.output} exists and is not an empty folder; give another.")
+    check_new(options.output)
     source, model, report = _analyzed(options)
     print(report)
     config = report.config
@@ -98,6 +101,8 @@ def run_compress(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """Another form of the same model."""
+    if options.state_size is not None and options.to != "uniform":
+        raise ValueError(f"--state-size {options.state_size} is for --to uniform; got --to {options.to}.")
     exporters: dict[str, Callable] = {
         "uniform": lambda source: export_uniform(source, options.output, options.state_size),
         "bf16": lambda source: export_bf16(source, options.output),
@@ -151,6 +156,7 @@ def _sorted_energies(report: StateReport) -> dict:
 def _analyzed(options: argparse.Namespace):
     """(folder, model, report); progress is shown on standard error."""
     config = _config(options)
+    _check_device(options.device)
     with tqdm(total=3, desc="reading the text", file=sys.stderr) as progress:
         source = local_folder(options.model)
         model = load_language_model(source)
@@ -158,11 +164,26 @@ def _analyzed(options: argparse.Namespace):
         tokenizer = options.tokenizer or str(source)
         shape = (config.calibration_batches, options.batch_size, options.length)
         batches = calibration_batches(options.text, tokenizer, *shape, options.text_column)
+        _check_ids(batches, tokenizer, model)
         progress.update()
         progress.set_description(f"analysing {len(state_sizes(model))} layers")
         report = analyze(model.to(options.device), batches, config)
         progress.update()
     return source, model, report
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device = {name}; allowed: cpu, or cuda where there is one ({reason}).") from error
+
+
+def _check_ids(batches: list[dict], tokenizer: str, model: PreTrainedModel) -> None:
+    largest, known = max(int(batch["input_ids"].max()) for batch in batches), model.config.vocab_size
+    if largest >= known:
+        raise ValueError(f"{tokenizer} gives ids up to {largest}, the model has {known} tokens; give its --tokenizer.")
 
 
 def _config(options: argparse.Namespace) -> CompreSSMConfig:

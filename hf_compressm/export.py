@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .files import folder_aside
+from .files import check_new, folder_aside
 from .history import HISTORY_FILE, SPECTRA_FILE
 from .kernels import scan_installed
 from .layouts import state_sizes
@@ -52,7 +52,7 @@ def export_uniform(source: Path, target: Path, state_size: int | None = None) ->
     """One state size for all layers, by states that do nothing; the largest layer's by default."""
 
     def write(model: PreTrainedModel, folder: Path) -> None:
-        pad_state(model, state_size or max(state_sizes(model).values()))
+        pad_state(model, max(state_sizes(model).values()) if state_size is None else state_size)
         model.save_pretrained(folder)
 
     return _export(source, target, write)
@@ -75,7 +75,10 @@ def export_sharded(source: Path, target: Path, max_shard_size: str = "5GB") -> E
     """
 
     def write(model: PreTrainedModel, folder: Path) -> None:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        try:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        except ValueError as error:
+            raise ValueError(f"max_shard_size = {max_shard_size}; allowed: a size such as 5GB ({error}).") from error
         if not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
             raise ValueError(f"max_shard_size = {max_shard_size}; the model fits into one file: give less.")
 
@@ -105,8 +108,7 @@ def _export(
         ValueError, FileExistsError: nothing was written then.
     """
     source, target = Path(source), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty folder; give another.")
+    check_new(target)
     model = load_language_model(source)
     expected = _logits(model)
     rounded = expected if rounded_to is None else _logits(model.to(rounded_to))

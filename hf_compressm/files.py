@@ -32,12 +32,27 @@ def read_json(path: Path) -> dict:
         ValueError: it is truncated, damaged, or holds something else.
     """
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # a folder or a loop of links in its place, too
         raise ValueError(f"{path} is truncated or damaged ({error}); take another checkpoint.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no table of names and values; take another checkpoint.")
     return content
+
+
+def check_new(path: Path) -> None:
+    """Refuse a folder to write that is there already, unless it is empty.
+
+    Raises:
+        FileExistsError: names it, or the file that stands where it would be.
+    """
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise FileExistsError(f"{path} exists and is not an empty folder; give another.")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise FileExistsError(f"{parent} is not a folder, so {path} cannot be made; give another.")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import check_checkpoint
 from .engines import unwrap
 from .history import History, load_history, save_history
-from .model_card import CARD, CardDetails, may_be_written, write_model_card
+from .model_card import CARD, CardDetails, check_language_model, may_be_written, write_model_card
 from .pictures import write_pictures
 
 # Not of a model, but of its training.
@@ -30,7 +30,11 @@ class PushError(RuntimeError):
 
 
 def check_may_push(
-    repo_id: str, token: str | None = None, private: bool | None = None, create_pr: bool = False
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
 ) -> str:
     """Make sure, before work is done, that the repository is there and may be written; it is made where it is missing.
 
@@ -38,7 +42,9 @@ def check_may_push(
         repo_id: "name" or "namespace/name".
         token: by default the one that is logged in.
         private: for a repository that is made.
-        create_pr: only a pull request will be opened, which reading rights allow.
+        create_pr: only a pull request will be opened, which everybody may who sees the repository and has a token that
+            is not only for reading.
+        revision: branch that will be pushed to; made where it is missing.
 
     Returns:
         "namespace/name".
@@ -49,12 +55,23 @@ def check_may_push(
     api = HfApi(token=token)
     try:
         if create_pr:
-            return api.model_info(repo_id).id
+            return _check_may_propose(api, repo_id)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
+        if revision is not None and not revision.startswith("refs/"):  # that of a pull request is there already
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         return repo_id
+    except PushError:
+        raise
     except Exception as error:
         raise as_push_error(error, repo_id) from error
+
+
+def _check_may_propose(api: HfApi, repo_id: str) -> str:
+    account = api.whoami()
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PushError(f"could not push to {repo_id}: this token is only for reading. {ADVICE[403]}")
+    return api.model_info(repo_id if "/" in repo_id else f"{account['name']}/{repo_id}").id
 
 
 def push_compressed(
@@ -76,7 +93,7 @@ def push_compressed(
     Raises:
         PushError: the Hub refused; see `push_folder`. The rights are checked before anything is written.
     """
-    checked = {name: value for name, value in options.items() if name in ("token", "private", "create_pr")}
+    checked = {name: value for name, value in options.items() if name in ("token", "private", "create_pr", "revision")}
     repo_id = check_may_push(repo_id, **checked)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -107,20 +124,20 @@ def push_folder(
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no such model, or one that is damaged. Nothing was sent.
-        PushError: the Hub refused, or could not be reached. The folder is as it was; pushing again goes on where this
-            ended: files that arrived are not sent twice.
+        PushError: the Hub refused, or could not be reached. The folder is as it was, but for its card; pushing again
+            goes on where this ended: files that arrived are not sent twice.
     """
     folder = Path(folder)
     check_checkpoint(folder)
     load_history(folder)
-    repo_id = check_may_push(repo_id, token, private, create_pr)
-    if may_be_written(folder / CARD):
+    writes_card = may_be_written(folder / CARD)
+    if writes_card:
+        check_language_model(folder)
+    repo_id = check_may_push(repo_id, token, private, create_pr, revision)
+    if writes_card:
         write_model_card(folder, repo_id, details)
-    api = HfApi(token=token)
     try:
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
+        return HfApi(token=token).upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
@@ -141,6 +158,12 @@ def as_push_error(error: BaseException, repo_id: str) -> PushError:
         elif isinstance(cause, LocalTokenNotFoundError):
             status = 401
         cause = cause.__cause__
-    advice = ADVICE.get(status, "Try again; nothing was lost here.")
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return PushError(f"could not push to {repo_id}: {reason} {advice}")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, ValueError) and status in (
+        None,
+        400,
+    ):  # a card or a name that is not valid: all of it is needed
+        reason, advice = " ".join(lines), "Correct it and push again; nothing was lost here."
+    else:
+        reason, advice = lines[0], ADVICE.get(status, "Try again; nothing was lost here.")
+    return PushError(f"could not push to {repo_id}: {reason.rstrip('.')}. {advice}")

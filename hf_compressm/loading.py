@@ -4,14 +4,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from .checkpoint import check_checkpoint
+from .checkpoint import check_checkpoint, weight_shapes
 from .files import read_json
 from .mamba_ssm_format import read_mamba_ssm
 
 LANGUAGE_MODELS = ("mamba", "compressm_mamba")
+# Entries of a config by which Transformers takes code, kernels or weights from elsewhere, or other weights than float.
+FROM_ELSEWHERE = ("attn_implementation", "_attn_implementation", "quantization_config", "transformers_weights")
+TRUST = {"trust_remote_code": False}  # code beside the weights is not run: the classes are our own
 NEEDED = ["*.json", "*.safetensors", "pytorch_model.bin", "*.txt", "*.model"]  # of a repository: weights and tokenizer
 
 
@@ -46,9 +49,12 @@ def load_language_model(folder: str | Path) -> PreTrainedModel:
         raise ValueError(
             f"{folder} holds a model of type '{config['model_type']}'; allowed: {', '.join(LANGUAGE_MODELS)}."
         )
+    _check_own_weights(folder, config)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except (RuntimeError, TypeError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder, **TRUST)
+        _check_shapes(folder, config)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **TRUST)
+    except Exception as error:  # of any kind: Transformers takes whatever values are there
         raise ValueError(f"{folder} cannot be loaded ({error}); take another checkpoint.") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
@@ -57,3 +63,22 @@ def load_language_model(folder: str | Path) -> PreTrainedModel:
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{folder}: {name} holds NaN or Inf; take a checkpoint from before training diverged.")
     return model.eval()
+
+
+def _check_own_weights(folder: Path, config: dict) -> None:
+    """Refuse a checkpoint that is completed from elsewhere."""
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        raise ValueError(f"{folder} holds an adapter ({ADAPTER_CONFIG_NAME}); merge it into its model first.")
+    for name in FROM_ELSEWHERE:
+        if config.get(name) is not None:
+            raise ValueError(f"{folder / CONFIG_NAME}: {name} = {config[name]!r}; allowed: none. Remove the entry.")
+
+
+def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse weights that do not fit the config, before memory is taken for what it asks for."""
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(config, **TRUST).state_dict()
+    given = weight_shapes(folder)
+    for name in sorted(given.keys() & wanted.keys()):
+        if given[name] != tuple(wanted[name].shape):
+            raise ValueError(f"{name} has the shape {given[name]}, the config asks for {tuple(wanted[name].shape)}")

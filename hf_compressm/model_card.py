@@ -13,13 +13,15 @@ from transformers.utils import CONFIG_NAME
 from .announcements import sizes_text
 from .checkpoint import check_checkpoint, weight_shapes
 from .files import read_json, write_aside
-from .history import History, ReductionEvent, load_history
+from .history import History, load_history
 from .layouts import LAYOUTS, SelectiveLayout
 from .pictures import PICTURES
+from .records import ReductionEvent
 
 CARD = "README.md"
 TAGS = ("compressm", "mamba", "state-space-model")
-WRITTEN_BY = ("<!-- written by hf_compressm", "generated_from_trainer")  # what tells a card that nobody wrote by hand
+# What tells a card that nobody wrote by hand: ours, and Trainer's, which asks to remove this when it is completed.
+WRITTEN_BY = ("<!-- written by hf_compressm", "<!-- This model card has been generated automatically according to")
 
 
 @dataclass
@@ -46,6 +48,11 @@ class CardDetails:
     eval_results: Sequence[EvalResult] = ()
     log_history: Sequence[dict] = field(default=(), repr=False)
 
+    def __post_init__(self):
+        for name in ("datasets", "language", "tags"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+
 
 def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | None = None) -> ModelCard:
     """Write `README.md` beside a reduced language model and its history.
@@ -56,10 +63,8 @@ def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | No
     """
     folder, details = Path(folder), details or CardDetails()
     sizes, history = check_checkpoint(folder), load_history(folder)
-    config = read_json(folder / CONFIG_NAME)
-    if not isinstance(LAYOUTS[config["model_type"]], SelectiveLayout):
-        raise ValueError(f"{folder} holds a model of type '{config['model_type']}'; cards are for language models.")
-    template = files("hf_compressm").joinpath("templates/model_card.md").read_text()
+    check_language_model(folder)
+    template = files("hf_compressm").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     name = details.name or repo_id.rpartition("/")[2]
     facts = _facts(folder, sizes, history) | _results(details) | _cuts(history)
     pictures = {f"has_{Path(picture).stem.split('_')[-1]}": (folder / picture).exists() for picture in PICTURES}
@@ -70,9 +75,29 @@ def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | No
     return card
 
 
+def check_language_model(folder: Path) -> None:
+    """Refuse a model for which there is no card.
+
+    Raises:
+        ValueError: not a language model.
+    """
+    model_type = read_json(folder / CONFIG_NAME)["model_type"]
+    if not isinstance(LAYOUTS[model_type], SelectiveLayout):
+        raise ValueError(f"{folder} holds a model of type '{model_type}'; cards are for language models.")
+
+
+def check_details(details: CardDetails) -> None:
+    """Let the Hub say whether it would take a card with these.
+
+    Raises:
+        ValueError: it would not; says why.
+    """
+    ModelCard(f"---\n{_card_data(details, details.name or 'model')}\n---\n").validate()
+
+
 def may_be_written(path: Path) -> bool:
     """Whether a card may be written anew: there is none, or we or Trainer wrote it."""
-    return not path.exists() or any(mark in path.read_text() for mark in WRITTEN_BY)
+    return not path.exists() or any(mark in path.read_text("utf-8", "replace") for mark in WRITTEN_BY)
 
 
 def _card_data(details: CardDetails, name: str) -> ModelCardData:

@@ -10,9 +10,9 @@ from .calibration import undisturbed
 from .config import CompreSSMConfig
 from .engines import unwrap
 from .hankel import weyl_bound
-from .history import Observation
 from .kernels import scan_installed
 from .layouts import state_sizes
+from .records import Observation
 
 
 class StateMonitor:

@@ -19,12 +19,16 @@ def write_pictures(folder: str | Path, history: History, log_history: Sequence[d
     Args:
         log_history: of the Trainer, if one trained the model.
     """
-    folder = Path(folder)
+    folder, log_history = Path(folder), list(log_history)
     in_training = any(event.step is not None for event in history.events)
+    recorded = [*history.events, *history.observations]
+    last_step = max((entry["step"] for entry in log_history), default=0)
+    last_step = max([last_step, *(record.step for record in recorded if record.step is not None)])
+    has_losses = any(name in entry for entry in log_history for name in ("loss", "eval_loss"))
     drawings = {
         "spectra.png": lambda: plot_event_spectra(history) if history.events else None,
-        "state_sizes.png": lambda: plot_state_sizes(history) if in_training else None,
-        "loss.png": lambda: plot_loss(list(log_history), history) if any("loss" in e for e in log_history) else None,
+        "state_sizes.png": lambda: plot_state_sizes(history, last_step) if in_training else None,
+        "loss.png": lambda: plot_loss(log_history, history) if has_losses else None,
     }
     try:
         figures = {name: draw() for name, draw in drawings.items()}

@@ -4,13 +4,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import CONFIG_NAME, logging
 
 from .engines import together, unwrap
 from .history import HISTORY_FILE, SPECTRA_FILE, save_history
 from .hub import as_push_error, check_may_push
 from .layouts import SelectiveLayout, layout_of
-from .model_card import CARD, CardDetails, may_be_written, write_model_card
+from .model_card import CARD, CardDetails, check_details, may_be_written, write_model_card
 from .per_layer import modeling_compressm_mamba
 from .pictures import PICTURES, write_pictures
 
@@ -30,14 +31,18 @@ class Publisher:
     """
 
     def check_may_push(self) -> None:
-        """Refuse at the start a token that could not push at the end.
+        """Refuse at the start what could not be pushed at the end: the token, or what the card is to say.
 
         Raises:
             PushError: in every process.
         """
         with together():
             if self.args.push_to_hub and self.is_world_process_zero():
-                check_may_push(self.hub_model_id, self.args.hub_token)
+                check_may_push(self.hub_model_id, self.args.hub_token, revision=self.args.hub_revision)
+                try:
+                    check_details(self.card_details)
+                except Exception as error:
+                    raise as_push_error(error, self.hub_model_id) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """As Trainer's, with the history beside the weights; with pictures where the run ends."""
@@ -48,21 +53,24 @@ class Publisher:
             if folder == Path(self.args.output_dir):
                 write_pictures(folder, history, self.state.log_history)
 
-    def create_model_card(self, license=None, language=None, tags=None, dataset=None, **kwargs):
+    def create_model_card(self, language=None, license=None, tags=None, **kwargs):
         """The card of the reduction, in the place of Trainer's; one that somebody wrote by hand stays."""
-        if not self.is_world_process_zero():
-            return
         folder = Path(self.args.output_dir)
+        if not self.is_world_process_zero() or not may_be_written(folder / CARD):
+            return
         if not self._is_language_model:
-            super().create_model_card(license=license, language=language, tags=tags, dataset=dataset, **kwargs)
-        elif may_be_written(folder / CARD):
-            given = {"license": license, "language": language, "tags": tags, "datasets": dataset}
-            given = {name: [value] if isinstance(value, str) else value for name, value in given.items() if value}
-            given |= {"license": license} if license else {}
-            self._write_card(folder, replace(self.card_details, **given))
+            return super().create_model_card(language, license, tags, **kwargs)
+        given = {"license": license, "language": language, "base_model": kwargs.get("finetuned_from")}
+        given |= {"datasets": kwargs.get("dataset_tags")}
+        given |= {"tags": [*self.card_details.tags, *([tags] if isinstance(tags, str) else tags or ())]}
+        self._write_card(folder, replace(self.card_details, **{name: value for name, value in given.items() if value}))
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         """As Trainer's, which pushes from its output folder: what goes with the weights comes there with them."""
+        self._tell_failed_pushes()
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.args.hub_strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
+            return  # as Trainer would; nothing may change in the folder that is being pushed
         folder, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
         if self.is_world_process_zero() and (checkpoint / CONFIG_NAME).exists() and self._is_language_model:
             write_pictures(checkpoint, self.state_size_callback.history, self.state.log_history)
@@ -76,8 +84,14 @@ class Publisher:
     def _finish_current_push(self):
         """As Trainer's, which does not say when a push in the background failed."""
         super()._finish_current_push()
-        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+        self._tell_failed_pushes()
+
+    def _tell_failed_pushes(self) -> None:
+        """Warn of each push in the background that failed, once."""
+        push = getattr(self, "push_in_progress", None)
+        for job in list(push.jobs if push is not None else ()):
             if job.done() and job.exception() is not None:
+                push.jobs.remove(job)
                 logger.warning(
                     f"A checkpoint was not pushed: {as_push_error(job.exception(), self.hub_model_id)} It lies in "
                     f"{self.args.output_dir}."

@@ -13,6 +13,7 @@ from .layouts import LAYOUTS, SelectiveLayout, StateLayout, layout_of, mixers_of
 from .per_layer import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
 
 PER_LAYER_CLASSES = {MambaForCausalLM: CompreSSMMambaForCausalLM, MambaModel: CompreSSMMambaModel}
+MAX_LAYERS = 100_000  # more are no model's, but fill the memory with a list of them
 PLAIN_CLASSES = {per_layer: plain for plain, per_layer in PER_LAYER_CLASSES.items()}
 
 
@@ -54,15 +55,32 @@ def recorded_state_sizes(config: dict) -> list[int]:
         ValueError: it says nothing, or nothing sensible, of the sizes.
     """
     layout = LAYOUTS[config["model_type"]]
-    try:
-        layers, size = config["num_hidden_layers"], config[layout.size_field]
-        sizes = list(size) if isinstance(size, list) else [size] * layers
-        for index, differing in config.get("per_layer_config", {}).items():
-            sizes[int(index)] = differing.get(layout.size_field, sizes[int(index)])
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(f"no state sizes can be read from it ({type(error).__name__}: {error})") from error
+    layers, size = config.get("num_hidden_layers"), config.get(layout.size_field)
+    if type(layers) is not int or not 0 <= layers <= MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers = {layers!r}; allowed: a whole number up to {MAX_LAYERS:,}")
+    sizes = list(size) if isinstance(size, list) else [size] * layers
+    for index, size in _differing_sizes(config, layout, layers).items():
+        sizes[index] = size
     if len(sizes) != layers or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"it gives {layers} layers the state sizes {sizes}")
+    return sizes
+
+
+def _differing_sizes(config: dict, layout: StateLayout, layers: int) -> dict[int, object]:
+    """Layer → N, of those that `per_layer_config` speaks of, as it gives it."""
+    given = config.get("per_layer_config") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"per_layer_config = {given!r}; allowed: a table of layers")
+    widths = range(1, len(str(layers - 1)) + 1)  # Transformers pads the numbers with zeros, so that they sort
+    positions = {str(index).zfill(width): index for index in range(layers) for width in widths}
+    for index, differing in given.items():
+        if index not in positions:
+            raise ValueError(f"per_layer_config names a layer {index!r}; allowed: 0 … {layers - 1}")
+        if not isinstance(differing, dict) or set(differing) != {layout.size_field}:
+            raise ValueError(f"per_layer_config gives layer {index} {differing!r}; allowed: {layout.size_field} only")
+    sizes = {positions[index]: differing[layout.size_field] for index, differing in given.items()}
+    if len(sizes) < len(given):
+        raise ValueError(f"per_layer_config names a layer twice: {', '.join(given)}")
     return sizes
 
 

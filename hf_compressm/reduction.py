@@ -14,10 +14,10 @@ from .analysis import analyze_states, calibration_batches, check_config, is_unif
 from .calibration import undisturbed
 from .config import CompreSSMConfig
 from .engines import from_first_process, together, unwrap
-from .history import ReductionEvent
 from .kernels import scan_installed
 from .layouts import state_sizes
 from .measurement import LossMeter
+from .records import ReductionEvent
 from .resizing import check_state_tensors
 from .surgery import Plan, plan_fingerprint, shrink_state
 

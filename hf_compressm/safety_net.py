@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 from .config import CompreSSMSchedule
 from .engines import everywhere, from_first_process, together
-from .history import History, ReductionEvent
+from .history import History
+from .records import ReductionEvent
 from .reduction import StateReport
 from .snapshot import Snapshot
 

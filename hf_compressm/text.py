@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from transformers import AutoTokenizer
+from datasets.exceptions import DatasetsError
+from pyarrow import ArrowInvalid
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -22,9 +24,13 @@ def calibration_batches(
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: another kind of file, no such column, or too little text; says how much there is.
+        ValueError: no tokenizer, a file that is damaged or of another kind, no such column, or too little text; says
+            how much there is.
     """
-    tokens = _tokens(text, AutoTokenizer.from_pretrained(tokenizer), column)
+    for name, value in (("length", length), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}; allowed: a whole number, at least 1.")
+    tokens = _tokens(text, _tokenizer(tokenizer), column)
     wanted = count * batch_size * length
     stream = torch.tensor(list(islice(tokens, wanted)))
     if len(stream) < wanted:
@@ -35,15 +41,32 @@ def calibration_batches(
     return [{"input_ids": batch} for batch in stream.view(count, batch_size, length)]
 
 
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no tokenizer can be read from {name} ({reason}); give --tokenizer.") from error
+
+
 def _tokens(text: str, tokenizer, column: str) -> Iterator[int]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for example in _examples(text):
         if column not in example:
             raise ValueError(f"{text} has no column '{column}'; it has {', '.join(example)}: give --text-column.")
+        if not isinstance(example[column], str):
+            raise ValueError(f"{text}: the column '{column}' holds {example[column]!r}, expected text.")
         yield from chain(tokenizer(example[column], add_special_tokens=False)["input_ids"], end)
 
 
-def _examples(text: str):
+def _examples(text: str) -> Iterator[dict]:
+    try:
+        yield from _dataset(text)
+    except (ArrowInvalid, DatasetsError) as error:
+        raise ValueError(f"{text} is damaged ({error}); give another text.") from error
+
+
+def _dataset(text: str):
     path = Path(text)
     if path.suffix in FORMATS:
         if not path.is_file():

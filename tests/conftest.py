@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,9 +13,18 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
-from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
-from hf_compressm import install_scan, parameter_groups, uninstall_scan
+from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
+from hf_compressm.history import History, save_history
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, LENGTH, LAYERS, STATE_SIZE = 512, 32, 2, 16
@@ -92,6 +102,44 @@ def learned(blocks) -> dict[str, torch.Tensor]:
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).split(8)[:200]
     train_steps(model, optimizer, [{"input_ids": blocks[i], "labels": blocks[i]} for i in order])
     return weights_of(model)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, verses, blocks) -> Path:
+    """`text.txt`, and saved models: `whole`, and with their histories `uniform` (N = 4) and `per_layer`."""
+    install_scan()
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "text.txt").write_text("\n\n".join(verses))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(verses, vocab_size=VOCABULARY - 1, special_tokens=["<end>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<end>")
+    batches = [{"input_ids": each, "labels": each} for each in blocks[:240].split(8)]
+    for name, options in (
+        ("whole", None),
+        ("uniform", {"target_state_size": 4}),
+        ("per_layer", {"cut_fraction": 0.5, "allocation": "per_layer", "skip_layers": [1]}),
+    ):
+        model = build_model()
+        train_steps(model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3), batches)
+        if options is not None:
+            config = CompreSSMConfig(calibration_batches=4, **options)
+            save_history(History({}, events=[compress(model, analyze(model, batches, config))]), folder / name)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """All that lies in a folder: path → bytes of a file, or whether it is a link."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        is_plain = path.is_file() and not path.is_symlink()
+        found[str(path.relative_to(folder))] = path.read_bytes() if is_plain else str(path.is_symlink())
+    return found
+
+
+def copy_of(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder, symlinks=True))
 
 
 def build_trainer(folder, dataset, callbacks=(), model=None, eval_dataset=None, **changes) -> Trainer:

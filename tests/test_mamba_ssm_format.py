@@ -316,6 +316,25 @@ def test_a_flipped_bit_is_refused(checkpoint):
         read_mamba_ssm(checkpoint)
 
 
+def test_a_record_without_data_is_refused(checkpoint):
+    """One flipped bit makes a directory of a record; torch would leave whatever is in memory in the tensor's place."""
+    file = checkpoint / "pytorch_model.bin"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02", content.index(b"/data/1PK\x01\x02")) + 38] |= 0x10
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="truncated, damaged"):
+        read_mamba_ssm(checkpoint)
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path, monkeypatch):
+    write_mamba_ssm(random_model(), tmp_path / "one")
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    write_mamba_ssm(random_model(), tmp_path / "two")
+    assert (tmp_path / "one" / "pytorch_model.bin").read_bytes() == (
+        tmp_path / "two" / "pytorch_model.bin"
+    ).read_bytes()
+
+
 class Touch:
     """An object that touches a file when it is unpickled."""
 

@@ -18,8 +18,8 @@ ORDER = """
     engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
     engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
-    calibration measurement selective_analysis time_invariant_analysis analysis allocation history reduction monitor
-    adoption checkpoint snapshot safety_net announcements
+    calibration measurement selective_analysis time_invariant_analysis analysis allocation records history reduction
+    monitor adoption checkpoint snapshot safety_net announcements
     plotting.figures plotting.spectra plotting.trajectories plotting.runs plotting.results plotting
     mamba_ssm_format loading export pictures model_card hub publication attachment callback
     environment text cli

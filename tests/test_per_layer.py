@@ -186,3 +186,13 @@ def test_a_class_of_the_users_own_is_refused(batches):
     with pytest.raises(ValueError, match="layers of a Own would have"):
         shrink_state(model, {0: Selection(torch.arange(4)), 1: Selection(torch.arange(9))})
     assert model.config.state_size == 16
+
+
+def test_more_than_ten_layers(tmp_path):
+    """Transformers numbers them with leading zeros then."""
+    sizes = [5, 16, 3, *[16] * 8, 7]
+    model = build_model(num_hidden_layers=12)
+    shrink_state(model, {i: Selection(torch.arange(size)) for i, size in enumerate(sizes)})
+    model.save_pretrained(tmp_path)
+    assert check_checkpoint(tmp_path) == sizes
+    assert list(state_sizes(AutoModelForCausalLM.from_pretrained(tmp_path)).values()) == sizes

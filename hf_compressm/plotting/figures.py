@@ -102,14 +102,12 @@ def size_change(before: Sequence[int], after: Sequence[int]) -> str:
 def write_above(axes: "Axes", notes: Sequence[tuple[float, str, str]]) -> None:
     """Upright notes above the axes, each at its x; those too close move apart, with a line to where they belong.
 
-    Call it when all data are drawn: the limits of x stay from then on. Of more notes than fit it writes every second,
-    or third, and so on.
+    Call it when all data are drawn. Of more notes than fit it writes every second, or third, and so on.
 
     Args:
         notes: (x, text, colour).
     """
     left, right = axes.get_xlim()
-    axes.set_xlim(left, right)
     notes = sorted(notes)[:: max(1, math.ceil(NOTE_WIDTH * len(notes)))]
     places = _apart([(x - left) / (right - left) for x, _, _ in notes], NOTE_WIDTH)
     for (x, text, color), place in zip(notes, places, strict=True):
