@@ -26,7 +26,7 @@ from .plotting import plot_energy_map, save_figure
 from .reduction import StateReport, analyze, compress
 from .text import calibration_batches
 
-BAD_INPUT, FAILED = 2, 1  # exit codes, beside 0
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes, beside 0
 FORMATS = ("uniform", "bf16", "sharded", "mamba_ssm")
 DESCRIPTION = """Find out what the states of a Mamba language model do, remove those that do little, share the result.
 
@@ -39,7 +39,7 @@ EXAMPLES = """examples:
   hf-compressm push small user/mamba-small --license apache-2.0 --private
   hf-compressm env
 
-exit codes: 0 done, 2 bad input (nothing was changed), 1 the work or the Hub failed"""
+exit codes: 0 done, 2 bad input (nothing was changed), 1 the work or the Hub failed, 130 interrupted"""
 EXPORT_HELP = """Write MODEL in the form that another tool wants, into the new folder OUTPUT. The logits are compared
 with those of MODEL before anything is called done.
 
@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, OSError, HfHubHTTPError, SafetensorError) as error:
         print(f"hf-compressm {options.command} failed: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 

@@ -1,6 +1,7 @@
 """The safety net: a cut that hurt is undone, and training goes on as if it had never been made."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,8 @@ def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(tmp_path, dataset
     assert [losses[step] for step in range(7, 21)] == [expected[step] for step in range(7, 21)]
     (event,) = callback.history.events
     assert (event.step, event.rolled_back_at, callback.history.state_sizes) == (5, 6, [16, 16])
+    callback.history.events.append(replace(event, step=None, rolled_back_at=None))  # cut once more, after training
+    assert callback.history.state_sizes == event.state_sizes_after
     assert "before the cut at step 5; back to state size 16" in capsys.readouterr().out
     assert not (tmp_path / "_rollback").exists()
 
