@@ -29,7 +29,9 @@ def pretrain(
 ) -> subprocess.CompletedProcess:
     command = [*launcher, str(script), *options, "--output_dir", str(folder), *more]
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder.parent / "cache"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment)
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert not check or finished.returncode == 0, f"{finished.stdout[-2000:]}\n{finished.stderr[-8000:]}"
+    return finished
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def launcher_of(configuration: str) -> list[str]:
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(ROOT / "scripts" / "accelerate" / f"{configuration}.yaml")),
+        *("--main_process_port", "0"),  # a free one
     ]
 
 
