@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .kernels import scan_name
+from .kernels import scan_in_force
 
 PACKAGES = (
     "hf_compressm torch transformers accelerate datasets safetensors huggingface_hub numpy matplotlib mamba-ssm "
@@ -26,4 +26,4 @@ def env_report() -> dict[str, str]:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report["CUDA devices"] = ", ".join(names) or "none"
     report["CPU threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    return report | {f"scan on {device}": scan_name(device) for device in devices}
+    return report | {f"scan on {device}": scan_in_force(device) for device in devices}

@@ -14,7 +14,8 @@ import hf_compressm
 
 # Imports run one way: a file may import from those before it.
 ORDER = """
-    hankel kernels.torch_scan selective criteria kernels.dispatch kernels layouts config files
+    hankel kernels.operators kernels.torch_scan selective criteria kernels.cpu_scan kernels.dispatch kernels.scan
+    kernels.installation kernels layouts config files
     engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
     engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
@@ -24,7 +25,7 @@ ORDER = """
     mamba_ssm_format loading export pictures model_card hub publication attachment callback
     environment text cli
 """.split()
-MATHEMATICS = {"hankel", "kernels.torch_scan", "selective", "criteria", "lru.linear_recurrence"}
+MATHEMATICS = {"hankel", "kernels.operators", "kernels.torch_scan", "selective", "criteria", "lru.linear_recurrence"}
 
 USE = """
     import sys, torch

@@ -1,123 +1,76 @@
-"""Which scan a Mamba layer runs, and the one door through which statistics see what it is given.
+"""Which scan serves a tensor: the one place that decides.
 
-Transformers' `modeling_mamba` calls module-level functions: the mamba-ssm and causal-conv1d kernels where those
-packages are installed, else a reference in PyTorch. `install_scan` puts ours in their place. A kernel still serves the
-CUDA tensors it was written for; everything else gets `torch_scan`, and CPU tensors never reach a CUDA kernel.
+By device, from what is there: mamba-ssm, then Triton on CUDA; on a CPU the kernel that is compiled on first use; else
+PyTorch. `HF_COMPRESSM_SCAN` names one to be taken wherever it can serve: torch, cpu, triton or mamba_ssm.
 """
 
-import functools
-import inspect
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from importlib.util import find_spec
 
-from torch import Tensor
-from transformers.models.mamba import modeling_mamba
+import torch
 
-from .torch_scan import effective_time_step, selective_scan, state_dtype
+from .cpu_scan import is_available as cpu_kernel_is_available
+from .cpu_scan import scan as cpu_scan
+from .operators import Scan
+from .torch_scan import scan as torch_scan
 
-# observer(u, Δ, A, B, C, gate): shapes as in `selective_scan`, Δ effective, all in the states' dtype but the gate.
-Observer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
-
-_originals: dict[str, Callable] = {}  # what install_scan replaced; empty when it is not installed
-_observer: Observer | None = None
+VARIABLE = "HF_COMPRESSM_SCAN"
+NAMES = ("torch", "cpu", "triton", "mamba_ssm")
+PREFERENCE = {"cuda": ("mamba_ssm", "triton", "torch"), "cpu": ("cpu", "torch")}
 
 
-def install_scan() -> None:
-    """Let every `transformers` Mamba model in this process run this package's scan where mamba-ssm does not serve.
+@torch.compiler.assume_constant_result
+def scan_name(device_type: str, dtype: torch.dtype = torch.float32, own: bool = False) -> str:
+    """The implementation for this kind of device and dtype of the states: one of `NAMES`.
 
-    Explicit, global, reversible with `uninstall_scan`; a second call changes nothing.
+    Args:
+        own: leave out mamba-ssm, which is reached through Transformers only.
+
+    Raises:
+        ValueError: the environment names a scan that does not exist.
     """
-    if _originals:
-        return
-    replacements = {
-        "mamba_selective_scan": _scan,
-        "mamba_inner_fn": _fused_block,
-        "mamba_selective_state_update": _cuda_kernel_or_reference("mamba_selective_state_update"),
-        "causal_conv1d_fn": _cuda_kernel_or_reference("causal_conv1d_fn"),
-        "causal_conv1d_update": _cuda_kernel_or_reference("causal_conv1d_update"),
-    }
-    for name, replacement in replacements.items():
-        _originals[name] = getattr(modeling_mamba, name)
-        setattr(modeling_mamba, name, replacement)
+    names = [*requested_scan(), *PREFERENCE.get(device_type, ()), "torch"]
+    return next(name for name in names if _serves(name, device_type, dtype) and not (own and name == "mamba_ssm"))
 
 
-def uninstall_scan() -> None:
-    """Put back what `install_scan` replaced; without it, change nothing."""
-    while _originals:
-        name, original = _originals.popitem()
-        setattr(modeling_mamba, name, original)
+def requested_scan() -> list[str]:
+    """What the environment asks for: one name, or none."""
+    name = os.environ.get(VARIABLE, "")
+    if name and name not in NAMES:
+        raise ValueError(f"{VARIABLE} = {name!r}; allowed: {', '.join(NAMES)}.")
+    return [name] if name else []
 
 
-def scan_is_installed() -> bool:
-    """Whether `install_scan` is in force."""
-    return bool(_originals)
+def choose_scan(device_type: str, dtype: torch.dtype, implementation: str | None = None) -> Scan:
+    """The operator for this kind of device and dtype of the states, or the one that is asked for by name.
+
+    Raises:
+        ValueError: that one does not exist, or cannot serve here.
+    """
+    name = implementation or scan_name(device_type, dtype, own=True)
+    if implementation and (name not in NAMES or name == "mamba_ssm" or not _serves(name, device_type, dtype)):
+        raise ValueError(f"implementation = {name!r} does not compute on {device_type} in {dtype}; leave it out.")
+    if name == "triton":
+        from .triton_scan import scan as triton_scan  # Triton is optional
+
+        return triton_scan
+    return cpu_scan if name == "cpu" else torch_scan
 
 
-def reference_loop_would_run(device_type: str) -> bool:
-    """Whether a Mamba model on this kind of device would train with Transformers' loop, quadratic in L."""
-    return not scan_is_installed() and not _mamba_ssm_serves(device_type)
-
-
-def scan_name(device_type: str) -> str:
-    """Which scan a Mamba model on this kind of device runs now."""
-    if _mamba_ssm_serves(device_type):
-        return "mamba-ssm"
-    return "hf_compressm's torch scan" if scan_is_installed() else "Transformers' loop (call install_scan())"
-
-
-@contextmanager
-def scan_installed() -> Iterator[None]:
-    """The scan installed within a `with` block, and as before afterwards."""
-    was_installed = scan_is_installed()
-    install_scan()
-    try:
-        yield
-    finally:
-        if not was_installed:
-            uninstall_scan()
-
-
-@contextmanager
-def observed_scan(observer: Observer) -> Iterator[None]:
-    """Within the block every scan of a model in eval mode is shown to `observer` before it runs."""
-    global _observer
-    with scan_installed():
-        previous, _observer = _observer, observer
-        try:
-            yield
-        finally:
-            _observer = previous
-
-
-def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **options):
-    """In the place of `modeling_mamba.mamba_selective_scan`, whose signature it has."""
-    if _observer is not None:
-        dtype = state_dtype(u, A)
-        step = effective_time_step(dt.to(dtype), delta_bias, delta_softplus)
-        _observer(u.to(dtype), step, A.to(dtype), B.to(dtype), C.to(dtype), z)
-    if _mamba_ssm_serves(u.device.type):
-        original = _originals["mamba_selective_scan"]
-        return original(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
-    return selective_scan(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=return_last_state)
-
-
-def _fused_block(xz, *args, **kwargs):
-    """In the place of `mamba_inner_fn`: None is how the fused path says 'not me'."""
-    return _originals["mamba_inner_fn"](xz, *args, **kwargs) if xz.is_cuda else None
-
-
-def _cuda_kernel_or_reference(name: str) -> Callable:
-    original = getattr(modeling_mamba, name)
-
-    @functools.wraps(original)
-    def dispatch(tensor, *args, **kwargs):
-        function = original if tensor.is_cuda else inspect.unwrap(original)
-        return function(tensor, *args, **kwargs)
-
-    return dispatch
-
-
-def _mamba_ssm_serves(device_type: str) -> bool:
-    """Transformers takes mamba-ssm whenever it can be imported; it computes on CUDA tensors only."""
+def mamba_ssm_serves(device_type: str) -> bool:
+    """Transformers takes mamba-ssm whenever it could be imported; it computes on CUDA tensors only."""
     return device_type == "cuda" and sys.modules.get("mamba_ssm") is not None
+
+
+def _serves(name: str, device_type: str, dtype: torch.dtype) -> bool:
+    if name == "torch":
+        return True
+    if dtype != torch.float32:
+        return False
+    if name == "mamba_ssm":
+        return mamba_ssm_serves(device_type)
+    if name == "triton":
+        interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        return (device_type == "cuda" or interpreted) and find_spec("triton") is not None
+    return device_type == "cpu" and cpu_kernel_is_available()

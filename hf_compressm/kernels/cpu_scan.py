@@ -1,0 +1,92 @@
+"""The selective scan on a CPU by a kernel in C++, `cpu_scan.cpp`, compiled on first use and kept.
+
+Needs GCC. Where that is missing or fails, one warning says so and the scan in PyTorch serves. The kernel lies in
+`$XDG_CACHE_HOME/hf_compressm`, under a name made from its source, torch and this processor.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
+from transformers.utils import logging
+
+from .operators import define_scan
+
+logger = logging.get_logger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = "-std=c++20 -O3 -march=native -fopenmp -fPIC -shared -w".split()
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether the kernel is there; the first call compiles it."""
+    try:
+        library = _library()
+        if not library.exists():
+            logger.warning(f"hf_compressm compiles its scan for this processor, once (about ten seconds): {library}")
+            _compile(library)
+        torch.ops.load_library(str(library))
+    except Exception as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+        logger.warning(
+            f"The scan of hf_compressm could not be compiled ({reason[0]}); the slower one in PyTorch serves. "
+            "Install GCC 12 or newer, or set HF_COMPRESSM_SCAN=torch to be spared this."
+        )
+        return False
+    return True
+
+
+def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep):
+    """See `operators`."""
+    return torch.ops.hf_compressm_cpu.forward(
+        u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep
+    )
+
+
+def backward(grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept):
+    """See `operators`."""
+    return torch.ops.hf_compressm_cpu.backward(
+        grad_y, grad_last_state.contiguous(), u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
+    )
+
+
+def _library() -> Path:
+    """Where the kernel for this source, torch and processor lies, or will."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else [platform.processor()]
+    processor = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    parts = [SOURCE.read_text(), torch.__version__, platform.machine(), *FLAGS, *processor, *_compiler()]
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "hf_compressm" / f"cpu_scan_{name}.so"
+
+
+def _compiler() -> list[str]:
+    return [get_cxx_compiler(), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+
+
+def _compile(library: Path) -> None:
+    """Compile aside and rename, so that processes that start together do not wait for each other."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in include_paths()]
+    # Not OpenMP's: torch brings its own, and two of them fight for the cores.
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        aside = Path(folder) / library.name
+        command = [*_compiler(), *FLAGS, *includes, str(SOURCE), *libraries, "-o", str(aside)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        aside.rename(library)
+
+
+def _kept_shape(batch: int, channels: int, states: int, chunks: int) -> tuple[int, ...]:
+    return batch, chunks, states, channels
+
+
+scan = define_scan("cpu", forward, backward, _kept_shape)

@@ -1,0 +1,83 @@
+"""The selective scan, by whichever implementation serves best."""
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose_scan
+
+
+def selective_scan(
+    u: Tensor,
+    time_step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    gate: Tensor | None = None,
+    time_step_bias: Tensor | None = None,
+    softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan of Mamba (Gu & Dao, arXiv 2312.00752, algorithm 2), differentiable once.
+
+    States are float32 (float64 if any input is) whatever the inputs are, inside autocast too.
+
+    Args:
+        u: input, (batch, D, L).
+        time_step: Δ, (batch, D, L), before the bias and the softplus where those are given.
+        A: decay rates, negative, (D, N).
+        B: input map, (batch, N, L).
+        C: output map, (batch, N, L).
+        D: skip connection, (D,).
+        gate: z, (batch, D, L); the output is multiplied by silu(z).
+        time_step_bias: (D,).
+        softplus: apply softplus to the biased time step.
+        initial_state: h_0, (batch, D, N); zero if not given.
+        return_last_state: also return h_L.
+        implementation: "torch", "cpu" or "triton"; by default what `dispatch` chooses for the device.
+
+    Returns:
+        y, (batch, D, L), in the dtype of u; with `return_last_state` also h_L, (batch, D, N), in the states' dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an implementation that cannot serve here.
+    """
+    _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
+    dtype = state_dtype(u, time_step, A, B, C)
+    scan = choose_scan(u.device.type, dtype, implementation)
+    A, D, time_step_bias, initial_state = (
+        None if tensor is None else tensor.to(dtype).contiguous() for tensor in (A, D, time_step_bias, initial_state)
+    )
+    tensors = (u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    y, last_state, *_ = scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep)
+    return (y, last_state) if return_last_state else y
+
+
+def state_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of the tensors is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state) -> None:
+    if u.ndim != 3:
+        raise ValueError(f"u has shape {tuple(u.shape)}, expected (batch, D, L).")
+    batch, channels, length = u.shape
+    state_size = A.shape[-1]
+    expected = {
+        "time_step": (time_step, (batch, channels, length)),
+        "A": (A, (channels, state_size)),
+        "B": (B, (batch, state_size, length)),
+        "C": (C, (batch, state_size, length)),
+        "D": (D, (channels,)),
+        "gate": (gate, (batch, channels, length)),
+        "time_step_bias": (time_step_bias, (channels,)),
+        "initial_state": (initial_state, (batch, channels, state_size)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {shape} for u of shape {tuple(u.shape)}."
+            )
