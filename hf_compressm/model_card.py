@@ -66,7 +66,7 @@ def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | No
     check_language_model(folder)
     template = files("hf_compressm").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     name = details.name or repo_id.rpartition("/")[2]
-    facts = _facts(folder, sizes, history) | _results(details) | _cuts(history)
+    facts = _facts(folder, sizes, history) | _results(details, history) | _cuts(history)
     pictures = {f"has_{Path(picture).stem.split('_')[-1]}": (folder / picture).exists() for picture in PICTURES}
     card = ModelCard.from_template(
         _card_data(details, name), template_str=template, name=name, repo_id=repo_id, **facts, **pictures
@@ -156,13 +156,16 @@ def _cut_row(cut: ReductionEvent) -> dict:
     }
 
 
-def _results(details: CardDetails) -> dict:
-    """What a Trainer's log says: the last evaluation, and the speed at the first and at the last size."""
+def _results(details: CardDetails, history: History) -> dict:
+    """What a Trainer's log says: the last evaluation, and the speed up to the first cut and after the last one."""
     losses = [entry["eval_loss"] for entry in details.log_history if "eval_loss" in entry]
-    rates = [entry["tokens_per_second"] for entry in details.log_history if "tokens_per_second" in entry]
+    steps = [cut.step for cut in history.standing_cuts if cut.step is not None]
+    rates = [entry for entry in details.log_history if "tokens_per_second" in entry and steps]
+    before = [entry["tokens_per_second"] for entry in rates if entry["step"] <= steps[0]]
+    after = [entry["tokens_per_second"] for entry in rates if entry["step"] > steps[-1]]
     return {
         "evaluation_loss": _loss_text(losses[-1]) if losses else None,
-        "tokens_per_second": [f"{rates[0]:,.0f}", f"{rates[-1]:,.0f}"] if len(rates) > 1 else None,
+        "tokens_per_second": [f"{before[0]:,.0f}", f"{after[-1]:,.0f}"] if before and after else None,
     }
 
 

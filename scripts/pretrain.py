@@ -119,17 +119,18 @@ class ThroughputCallback(TrainerCallback):
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.size: str | None = None  # at which the last step ran
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seconds[size_of(model)].append(time.perf_counter() - self.started)
+        self.size = size_of(model)
+        self.seconds[self.size].append(time.perf_counter() - self.started)
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if "loss" in logs:
-            rate = self.rates().get(size_of(model))
-            measured = {"tokens_per_second": round(rate)} if rate else {}
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.size is not None and ("loss" in logs or "compressm/state_size" in logs):  # at a cut: as it was before
+            measured = {"tokens_per_second": round(self.rates()[self.size])}
             logs |= measured
             state.log_history[-1] |= measured  # which the model's card reads
 

@@ -9,9 +9,9 @@ take them whole. The contract, with chunks of `CHUNK` positions:
         → the gradients for u, time_step, A, B, C, D, gate, time_step_bias and initial_state
 
 Shapes as in `selective_scan`. A, D, the bias and the states have one dtype, in which everything is computed; the
-others may be narrower. D, gate, bias and initial state may be None; their gradients are then of no meaning. With `keep`
-the forward pass saves what its backward pass needs: the states at the start of every chunk, and y before its gate.
-y lies in memory as (batch, L, D), as the projection after it reads it; a gradient as what it is for.
+others may be narrower. D, gate, bias and initial state may be None; their gradients are then of no meaning. With
+`keep` the forward pass saves what its backward pass needs: the states at the start of every chunk, (batch, chunks, N,
+D), and y before its gate. y lies in memory as (batch, L, D), as the projection after it reads it; a gradient as what it is for.
 """
 
 from collections.abc import Callable
