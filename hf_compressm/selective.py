@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .hankel import hankel_singular_values
-from .kernels.torch_scan import states
 
 SAMPLED_CHANNELS = 32
 RIDGE = 1e-4  # of the mean diagonal of Π_KK, so that near-collinear states leave the solve well posed
-CHUNK = 8  # sequence positions whose states are held at a time
 
 Surrogate = Literal["mean", "second_moment"]
 
@@ -65,58 +63,61 @@ class Statistics:
         B: Tensor,
         C: Tensor,
         gate: Tensor | None,
+        states: Tensor,
         channel_weight: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Add a batch, as the scan saw it; nothing of the size (batch, L, D, N) is made.
+        """Add tokens: T positions of each sequence of a batch, any of them, in any order.
 
         Args:
-            u, time_step: input and effective Δ, (batch, D, L).
+            u, time_step: input and effective Δ, (batch, D, T).
             A: (D, N), negative.
-            B, C: (batch, N, L).
-            gate: z, (batch, D, L); None for an ungated output.
+            B, C: (batch, N, T).
+            gate: z, (batch, D, T); None for an ungated output.
+            states: h, (batch, T, N, D).
             channel_weight: w, (D,).
-            mask: 1 for tokens that count, 0 for padding, (batch, L).
+            mask: 1 for tokens that count, 0 for padding, (batch, T).
         """
         with torch.autocast(u.device.type, enabled=False):
             mask = torch.ones_like(u[:, 0]) if mask is None else mask.to(u.dtype)
-            gain = (channel_weight.to(u.dtype)[:, None] * mask[:, None]).expand_as(u)  # w_d g_d², (batch, D, L)
+            gain = (channel_weight.to(u.dtype)[:, None] * mask[:, None]).expand_as(u)  # w_d g_d², (batch, D, T)
             if gate is not None:
                 gain = gain * F.silu(gate.to(u.dtype)).square()
             B, C = B * mask[:, None], C * mask[:, None]
             self.tokens += mask.sum()
             self._accumulate_maps(time_step, time_step * u, B, C, gain)
-            # As the states come: (L, batch, …).
-            gain, C, mask = gain.permute(2, 0, 1), C.permute(2, 0, 1), mask.T
-            for positions, decay, h in states(u, time_step, A, B, CHUNK):
-                self._accumulate_decay(decay.mul_(mask[positions, :, None, None]))
-                self._accumulate_output(h, C[positions], gain[positions])
+            for i in range(len(u)):  # a sequence at a time, to hold little at a time
+                self._accumulate_decay(
+                    torch.expm1(time_step[i].T.unsqueeze(-1) * A).neg_().mul_(mask[i, :, None, None])
+                )
+                self._accumulate_output(states[i], C[i].T, gain[i].T)
 
     def _accumulate_maps(self, time_step: Tensor, drive: Tensor, B: Tensor, C: Tensor, gain: Tensor) -> None:
-        """Time step, drive Δ u and gain (batch, D, L), B and C (batch, N, L)."""
+        """Time step, drive Δ u and gain (batch, D, T), B and C (batch, N, T)."""
         sample = sampled_channels(drive.shape[1]).to(drive.device)
-        self.input_map += torch.einsum("bdl,bnl->dn", time_step, B)
-        self.input_square += torch.einsum("bdl,bnl->dn", drive.square(), B.square())
+        self.input_map += torch.einsum("bdt,bnt->dn", time_step, B)
+        self.input_square += torch.einsum("bdt,bnt->dn", drive.square(), B.square())
         self.output_map += C.sum((0, 2))
-        self.output_square += torch.einsum("bdl,bnl->dn", gain, C.square())
+        self.output_square += torch.einsum("bdt,bnt->dn", gain, C.square())
         self.sampled_input += _outer_sums(drive[:, sample].square(), B)
         self.sampled_output += _outer_sums(gain[:, sample], C)
 
     def _accumulate_decay(self, decay: Tensor) -> None:
-        """Decay x (t, batch, D, N)."""
-        sample = sampled_channels(decay.shape[2]).to(decay.device)
-        sampled = decay[:, :, sample].flatten(0, 1).transpose(0, 1).contiguous().double()  # (S, t·batch, N)
+        """Decay x (T, D, N)."""
+        sample = sampled_channels(decay.shape[1]).to(decay.device)
+        sampled = decay[:, sample].transpose(0, 1).double()  # (S, T, N)
         self.sampled_decay += sampled.mT @ sampled
-        total = decay.sum((0, 1)).double()
+        total = decay.sum(0).double()
         total[sample] = sampled.sum(1)
         self.decay += total
-        self.decay_square += decay.square_().sum((0, 1))
+        self.decay_square += decay.square_().sum(0)
 
     def _accumulate_output(self, h: Tensor, C: Tensor, gain: Tensor) -> None:
-        """States h (t, batch, D, N), C (t, batch, N), gain (t, batch, D)."""
-        gated = h.mul_(gain.sqrt().unsqueeze(-1)).flatten(0, 2)
-        self.gated_covariance += gated.T @ gated
-        self.output_energy += h.mul_(C.unsqueeze(2)).square_().sum((0, 1, 2))
+        """States h (T, N, D), C (T, N), gain (T, D)."""
+        gated = h * gain.sqrt().unsqueeze(1)
+        by_state = gated.transpose(0, 1).flatten(1)  # (N, T·D)
+        self.gated_covariance += by_state @ by_state.T
+        self.output_energy += gated.mul_(C.unsqueeze(2)).square_().sum((0, 2))
 
 
 def sampled_channels(channels: int) -> Tensor:

@@ -8,6 +8,7 @@ from .config import CompreSSMConfig
 from .criteria import CRITERIA, LayerStates, choose_states, seeded_generator
 from .engines import full, sum_over_processes, together
 from .kernels import observed_scan
+from .kernels.operators import CHUNK
 from .layouts import (
     STATE_INPUT,
     STATE_OUTPUT,
@@ -42,6 +43,12 @@ class SelectiveAnalysis:
         for statistics in self.statistics.values():
             sum_over_processes(vars(statistics).values())
         self.tokens = int(next(iter(self.statistics.values())).tokens)
+        with together():
+            if self.tokens == 0:
+                raise ValueError(
+                    f"the calibration sequences are too short: states are sampled every {CHUNK} positions, and all of "
+                    "these are padding. Give longer sequences, or pad on the left."
+                )
         self.energies = score_states(model, self.statistics, self.criterion, config.calibration_seed)
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
@@ -91,9 +98,10 @@ def collect_statistics(model: nn.Module, batches: list[Batch]) -> dict[int, Stat
     ]
     mask = None
 
-    def observer(u, time_step, A, B, C, gate):
+    def observer(positions, **sample):
         index = running.pop()
-        statistics[index].accumulate(u, time_step, A, B, C, gate, weights[index], mask)
+        counted = None if mask is None else mask[:, positions]
+        statistics[index].accumulate(**sample, channel_weight=weights[index], mask=counted)
 
     try:
         with observed_scan(observer):

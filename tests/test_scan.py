@@ -14,6 +14,7 @@ from transformers.models.mamba import modeling_mamba
 
 from hf_compressm import install_scan, uninstall_scan
 from hf_compressm.kernels import observed_scan, scan_installed, scan_is_installed, selective_scan
+from hf_compressm.kernels.scan import sampled_scan
 
 ORIGINALS = {
     name: getattr(modeling_mamba, name)
@@ -327,7 +328,7 @@ def test_scan_installed_leaves_things_as_before_even_after_an_error(installed_be
 
 @pytest.mark.parametrize("installed_before", [False, True])
 @torch.no_grad()
-def test_an_observer_sees_the_scan_of_every_layer_once_with_the_effective_time_step(installed_before):
+def test_an_observer_sees_each_layers_scan_once_at_the_ends_of_its_chunks(installed_before):
     if installed_before:
         install_scan()
     model, ids = small_model().eval(), token_ids()
@@ -348,20 +349,32 @@ def test_an_observer_sees_the_scan_of_every_layer_once_with_the_effective_time_s
     for mixer in mixers:
         mixer.in_proj.register_forward_hook(gate_of)
         mixer.x_proj.register_forward_hook(scan_of(mixer))
-    with observed_scan(lambda *tensors: seen.append(tensors)):
+    with observed_scan(lambda positions, **sample: seen.append((positions, sample))):
         assert scan_is_installed()
-        model(ids)
+        logits = model(ids).logits
     assert scan_is_installed() == installed_before
-    model(ids)  # no longer observed
+    assert relative_error(model(ids).logits, logits) < 1e-5  # no longer observed
 
     assert len(seen) == len(mixers) == 2
-    for tensors, layer in zip(seen, expected, strict=False):
-        for name, tensor in zip(("u", "time_step", "A", "B", "C", "gate"), tensors, strict=True):
-            torch.testing.assert_close(tensor, layer[name], rtol=1e-5, atol=1e-6, msg=name)
-        u, time_step, A, B, C, gate = tensors
-        assert u.shape == time_step.shape == gate.shape == (3, 64, 21)
-        assert A.shape == (64, 7) and B.shape == C.shape == (3, 7, 21)
-        assert (time_step > 0).all()
+    for (positions, sample), layer in zip(seen, expected, strict=False):
+        assert positions.tolist() == [15, 20] and sample["states"].shape == (3, 2, 7, 64)
+        for name, value in layer.items():
+            at_ends = value if name == "A" else value[..., positions]
+            torch.testing.assert_close(sample[name], at_ends, rtol=1e-5, atol=1e-6, msg=name)
+        for i, end in enumerate(positions):
+            part = {name: value if name == "A" else value[..., : end + 1] for name, value in layer.items()}
+            assert relative_error(sample["states"][:, i].mT, reference_scan(**part)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32])
+def test_a_sample_has_the_state_after_each_of_its_positions(length):
+    inputs = scan_inputs(length=length, options=("gate",))
+    y, last_state, positions, sample = sampled_scan(**inputs)
+    assert positions.tolist() == [*range(15, length, 16)] + [length - 1] * (length % 16 > 0)
+    assert torch.equal(sample["states"][:, -1].mT, last_state) and torch.equal(
+        sample["gate"], inputs["gate"][..., positions]
+    )
+    assert relative_error(y, reference_scan(**inputs)[0]) < 1e-12
 
 
 # A CUDA-only mamba-ssm beside a CPU model

@@ -290,4 +290,5 @@ def test_padded_batches_with_a_mask_are_calibrated_on_their_tokens_only(tmp_path
         )
     callback = cutting_callback()
     build_trainer(tmp_path, Dataset.from_list(rows), [callback]).train()
-    assert all(4 * 8 * 12 <= event.tokens < 4 * 8 * 32 for event in callback.history.events)
+    # of 32 positions the 16th and the last are read, one of which is a token in the longer rows
+    assert all(0 < event.tokens <= 4 * 8 for event in callback.history.events)

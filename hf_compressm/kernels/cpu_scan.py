@@ -85,8 +85,4 @@ def _compile(library: Path) -> None:
         aside.rename(library)
 
 
-def _kept_shape(batch: int, channels: int, states: int, chunks: int) -> tuple[int, ...]:
-    return batch, chunks, states, channels
-
-
-scan = define_scan("cpu", forward, backward, _kept_shape)
+scan = define_scan("cpu", forward, backward)

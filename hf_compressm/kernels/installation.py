@@ -10,15 +10,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 
 from .dispatch import mamba_ssm_serves, requested_scan, scan_name
-from .scan import selective_scan, state_dtype
-from .torch_scan import effective_time_step
+from .scan import sampled_scan, selective_scan
 
-# observer(u, Δ, A, B, C, gate): shapes as in `selective_scan`, Δ effective, all in the states' dtype but the gate.
-Observer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
+# observer(positions, **sample), as `sampled_scan` returns them.
+Observer = Callable[..., None]
 
 _originals: dict[str, Callable] = {}  # what install_scan replaced; empty when it is not installed
 _observer: Observer | None = None
@@ -85,7 +83,7 @@ def scan_installed() -> Iterator[None]:
 
 @contextmanager
 def observed_scan(observer: Observer) -> Iterator[None]:
-    """Within the block every scan of a model in eval mode is shown to `observer` before it runs."""
+    """Within the block every scan of a model in eval mode is sampled for `observer`, and runs by this package."""
     global _observer
     with scan_installed():
         previous, _observer = _observer, observer
@@ -98,9 +96,9 @@ def observed_scan(observer: Observer) -> Iterator[None]:
 def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **options):
     """In the place of `modeling_mamba.mamba_selective_scan`, whose signature it has."""
     if _observer is not None:
-        dtype = state_dtype(u, A)
-        step = effective_time_step(dt.to(dtype), delta_bias, delta_softplus)
-        _observer(u.to(dtype), step, A.to(dtype), B.to(dtype), C.to(dtype), z)
+        y, last_state, positions, sample = sampled_scan(u, dt, A, B, C, D, z, delta_bias, delta_softplus)
+        _observer(positions, **sample)
+        return (y, last_state) if return_last_state else y
     if scan_name(u.device.type) == "mamba_ssm":
         original = _originals["mamba_selective_scan"]
         return original(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)

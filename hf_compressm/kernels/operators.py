@@ -10,8 +10,9 @@ take them whole. The contract, with chunks of `CHUNK` positions:
 
 Shapes as in `selective_scan`. A, D, the bias and the states have one dtype, in which everything is computed; the
 others may be narrower. D, gate, bias and initial state may be None; their gradients are then of no meaning. With
-`keep` the forward pass saves what its backward pass needs: the states at the start of every chunk, (batch, chunks, N,
-D), and y before its gate. y lies in memory as (batch, L, D), as the projection after it reads it; a gradient as what it is for.
+`keep` the forward pass saves what its backward pass needs, and what statistics are made of: y before its gate, and
+the states at the start of every chunk, (batch, chunks, N, D). y lies in memory as (batch, L, D), as the projection
+after it reads it; a gradient as what it is for.
 """
 
 from collections.abc import Callable
@@ -24,12 +25,8 @@ CHUNK = 16  # positions between two states that the backward pass finds saved
 Scan = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-def define_scan(name: str, forward: Scan, backward: Callable, kept_shape: Callable[..., tuple[int, ...]]) -> Scan:
-    """The operator `hf_compressm::<name>_scan`, differentiable once: its gradient is an operator without one.
-
-    Args:
-        kept_shape: (batch, D, N, chunks) → shape of what is kept.
-    """
+def define_scan(name: str, forward: Scan, backward: Callable) -> Scan:
+    """The operator `hf_compressm::<name>_scan`, differentiable once: its gradient is an operator without one."""
 
     @torch.library.custom_op(f"hf_compressm::{name}_scan", mutates_args=())
     def scan(
@@ -71,12 +68,8 @@ def define_scan(name: str, forward: Scan, backward: Callable, kept_shape: Callab
 
     @scan.register_fake
     def _(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep):
-        batch, channels, length = u.shape
-        y, last_state = position_major(u), A.new_empty(batch, *A.shape)
-        if not keep:
-            return y, last_state, A.new_empty(0), A.new_empty(0)
-        kept = A.new_empty(kept_shape(batch, channels, A.shape[1], (length + CHUNK - 1) // CHUNK))
-        return y, last_state, position_major(u, A.dtype) if gate is not None else A.new_empty(0), kept
+        ungated = position_major(u, A.dtype) if keep and gate is not None else A.new_empty(0)
+        return position_major(u), A.new_empty(last_shape(u, A)), ungated, A.new_empty(kept_shape(u, A) if keep else 0)
 
     @scan_backward.register_fake
     def _(grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept):
@@ -117,3 +110,9 @@ def position_major(u: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def last_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
     """Of a state: (batch, D, N)."""
     return (u.shape[0], *A.shape)
+
+
+def kept_shape(u: Tensor, A: Tensor) -> tuple[int, int, int, int]:
+    """Of the states at the start of every chunk: (batch, chunks, N, D)."""
+    batch, channels, length = u.shape
+    return batch, (length + CHUNK - 1) // CHUNK, A.shape[1], channels

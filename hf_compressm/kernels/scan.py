@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose_scan
+from .operators import CHUNK
+from .torch_scan import effective_time_step
 
 
 def selective_scan(
@@ -44,16 +46,55 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit together, or an implementation that cannot serve here.
     """
+    tensors = (u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    y, last_state, *_ = _scan(*tensors, softplus, keep, implementation)
+    return (y, last_state) if return_last_state else y
+
+
+def sampled_scan(
+    u: Tensor,
+    time_step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    gate: Tensor | None = None,
+    time_step_bias: Tensor | None = None,
+    softplus: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """The scan without gradients, and what passed through it at the end of every chunk, one position in sixteen.
+
+    Returns:
+        y and h_L as of `selective_scan`; the positions, (P,); and at these u, time_step (effective) and gate, (batch,
+        D, P), B and C, (batch, N, P), the states, (batch, P, N, D), and A: all in the states' dtype but the gate.
+    """
+    y, last_state, _, kept = _scan(u, time_step, A, B, C, D, gate, time_step_bias, None, softplus, True, None)
+    ends = CHUNK * torch.arange(1, kept.shape[1] + 1, device=u.device) - 1
+    positions = ends.clamp(max=u.shape[2] - 1)
+    dtype = last_state.dtype
+    u, time_step, B, C = (tensor[..., positions].to(dtype) for tensor in (u, time_step, B, C))
+    sample = {
+        "u": u,
+        "time_step": effective_time_step(time_step, time_step_bias, softplus),
+        "A": A.to(dtype),
+        "B": B,
+        "C": C,
+        "gate": None if gate is None else gate[..., positions],
+        "states": torch.cat([kept[:, 1:], last_state.mT.unsqueeze(1)], 1),
+    }
+    return y, last_state, positions, sample
+
+
+def _scan(u, time_step, A, B, C, D, gate, time_step_bias, initial_state, softplus, keep, implementation):
+    """What the operator returns: y, last_state, ungated, kept."""
     _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
     dtype = state_dtype(u, time_step, A, B, C)
     scan = choose_scan(u.device.type, dtype, implementation)
     A, D, time_step_bias, initial_state = (
         None if tensor is None else tensor.to(dtype).contiguous() for tensor in (A, D, time_step_bias, initial_state)
     )
-    tensors = (u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
-    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    y, last_state, *_ = scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep)
-    return (y, last_state) if return_last_state else y
+    return scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep)
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:

@@ -7,13 +7,11 @@ its backward pass costs O(L²). Here the forward pass keeps one state in `CHUNK`
 between two of them: linear time, and few enough states at a time to stay in a cache.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import CHUNK, define_scan, last_shape, position_major
+from .operators import CHUNK, define_scan, kept_shape, last_shape, position_major
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep) -> tuple[Tensor, ...]:
@@ -22,10 +20,10 @@ def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_st
     time_step = effective_time_step(time_step, time_step_bias, softplus)
     step, drive, B, C = map(_time_major, (time_step, time_step * u_, B, C))  # (L, batch, …)
     h = A.new_zeros(last_shape(u, A)) if initial_state is None else initial_state.clone()
-    decay, output, kept = torch.empty_like(h), torch.empty_like(drive), []
+    decay, output, kept = torch.empty_like(h), torch.empty_like(drive), A.new_empty(kept_shape(u, A) if keep else 0)
     for t in range(len(step)):
         if keep and t % CHUNK == 0:
-            kept.append(h.clone())
+            kept[:, t // CHUNK] = h.mT
         torch.mul(step[t].unsqueeze(-1), A, out=decay).exp_()
         h.mul_(decay).baddbmm_(drive[t].unsqueeze(-1), B[t].unsqueeze(1))
         torch.bmm(h, C[t].unsqueeze(-1), out=output[t].unsqueeze(-1))
@@ -34,7 +32,7 @@ def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_st
         ungated += u_ * D[:, None]
     y = position_major(u).copy_(ungated if gate is None else ungated * F.silu(gate.to(A.dtype)))
     ungated = ungated if keep and gate is not None else A.new_empty(0)
-    return y, h, ungated, torch.stack(kept) if kept else A.new_empty(0)
+    return y, h, ungated, kept
 
 
 def backward(
@@ -71,9 +69,9 @@ def _recurrence_gradients(step, drive, B, C, grad_y, A, kept, grad_h) -> tuple[T
     grad_A, grad_B, grad_C = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
     decay, h = drive.new_empty(CHUNK, *grad_h.shape), drive.new_empty(CHUNK + 1, *grad_h.shape)
 
-    for start, first_state in reversed(list(zip(range(0, len(step), CHUNK), kept, strict=True))):
+    for start in reversed(range(0, len(step), CHUNK)):
         positions = range(start, min(start + CHUNK, len(step)))
-        h[0] = first_state
+        h[0] = kept[:, start // CHUNK].mT
         for i, t in enumerate(positions):
             torch.mul(step[t].unsqueeze(-1), A, out=decay[i]).exp_()
             torch.mul(h[i], decay[i], out=h[i + 1]).baddbmm_(drive[t].unsqueeze(-1), B[t].unsqueeze(1))
@@ -96,29 +94,6 @@ def effective_time_step(time_step: Tensor, bias: Tensor | None, softplus: bool) 
     return F.softplus(time_step) if softplus else time_step
 
 
-def states(u: Tensor, time_step: Tensor, A: Tensor, B: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The states themselves, a chunk of the sequence at a time and without gradients; shapes as in `selective_scan`.
-
-    Yields:
-        (positions, decay, h): a slice of the L positions, 1 - exp(Δ A) without cancellation and h, both
-        (positions, batch, D, N). The caller may overwrite both; the next chunk reuses them.
-    """
-    batch, channels, length = u.shape
-    step, drive, B = _time_major(time_step), _time_major(time_step * u), _time_major(B)
-    h = u.new_zeros(batch, channels, A.shape[1])
-    chunk = min(chunk, length)
-    decay_buffer, state_buffer = (u.new_empty(chunk, *h.shape) for _ in range(2))
-    for start in range(0, length, chunk):
-        positions = slice(start, min(start + chunk, length))
-        for i, t in enumerate(range(positions.start, positions.stop)):
-            decay = torch.mul(step[t].unsqueeze(-1), A, out=decay_buffer[i]).expm1_().neg_()
-            h = torch.addcmul(h, decay, h, value=-1, out=state_buffer[i])
-            h.baddbmm_(drive[t].unsqueeze(-1), B[t].unsqueeze(1))
-        count = positions.stop - positions.start
-        h = h.clone()
-        yield positions, decay_buffer[:count], state_buffer[:count]
-
-
 def _time_major(tensor: Tensor) -> Tensor:
     """(batch, X, L) → (L, batch, X), contiguous, so that a position is one block of memory."""
     return tensor.permute(2, 0, 1).contiguous()
@@ -129,6 +104,4 @@ def _like(tensor: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(tensor).copy_(values)
 
 
-scan = define_scan(
-    "torch", forward, backward, lambda batch, channels, states, chunks: (chunks, batch, channels, states)
-)
+scan = define_scan("torch", forward, backward)
