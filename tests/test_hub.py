@@ -604,6 +604,16 @@ def test_losses_that_are_no_numbers(hub, reduced, tmp_path, loss):
     assert linked_pictures(text) == set(PICTURES)
 
 
+def test_the_speeds_are_those_up_to_the_first_cut_and_after_the_last(hub, reduced, tmp_path):
+    model, history = reduced["uniform"]
+    history = History.from_dict(history.to_dict())
+    history.events[0].step = 3
+    folder = saved(model, history, tmp_path / "folder")
+    log = [{"step": step, "tokens_per_second": 1000.0 * step} for step in (2, 3, 4, 5)]
+    assert "| training speed, tokens per second | 2,000 | 5,000 |" in card_of(folder, CardDetails(log_history=log))
+    assert "tokens per second" not in card_of(folder, CardDetails(log_history=log[:2]))  # none after the cut
+
+
 def test_a_model_that_was_not_cut(hub, dataset, tmp_path):
     """Nothing could be removed: the card says so."""
     config = CompreSSMConfig(tolerance=1e-12, calibration_batches=2)
