@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from more; two workers share two cores
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on a CPU; read when triton is imported
 
 import pytest
 import torch

@@ -14,8 +14,8 @@ import hf_compressm
 
 # Imports run one way: a file may import from those before it.
 ORDER = """
-    hankel kernels.operators kernels.torch_scan selective criteria kernels.cpu_scan kernels.dispatch kernels.scan
-    kernels.installation kernels layouts config files
+    hankel kernels.operators kernels.torch_scan selective criteria kernels.cpp_scan kernels.triton_scan
+    kernels.dispatch kernels.scan kernels.installation kernels layouts config files
     engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
     engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru

@@ -37,7 +37,7 @@ def uninstalled_scan():
     uninstall_scan()
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=["torch", "cpp", "triton"])
 def implementation(request):
     return request.param
 
@@ -181,7 +181,8 @@ def test_bfloat16_inputs_give_bfloat16_output_from_float32_states(implementation
     expected_y, expected_state = reference_scan(**exact)
     assert relative_error(last_state, expected_state) < 1e-5
     scale = expected_y.abs().max().item()
-    torch.testing.assert_close(y.double(), expected_y, rtol=2**-8, atol=1e-5 * scale)  # the last rounding only
+    last_rounding = 2**-7 if implementation == "triton" else 2**-8  # Triton's interpreter cuts the bits off
+    torch.testing.assert_close(y.double(), expected_y, rtol=last_rounding, atol=1e-5 * scale)
 
     (y.float().sum() + last_state.sum()).backward()
     assert all(leaf.grad.dtype == torch.bfloat16 for leaf in inputs.values() if torch.is_tensor(leaf))

@@ -1,7 +1,7 @@
 """Which scan serves a tensor: the one place that decides.
 
 By device, from what is there: mamba-ssm, then Triton on CUDA; on a CPU the kernel that is compiled on first use; else
-PyTorch. `HF_COMPRESSM_SCAN` names one to be taken wherever it can serve: torch, cpu, triton or mamba_ssm.
+PyTorch. `HF_COMPRESSM_SCAN` names one to be taken wherever it can serve: torch, cpp, triton or mamba_ssm.
 """
 
 import os
@@ -10,14 +10,14 @@ from importlib.util import find_spec
 
 import torch
 
-from .cpu_scan import is_available as cpu_kernel_is_available
-from .cpu_scan import scan as cpu_scan
+from .cpp_scan import is_available as cpp_kernel_is_available
+from .cpp_scan import scan as cpp_scan
 from .operators import Scan
 from .torch_scan import scan as torch_scan
 
 VARIABLE = "HF_COMPRESSM_SCAN"
-NAMES = ("torch", "cpu", "triton", "mamba_ssm")
-PREFERENCE = {"cuda": ("mamba_ssm", "triton", "torch"), "cpu": ("cpu", "torch")}
+NAMES = ("torch", "cpp", "triton", "mamba_ssm")
+PREFERENCE = {"cuda": ("mamba_ssm", "triton", "torch"), "cpu": ("cpp", "torch")}
 
 
 @torch.compiler.assume_constant_result
@@ -55,7 +55,7 @@ def choose_scan(device_type: str, dtype: torch.dtype, implementation: str | None
         from .triton_scan import scan as triton_scan  # Triton is optional
 
         return triton_scan
-    return cpu_scan if name == "cpu" else torch_scan
+    return cpp_scan if name == "cpp" else torch_scan
 
 
 def mamba_ssm_serves(device_type: str) -> bool:
@@ -73,4 +73,4 @@ def _serves(name: str, device_type: str, dtype: torch.dtype) -> bool:
     if name == "triton":
         interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
         return (device_type == "cuda" or interpreted) and find_spec("triton") is not None
-    return device_type == "cpu" and cpu_kernel_is_available()
+    return device_type == "cpu" and cpp_kernel_is_available()

@@ -9,7 +9,7 @@ take them whole. The contract, with chunks of `CHUNK` positions:
         → the gradients for u, time_step, A, B, C, D, gate, time_step_bias and initial_state
 
 Shapes as in `selective_scan`. A, D, the bias and the states have one dtype, in which everything is computed; the
-others may be narrower. D, gate, bias and initial state may be None; their gradients are then of no meaning. With
+others may be narrower. D, gate, bias and initial state may be None; their gradients may then be anything. With
 `keep` the forward pass saves what its backward pass needs, and what statistics are made of: y before its gate, and
 the states at the start of every chunk, (batch, chunks, N, D). y lies in memory as (batch, L, D), as the projection
 after it reads it; a gradient as what it is for.
@@ -62,9 +62,13 @@ def define_scan(name: str, forward: Scan, backward: Callable) -> Scan:
         kept: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(u.device.type, enabled=False):
-            return backward(
+            *gradients, of_state = backward(
                 grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
             )
+        inputs = u, time_step, A, B, C, D, gate, time_step_bias
+        absent = A.new_empty(0)
+        given = (absent.clone() if value is None else g for value, g in zip(inputs, gradients, strict=True))
+        return *given, of_state
 
     @scan.register_fake
     def _(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep):

@@ -38,7 +38,7 @@ def selective_scan(
         softplus: apply softplus to the biased time step.
         initial_state: h_0, (batch, D, N); zero if not given.
         return_last_state: also return h_L.
-        implementation: "torch", "cpu" or "triton"; by default what `dispatch` chooses for the device.
+        implementation: "torch", "cpp" or "triton"; by default what `dispatch` chooses for the device.
 
     Returns:
         y, (batch, D, L), in the dtype of u; with `return_last_state` also h_L, (batch, D, N), in the states' dtype.

@@ -47,7 +47,7 @@ def backward(
     # Sums over channels go into as many slices as there are summands, or all into one, in any order.
     slices = blocks if torch.are_deterministic_algorithms_enabled() else 1
     of_B, of_C = A.new_zeros(2, slices, batch, length, A.shape[1])
-    of_A, of_state = A.new_empty(2, *last_shape(u, A))
+    of_A, of_state = (A.new_empty(last_shape(u, A)) for _ in range(2))
     of_D, of_bias = A.new_empty(2, batch, channels)
 
     grad_last_state = grad_last_state.contiguous()
@@ -59,7 +59,7 @@ def backward(
 
     of_B, of_C = of_B.sum(0), of_C.sum(0)
     of_u, of_step, of_B, of_C = map(_like, (u, time_step, B, C), (of_u, of_step, of_B, of_C))
-    of_gate = A.new_empty(0) if gate is None else _like(gate, of_gate)
+    of_gate = None if gate is None else _like(gate, of_gate)
     return of_u, of_step, of_A.sum(0), of_B, of_C, of_D.sum(0), of_gate, of_bias.sum(0), of_state
 
 

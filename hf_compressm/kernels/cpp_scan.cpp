@@ -372,7 +372,7 @@ Gradients scan_backward(
 
 }  // namespace
 
-TORCH_LIBRARY(hf_compressm_cpu, library) {
+TORCH_LIBRARY(hf_compressm_kernel, library) {
   library.def("forward", &scan_forward);
   library.def("backward", &scan_backward);
 }

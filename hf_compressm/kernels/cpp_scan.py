@@ -1,4 +1,4 @@
-"""The selective scan on a CPU by a kernel in C++, `cpu_scan.cpp`, compiled on first use and kept.
+"""The selective scan on a CPU by a kernel in C++, `cpp_scan.cpp`, compiled on first use and kept.
 
 Needs GCC. Where that is missing or fails, one warning says so and the scan in PyTorch serves. The kernel lies in
 `$XDG_CACHE_HOME/hf_compressm`, under a name made from its source, torch and this processor.
@@ -45,14 +45,14 @@ def is_available() -> bool:
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep):
     """See `operators`."""
-    return torch.ops.hf_compressm_cpu.forward(
+    return torch.ops.hf_compressm_kernel.forward(
         u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep
     )
 
 
 def backward(grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept):
     """See `operators`."""
-    return torch.ops.hf_compressm_cpu.backward(
+    return torch.ops.hf_compressm_kernel.backward(
         grad_y, grad_last_state.contiguous(), u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
     )
 
@@ -65,7 +65,7 @@ def _library() -> Path:
     parts = [SOURCE.read_text(), torch.__version__, platform.machine(), *FLAGS, *processor, *_compiler()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "hf_compressm" / f"cpu_scan_{name}.so"
+    return cache / "hf_compressm" / f"cpp_scan_{name}.so"
 
 
 def _compiler() -> list[str]:
@@ -85,4 +85,4 @@ def _compile(library: Path) -> None:
         aside.rename(library)
 
 
-scan = define_scan("cpu", forward, backward)
+scan = define_scan("cpp", forward, backward)
