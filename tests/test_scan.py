@@ -9,11 +9,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 
 from hf_compressm import install_scan, uninstall_scan
-from hf_compressm.kernels import observed_scan, scan_installed, scan_is_installed, selective_scan
+from hf_compressm.kernels import cpp_scan, observed_scan, scan_installed, scan_is_installed, selective_scan
 from hf_compressm.kernels.scan import sampled_scan
 
 ORIGINALS = {
@@ -301,6 +302,37 @@ def test_prefill_and_decoding_equal_the_full_forward():
     assert relative_error(torch.cat(logits, 1), full) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_size", [1, 3, 12, 16, 31, 128])
+@pytest.mark.parametrize("options", [(), ("D", "gate", "time_step_bias")], ids=["bare", "all-options"])
+def test_a_step_of_generation_equals_the_recurrence(state_size, options, dtype):
+    inputs = scan_inputs(3, 7, state_size, 1, options=(*options, "initial_state"))
+    inputs = {name: v.to(dtype).double() if torch.is_tensor(v) else v for name, v in inputs.items()}
+    expected, expected_state = reference_scan(**inputs)
+    state = inputs.pop("initial_state").float()
+    softplus = inputs.pop("softplus")
+    narrow = {name: v.to(dtype).squeeze(-1) if v.ndim == 3 else v.float() for name, v in inputs.items()}
+    renamed = {"u": "hidden_states", "time_step": "dt", "gate": "z", "time_step_bias": "dt_bias"}
+    arguments = {renamed.get(name, name): value for name, value in narrow.items()}
+    install_scan()
+    y = modeling_mamba.mamba_selective_state_update(state, dt_softplus=softplus, **arguments)
+    assert y.dtype == dtype and y.shape == (3, 7)
+    assert relative_error(state, expected_state) < 1e-6
+    assert relative_error(y, expected[..., 0]) < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+def test_a_step_keeps_what_an_operator_promises_and_leaves_gradients_to_pytorch():
+    inputs = scan_inputs(2, 5, 9, 1, torch.float32, ())
+    u, time_step, A, B, C = (inputs[name].squeeze(-1) for name in ("u", "time_step", "A", "B", "C"))
+    state = torch.randn(2, 5, 9)
+    assert cpp_scan.is_available()
+    opcheck(torch.ops.hf_compressm_kernel.step, (state, u, time_step, A, B, C, None, None, None, True))
+    install_scan()
+    y = modeling_mamba.mamba_selective_state_update(state, u.requires_grad_(), time_step, A, B, C)
+    assert torch.autograd.grad(y.sum(), u)[0].abs().sum() > 0
+
+
 def test_installing_is_idempotent_and_uninstalling_restores_the_function_objects():
     before = dict(vars(modeling_mamba))
     install_scan()
@@ -408,6 +440,7 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None):
 
 CPU_MODEL_BESIDE_CUDA_KERNELS = """
 import torch
+from torch.library import opcheck
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 from hf_compressm import install_scan

@@ -2,7 +2,8 @@
 //
 // A group of CHANNELS channels, CHUNK positions and one state at a time: everything that is touched in the inner loops
 // lies in the first-level cache, lanes are channels, and a state costs the same whatever N is. The forward pass keeps
-// the states at the start of each chunk; the backward pass computes the ones in between again.
+// the states at the start of each chunk; the backward pass computes the ones in between again. A single position, when
+// text is generated, is a pass over the states as they lie in memory: there lanes are states.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -31,29 +32,37 @@ constexpr int ITEMS = 32;  // of work at least, where there are as many channels
 static_assert(CHUNK % LANES == 0);
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int Integers __attribute__((vector_size(4 * LANES), aligned(4)));
+template <int WIDTH>
+struct Lanes {
+  typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4)));
+  typedef int Integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
+};
+using Vector = Lanes<LANES>::Floats;
+using Integers = Lanes<LANES>::Integers;
 struct alignas(64) Group {
   Vector block[BLOCKS];
 };
 using Tile = Group[CHUNK];  // positions × channels
 
-inline Vector broadcast(float x) { return x - Vector{}; }
 inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
-inline Vector minimum(Vector x, Vector y) { return x < y ? x : y; }
 
 // 2^x to 1e-7, relative.
-inline Vector exp2(Vector x) {
+template <int WIDTH>
+inline typename Lanes<WIDTH>::Floats power_of_two(typename Lanes<WIDTH>::Floats x) {
+  using V = typename Lanes<WIDTH>::Floats;
+  using I = typename Lanes<WIDTH>::Integers;
   constexpr float ROUND = 12582912;  // 1.5 · 2^23: a float of this size is an integer
-  x = minimum(maximum(x, broadcast(-126)), broadcast(126));
-  Vector shifted = x + ROUND, f = x - (shifted - ROUND);
-  Vector p = 0.00132647269f * f + 0.009671512661f;
+  x = x < -126 ? V{} - 126 : x;  // NaN stays
+  x = x > 126 ? V{} + 126 : x;
+  V shifted = x + ROUND, f = x - (shifted - ROUND);
+  V p = 0.00132647269f * f + 0.009671512661f;
   p = p * f + 0.05550733744f;
   p = p * f + 0.2402224208f;
   p = p * f + 0.6931469776f;
   p = p * f + 1.0f;
-  return (Vector)((Integers)p + ((Integers)shifted << 23));
+  return (V)((I)p + ((I)shifted << 23));
 }
+inline Vector exp2(Vector x) { return power_of_two<LANES>(x); }
 
 // log(1 + x) for 0 ≤ x ≤ 1, to 3e-8, relative.
 inline Vector log1p(Vector x) {
@@ -370,9 +379,56 @@ Gradients scan_backward(
           grad_gate, sum_rows(grad_bias), grad_state};
 }
 
+// h ← exp(Δ a) h + Δ u b, and Σ c h, for N states of a channel: by WIDTH at a time, the rest by half of that.
+template <int WIDTH>
+float step_of_channel(int64_t N, float delta, float drive, const float* a, const float* b, const float* c, float* h) {
+  using Vector = typename Lanes<WIDTH>::Floats;
+  Vector sum{};
+  int64_t n = 0;
+  for (; n + WIDTH <= N; n += WIDTH) {
+    const Vector decay = power_of_two<WIDTH>(LOG2_E * delta * *(const Vector*)(a + n));
+    *(Vector*)(h + n) = decay * *(Vector*)(h + n) + drive * *(const Vector*)(b + n);
+    sum += *(Vector*)(h + n) * *(const Vector*)(c + n);
+  }
+  float total = 0;
+  for (int i = 0; i < WIDTH; ++i) total += sum[i];
+  if constexpr (WIDTH > 1)
+    if (n < N) total += step_of_channel<WIDTH / 2>(N - n, delta, drive, a + n, b + n, c + n, h + n);
+  return total;
+}
+
+// One position: h (batch, D, N) is overwritten, y (batch, D) returned; u, Δ and gate (batch, D), B and C (batch, N).
+Tensor step(Tensor state, const Tensor& u, const Tensor& time_step, const Tensor& A, const Tensor& B, const Tensor& C,
+            Optional D, Optional gate, Optional bias, bool softplus_) {
+  auto in_float = [](const Tensor& x) { return x.to(at::kFloat).contiguous(); };
+  const int64_t channels = state.size(1), N = state.size(2);
+  Tensor u_ = in_float(u), delta = in_float(time_step), A_ = in_float(A), B_ = in_float(B), C_ = in_float(C);
+  if (bias) delta = delta + in_float(*bias);
+  if (softplus_) delta = at::softplus(delta);
+  Tensor y = D ? u_ * in_float(*D) : at::zeros_like(u_);
+  const Tensor drive = delta * u_;
+
+  const float *delta_data = delta.data_ptr<float>(), *drive_data = drive.data_ptr<float>(), *A_data = A_.data_ptr<float>(),
+              *B_data = B_.data_ptr<float>(), *C_data = C_.data_ptr<float>();
+  float *h_data = state.data_ptr<float>(), *y_data = y.data_ptr<float>();
+
+  at::parallel_for(0, u.numel(), std::max<int64_t>(1, 32768 / N), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      y_data[row] += step_of_channel<LANES>(
+          N, delta_data[row], drive_data[row], A_data + row % channels * N, B_data + row / channels * N,
+          C_data + row / channels * N, h_data + row * N);
+  });
+  return (gate ? y * at::silu(in_float(*gate)) : y).to(u.scalar_type());
+}
+
 }  // namespace
 
 TORCH_LIBRARY(hf_compressm_kernel, library) {
   library.def("forward", &scan_forward);
   library.def("backward", &scan_backward);
+  library.def(
+      "step(Tensor(a!) state, Tensor u, Tensor time_step, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, "
+      "Tensor? bias, bool softplus) -> Tensor");
 }
+
+TORCH_LIBRARY_IMPL(hf_compressm_kernel, CPU, library) { library.impl("step", &step); }

@@ -33,10 +33,12 @@ def is_available() -> bool:
             logger.warning(f"hf_compressm compiles its scan for this processor, once (about ten seconds): {library}")
             _compile(library)
         torch.ops.load_library(str(library))
+        torch.library.register_fake("hf_compressm_kernel::step", lambda state, u, *others: torch.empty_like(u))
     except Exception as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+        lines = [line for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
+        reason = next((line for line in lines if "error:" in line), next(iter(lines), type(error).__name__))
         logger.warning(
-            f"The scan of hf_compressm could not be compiled ({reason[0]}); the slower one in PyTorch serves. "
+            f"The scan of hf_compressm could not be compiled ({reason}); the slower one in PyTorch serves. "
             "Install GCC 12 or newer, or set HF_COMPRESSM_SCAN=torch to be spared this."
         )
         return False
@@ -55,6 +57,14 @@ def backward(grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_
     return torch.ops.hf_compressm_kernel.backward(
         grad_y, grad_last_state.contiguous(), u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
     )
+
+
+def step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
+    """One position of the recurrence: overwrites the state, (batch, D, N), and returns y, (batch, D); no gradients.
+
+    u, time_step and gate are (batch, D), B and C (batch, N), in any dtype; the state is float32 and contiguous.
+    """
+    return torch.ops.hf_compressm_kernel.step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus)
 
 
 def _library() -> Path:

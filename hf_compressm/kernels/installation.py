@@ -10,8 +10,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from transformers.models.mamba import modeling_mamba
 
+from . import cpp_scan
 from .dispatch import mamba_ssm_serves, requested_scan, scan_name
 from .scan import sampled_scan, selective_scan
 
@@ -36,7 +38,7 @@ def install_scan() -> None:
     replacements = {
         "mamba_selective_scan": _scan,
         "mamba_inner_fn": _fused_block,
-        "mamba_selective_state_update": _cuda_kernel_or_reference("mamba_selective_state_update"),
+        "mamba_selective_state_update": _state_update(_cuda_kernel_or_reference("mamba_selective_state_update")),
         "causal_conv1d_fn": _cuda_kernel_or_reference("causal_conv1d_fn"),
         "causal_conv1d_update": _cuda_kernel_or_reference("causal_conv1d_update"),
     }
@@ -110,6 +112,19 @@ def _fused_block(xz, *args, **kwargs):
     if scan_name(xz.device.type) != "mamba_ssm":
         return None
     return _originals["mamba_inner_fn"](xz, *args, **kwargs)
+
+
+def _state_update(others: Callable) -> Callable:
+    """In the place of `mamba_selective_state_update`, whose signature it has: a step of generation."""
+
+    def update(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **options):
+        by_kernel = scan_name(state.device.type, state.dtype) == "cpp" and state.is_contiguous()
+        if by_kernel and not torch.is_grad_enabled():
+            return cpp_scan.step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        bias = {"dt_bias": dt_bias, "dt_softplus": dt_softplus}
+        return others(state, hidden_states, dt, A, B, C, D=D, z=z, **bias, **options)
+
+    return update
 
 
 def _cuda_kernel_or_reference(name: str) -> Callable:
