@@ -64,11 +64,16 @@ def is_stream(dataset) -> bool:
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
-def prediction_count(batch: Batch) -> int:
-    """Number of predictions that the loss of this batch averages over: next tokens, or a label for each sequence."""
+def predictions(batch: Batch) -> Tensor:
+    """Where a prediction counts in the loss: by next token, (batch, L - 1), or by sequence, (batch,)."""
     labels, tokens = batch["labels"], batch.get("input_ids")
     is_next_token = tokens is not None and labels.shape == tokens.shape
-    return int(((labels[:, 1:] if is_next_token else labels) != -100).sum())
+    return (labels[:, 1:] if is_next_token else labels) != -100
+
+
+def prediction_count(batch: Batch) -> int:
+    """Number of predictions that the loss of this batch averages over."""
+    return int(predictions(batch).sum())
 
 
 @contextmanager

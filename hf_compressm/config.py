@@ -54,7 +54,7 @@ class CompreSSMConfig:
         default_factory=list, metadata={"help": "Layers never cut, by index; not with one size for all layers."}
     )
     calibration_batches: int = _help(
-        8, "Batches per analysis, at least 2: for a Mamba every other one for statistics, the rest for losses."
+        4, "Batches per analysis, at least 2: for a Mamba every other one for statistics, the rest for losses."
     )
     calibration_seed: int = _help(0, "Seed of the calibration draw, the random criterion and the random selection.")
 

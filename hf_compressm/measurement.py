@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch, prediction_count
+from .calibration import Batch, prediction_count, predictions
 from .engines import forward_with, from_first_process, sum_over_processes, together
 from .surgery import Plan
 
@@ -22,7 +22,7 @@ class LossMeter:
     def __init__(self, model: nn.Module, batches: list[Batch], overrides: Callable[[Plan], dict[str, Tensor]]):
         self.model, self.batches, self.overrides, self.seconds = model, batches, overrides, 0.0
         self._measured: dict[tuple[int, ...], float] = {}
-        self._of_first_batch: float | None = None
+        self._of_sample: float | None = None
 
     def of(self, plan: Plan) -> float:
         """Mean loss over all batches, nats per prediction; plans of the same sizes are measured once."""
@@ -34,13 +34,14 @@ class LossMeter:
         return self._measured[key]
 
     def change_by_one_layer(self, index: int, plan: Plan) -> float:
-        """Change of the loss on the first batch when only this layer is cut."""
+        """Change of the loss when only this layer is cut; on so few sequences that all layers cost about one batch."""
         overrides = self.overrides({index: plan[index]})
         if not overrides:
             return 0.0
-        if self._of_first_batch is None:
-            self._of_first_batch = self._mean_loss({}, self.batches[:1])
-        return self._mean_loss(overrides, self.batches[:1]) - self._of_first_batch
+        sample = [_first_sequences(self.batches[0], 1 / len(plan))]
+        if self._of_sample is None:
+            self._of_sample = self._mean_loss({}, sample)
+        return self._mean_loss(overrides, sample) - self._of_sample
 
     def _mean_loss(self, overrides: dict[str, Tensor], batches: list[Batch]) -> float:
         """Mean over the predictions of these batches in all processes, nats."""
@@ -57,6 +58,14 @@ class LossMeter:
         sum_over_processes([sums])
         self.seconds += time.perf_counter() - started
         return from_first_process(float(sums[0] / sums[1]))  # all have to go on with the very same number
+
+
+def _first_sequences(batch: Batch, share: float) -> Batch:
+    """This share of a batch, at least one sequence, of those with something to predict."""
+    predicted = predictions(batch)
+    rows = predicted.reshape(len(predicted), -1).any(1).nonzero().squeeze(1)
+    rows = rows[: max(1, round(share * len(rows)))]
+    return {name: value[rows] for name, value in batch.items()}
 
 
 def forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):

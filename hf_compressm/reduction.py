@@ -37,8 +37,8 @@ class StateReport:
             Gramians, averaged over a sample of channels.
         loss_before, loss_after: nats per prediction, measured on held-out calibration batches: of the model, and of
             the model as the plan would leave it. None without batches.
-        predicted_loss_change: layer → nats per prediction, by cutting that layer alone, on one held-out batch. Their
-            sum falls short of, or exceeds, the measured change where layers interact. Empty without batches.
+        predicted_loss_change: layer → nats per prediction, by cutting that layer alone, on a few held-out sequences.
+            Their sum falls short of, or exceeds, the measured change where layers interact. Empty without batches.
         tokens: calibration tokens behind the statistics.
         seconds: time of the analysis; `measuring_seconds` of it went into measuring losses.
         applied: set by `compress`; a report is applied once.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .hankel import hankel_singular_values
 
-SAMPLED_CHANNELS = 32
+SAMPLED_CHANNELS = 16
 RIDGE = 1e-4  # of the mean diagonal of Π_KK, so that near-collinear states leave the solve well posed
 
 Surrogate = Literal["mean", "second_moment"]

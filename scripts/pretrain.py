@@ -52,7 +52,7 @@ from hf_compressm.engines import from_first_process, unwrap
 from hf_compressm.history import save_history
 from hf_compressm.layouts import state_sizes
 
-EXAMPLE_GOAL = ["--target_state_size", "16", "--calibration_batches", "6"]
+EXAMPLE_GOAL = ["--target_state_size", "16"]
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_EXAMPLES = 100_000  # read to train a tokenizer; enough for any vocabulary, little of a large stream
 FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

@@ -57,7 +57,7 @@ def loss_of(model, batches) -> float:
     """On the half of the calibration batches that is held out for losses."""
     model.eval()
     with torch.no_grad():
-        return sum(forward(model, batch, {}).loss.item() for batch in batches[1:8:2]) / 4
+        return sum(forward(model, batch, {}).loss.item() for batch in batches[1:4:2]) / 2
 
 
 @pytest.mark.parametrize("multiple_of", [1, 3])

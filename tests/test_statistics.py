@@ -252,7 +252,7 @@ def test_gramian_diagonals_are_those_of_the_sampled_gramians(surrogate):
     for diagonals, full in zip(
         gramian_diagonals(statistics, surrogate), sampled_gramians(statistics, surrogate), strict=True
     ):
-        assert diagonals.shape == (37, 7) and full.shape == (32, 7, 7)
+        assert diagonals.shape == (37, 7) and full.shape == (SAMPLED_CHANNELS, 7, 7)
         expected = full.diagonal(dim1=1, dim2=2)
         torch.testing.assert_close(diagonals[sampled_channels(37)], expected, rtol=1e-12, atol=0)
 

@@ -72,5 +72,6 @@ def _serves(name: str, device_type: str, dtype: torch.dtype) -> bool:
         return mamba_ssm_serves(device_type)
     if name == "triton":
         interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        return (device_type == "cuda" or interpreted) and find_spec("triton") is not None
+        adds_in_any_order = not torch.are_deterministic_algorithms_enabled()
+        return (device_type == "cuda" or interpreted) and adds_in_any_order and find_spec("triton") is not None
     return device_type == "cpu" and cpp_kernel_is_available()

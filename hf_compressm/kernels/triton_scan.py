@@ -1,9 +1,10 @@
 """The selective scan on a GPU, forward and backward, in Triton; see torch_scan.py for the recurrence.
 
-A program holds the states of some channels of one sequence, a tile (N, D), in registers, and walks along the
-sequence: nothing of the size (batch, L, D, N) is written. It goes by chunks, whose inputs are loaded ahead of the
-arithmetic; the backward pass computes the states of a chunk again from the one that is kept at its start. What is
-summed over channels, the gradients for B and C, is added atomically, or apart where torch is told to be deterministic.
+A warp holds the states of some channels of one sequence, a tile (N, D), in registers, and walks along the sequence:
+nothing of the size (batch, L, D, N) is written. Neighbouring lanes are channels, so that for small N each has all the
+states of its channel and sums over them by itself. It goes by blocks of positions, as many as registers hold, whose
+inputs are loaded ahead of the arithmetic; the backward pass computes the states of a block again from the last one
+that was kept. What is summed over channels, the gradients for B and C, is added atomically, in any order.
 
 Triton is optional: this module is imported where it is there and serves. With TRITON_INTERPRET=1 the kernels run on a
 CPU, slowly, so that they can be tested without a GPU.
@@ -14,26 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operators import CHUNK, define_scan, kept_shape, last_shape, position_major
+from .operators import CHUNK, define_scan, kept_shape, position_major
 
-POSITIONS = tl.constexpr(CHUNK)
+KEPT_EVERY = tl.constexpr(CHUNK)
+POSITIONS = tl.constexpr(8)  # of a block
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-LANES = 32
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep) -> tuple[Tensor, ...]:
     """See `operators`."""
     batch, channels, length = u.shape
-    y, last_state = position_major(u), A.new_empty(last_shape(u, A))
+    y, last_state = position_major(u), A.new_empty(batch, A.shape[1], channels)
     ungated = position_major(u, A.dtype) if keep and gate is not None else A.new_empty(0)
     kept = A.new_empty(kept_shape(u, A) if keep else 0)
-    tile = _tile(A.shape[1], values_per_lane=8)
+    tile = _tile(A.shape[1])
     u, time_step, B, C, gate = map(_by_position, (u, time_step, B, C, gate))
-    inputs = u, time_step, A, B, C, D, gate, time_step_bias, initial_state
+    inputs = u, time_step, A.T.contiguous(), B, C, D, gate, time_step_bias, _by_position(initial_state)
     sizes = length, channels, A.shape[1]
     grid = triton.cdiv(channels, tile["BLOCK_D"]), batch
     _scan_forward[grid](*inputs, y, last_state, ungated, kept, *sizes, softplus, keep, **tile)
-    return y, last_state, ungated, kept
+    return y, last_state.mT.contiguous(), ungated, kept
 
 
 def backward(
@@ -41,38 +42,34 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See `operators`."""
     batch, channels, length = u.shape
-    tile = _tile(A.shape[1], values_per_lane=4)
-    blocks = triton.cdiv(channels, tile["BLOCK_D"])
+    tile = _tile(A.shape[1])
     of_u, of_step, of_gate = (A.new_empty(batch, length, channels) for _ in range(3))
-    # Sums over channels go into as many slices as there are summands, or all into one, in any order.
-    slices = blocks if torch.are_deterministic_algorithms_enabled() else 1
-    of_B, of_C = A.new_zeros(2, slices, batch, length, A.shape[1])
-    of_A, of_state = (A.new_empty(last_shape(u, A)) for _ in range(2))
+    of_B, of_C = A.new_zeros(2, batch, length, A.shape[1])
+    of_A, of_state = (A.new_empty(batch, A.shape[1], channels) for _ in range(2))
     of_D, of_bias = A.new_empty(2, batch, channels)
 
-    grad_last_state = grad_last_state.contiguous()
-    inputs = *map(_by_position, (u, time_step)), A, *map(_by_position, (B, C)), D, _by_position(gate), time_step_bias
-    saved = _by_position(grad_y), grad_last_state, _by_position(ungated) if gate is not None else None, kept
+    ungated = None if gate is None else ungated
+    rows_u, rows_step, rows_B, rows_C, rows_gate = map(_by_position, (u, time_step, B, C, gate))
+    inputs = rows_u, rows_step, A.T.contiguous(), rows_B, rows_C, D, rows_gate, time_step_bias
+    saved = *map(_by_position, (grad_y, grad_last_state, ungated)), kept
     gradients = of_u, of_step, of_A, of_B, of_C, of_D, of_gate, of_bias, of_state
-    sizes = length, channels, A.shape[1], slices
-    _scan_backward[blocks, batch](*inputs, *saved, *gradients, *sizes, softplus, **tile)
+    grid = triton.cdiv(channels, tile["BLOCK_D"]), batch
+    _scan_backward[grid](*inputs, *saved, *gradients, length, channels, A.shape[1], softplus, **tile)
 
-    of_B, of_C = of_B.sum(0), of_C.sum(0)
     of_u, of_step, of_B, of_C = map(_like, (u, time_step, B, C), (of_u, of_step, of_B, of_C))
     of_gate = None if gate is None else _like(gate, of_gate)
-    return of_u, of_step, of_A.sum(0), of_B, of_C, of_D.sum(0), of_gate, of_bias.sum(0), of_state
+    of_A, of_state = of_A.sum(0).T.contiguous(), of_state.mT.contiguous()
+    return of_u, of_step, of_A, of_B, of_C, of_D.sum(0), of_gate, of_bias.sum(0), of_state
 
 
-def _tile(state_size: int, values_per_lane: int) -> dict[str, int]:
-    """A power of two that holds N, some channels beside it, and as many warps as keep few values in a lane."""
+def _tile(state_size: int) -> dict[str, int]:
+    """For one warp: a power of two that holds N, and channels beside it, so that 16 values fall to a lane."""
     states = triton.next_power_of_2(state_size)
-    channels = min(max(1024 // states, 4), 32)
-    warps = max(states * channels // (values_per_lane * LANES), 1)
-    return {"BLOCK_N": states, "BLOCK_D": channels, "num_warps": min(warps, 8)}
+    return {"BLOCK_N": states, "BLOCK_D": min(max(512 // states, 2), 32), "num_warps": 1}
 
 
 def _by_position(tensor: Tensor | None) -> Tensor | None:
-    """(batch, X, L) → (batch, L, X), contiguous: as most of a Mamba layer's projections make them."""
+    """(batch, X, Y) → (batch, Y, X), contiguous: as most of a Mamba layer's projections make them, by position."""
     return None if tensor is None else tensor.transpose(1, 2).contiguous()
 
 
@@ -84,33 +81,32 @@ def _like(tensor: Tensor, values: Tensor) -> Tensor:
 # Lengths vary from batch to batch: no kernel is compiled anew for one that 16 divides.
 @triton.jit(do_not_specialize=["length"])
 def _scan_forward(
-    u, time_step, A, B, C, D, gate, bias, initial_state, y, last_state, ungated, kept, length, channels, states,
-    softplus: tl.constexpr, keep: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    u, time_step, A, B, C, D, gate, bias, initial_state, y, last_state, ungated, kept, length, channels,
+    states: tl.constexpr, softplus: tl.constexpr, keep: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     d, n = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     inside = (n[:, None] < states) & (d[None, :] < channels)
-    by_channel = d[None, :] * states + n[:, None]  # of a matrix (D, N)
-    by_state = n[:, None] * channels + d[None, :]  # of a matrix (N, D)
+    entries = n[:, None] * channels + d[None, :]  # of a matrix (N, D)
     origin, of_batch = batch * length, batch * channels * states
 
-    rate = LOG2_E * tl.load(A + by_channel, inside, other=0)
+    rate = LOG2_E * tl.load(A + entries, inside, other=0)
     skip, offset = _load_vector(D, d, channels), _load_vector(bias, d, channels)
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if initial_state is not None:
-        h = tl.load(initial_state + of_batch + by_channel, inside, other=0)
+        h = tl.load(initial_state + of_batch + entries, inside, other=0)
     for start in range(0, length, POSITIONS):
-        if keep:
-            chunk = batch * tl.cdiv(length, POSITIONS) + start // POSITIONS
-            tl.store(kept + chunk * channels * states + by_state, h, inside)
+        chunk = start // KEPT_EVERY
+        if keep and start == chunk * KEPT_EVERY:
+            position = batch * tl.cdiv(length, KEPT_EVERY) + chunk
+            tl.store(kept + position * channels * states + entries, h, inside)
         us = _load_rows(u, origin, start, length, channels, d)
-        raws = _load_rows(time_step, origin, start, length, channels, d)
+        steps = _effective_steps(time_step, origin, start, length, channels, d, offset, softplus)
         outputs = ()
         for k in tl.static_range(POSITIONS):
             b = _load_row(B, origin, start + k, length, states, n)
             c = _load_row(C, origin, start + k, length, states, n)
-            step = tl.where(start + k < length, _effective_step(raws[k], offset, softplus), 0)
-            h = tl.exp2(rate * step[None, :]) * h + (step * us[k])[None, :] * b[:, None]
+            h = tl.exp2(rate * steps[k][None, :]) * h + (steps[k] * us[k])[None, :] * b[:, None]
             outputs = outputs + (tl.sum(h * c[:, None], 0) + skip * us[k],)
         if gate is not None:
             if keep:
@@ -121,34 +117,39 @@ def _scan_forward(
                 gated = gated + (outputs[k] * gates[k] * tl.sigmoid(gates[k]),)
             outputs = gated
         _store_rows(y, outputs, origin, start, length, channels, d)
-    tl.store(last_state + of_batch + by_channel, h, inside)
+    tl.store(last_state + of_batch + entries, h, inside)
 
 
 @triton.jit(do_not_specialize=["length"])
 def _scan_backward(
     u, time_step, A, B, C, D, gate, bias, grad_y, grad_last_state, ungated, kept,
-    of_u, of_step, of_A, of_B, of_C, of_D, of_gate, of_bias, of_state, length, channels, states, slices,
-    softplus: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    of_u, of_step, of_A, of_B, of_C, of_D, of_gate, of_bias, of_state, length, channels,
+    states: tl.constexpr, softplus: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     d, n = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     inside = (n[:, None] < states) & (d[None, :] < channels)
-    by_channel = d[None, :] * states + n[:, None]  # of a matrix (D, N)
-    by_state = n[:, None] * channels + d[None, :]  # of a matrix (N, D)
+    entries = n[:, None] * channels + d[None, :]  # of a matrix (N, D)
     origin, of_batch = batch * length, batch * channels * states
-    of_slice = (tl.program_id(0) % slices) * tl.num_programs(1) * length + origin
 
-    rate = LOG2_E * tl.load(A + by_channel, inside, other=0)
+    rate = LOG2_E * tl.load(A + entries, inside, other=0)
     skip, offset = _load_vector(D, d, channels), _load_vector(bias, d, channels)
-    dh = tl.load(grad_last_state + of_batch + by_channel, inside, other=0)
+    dh = tl.load(grad_last_state + of_batch + entries, inside, other=0)
     d_rate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     d_skip, d_offset = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    chunks = tl.cdiv(length, POSITIONS)
-    for later in range(0, chunks):
-        chunk = chunks - 1 - later
-        start = chunk * POSITIONS
-        us = _load_rows(u, origin, start, length, channels, d)
-        raws = _load_rows(time_step, origin, start, length, channels, d)
+    blocks = tl.cdiv(length, POSITIONS)
+    for later in range(0, blocks):
+        start = (blocks - 1 - later) * POSITIONS
+        chunk = start // KEPT_EVERY
+        position = batch * tl.cdiv(length, KEPT_EVERY) + chunk
+        h = tl.load(kept + position * channels * states + entries, inside, other=0)
+        if start > chunk * KEPT_EVERY:  # a block later than that
+            us = _load_rows(u, origin, start - POSITIONS, length, channels, d)
+            steps = _effective_steps(time_step, origin, start - POSITIONS, length, channels, d, offset, softplus)
+            for k in tl.static_range(POSITIONS):
+                b = _load_row(B, origin, start - POSITIONS + k, length, states, n)
+                h = tl.exp2(rate * steps[k][None, :]) * h + (steps[k] * us[k])[None, :] * b[:, None]
+
         grads = _load_rows(grad_y, origin, start, length, channels, d)
         if gate is not None:
             gates = _load_rows(gate, origin, start, length, channels, d)
@@ -161,44 +162,53 @@ def _scan_backward(
             grads = through
             _store_rows(of_gate, d_gates, origin, start, length, channels, d)
 
-        h = tl.load(kept + (batch * chunks + chunk) * channels * states + by_state, inside, other=0)
-        before, steps = (), ()
+        us = _load_rows(u, origin, start, length, channels, d)
+        steps = _effective_steps(time_step, origin, start, length, channels, d, offset, softplus)
+        before = ()
         for k in tl.static_range(POSITIONS):
             b = _load_row(B, origin, start + k, length, states, n)
-            step = tl.where(start + k < length, _effective_step(raws[k], offset, softplus), 0)
-            before, steps = before + (h,), steps + (step,)
-            h = tl.exp2(rate * step[None, :]) * h + (step * us[k])[None, :] * b[:, None]
-            _add_row(of_C, tl.sum(h * grads[k][None, :], 1), of_slice, start + k, length, states, n)
+            before = before + (h,)
+            h = tl.exp2(rate * steps[k][None, :]) * h + (steps[k] * us[k])[None, :] * b[:, None]
+            _add_row(of_C, tl.sum(h * grads[k][None, :], 1), origin, start + k, length, states, n)
 
         d_us, d_steps = (), ()  # from the last position to the first
         for k in tl.static_range(POSITIONS - 1, -1, -1):
             b = _load_row(B, origin, start + k, length, states, n)
             c = _load_row(C, origin, start + k, length, states, n)
             dh += grads[k][None, :] * c[:, None]
-            _add_row(of_B, tl.sum(dh * (steps[k] * us[k])[None, :], 1), of_slice, start + k, length, states, n)
+            _add_row(of_B, tl.sum(dh * (steps[k] * us[k])[None, :], 1), origin, start + k, length, states, n)
             d_drive = tl.sum(dh * b[:, None], 0)
             dh *= tl.exp2(rate * steps[k][None, :])
             d_exponent = dh * before[k]  # ∂loss/∂(Δ A)
             d_rate += d_exponent * steps[k][None, :]
             d_step = LN_2 * tl.sum(d_exponent * rate, 0) + d_drive * us[k]
             if softplus:
-                d_step *= tl.sigmoid(raws[k] + offset)
-            d_step = tl.where(start + k < length, d_step, 0)
+                d_step *= 1 - tl.exp(-steps[k])  # σ(x), of Δ = log(1 + e^x)
             d_offset += d_step
             d_skip += grads[k] * us[k]
             d_us, d_steps = (d_drive * steps[k] + grads[k] * skip,) + d_us, (d_step,) + d_steps
         _store_rows(of_u, d_us, origin, start, length, channels, d)
         _store_rows(of_step, d_steps, origin, start, length, channels, d)
 
-    tl.store(of_A + of_batch + by_channel, d_rate, inside)
-    tl.store(of_state + of_batch + by_channel, dh, inside)
+    tl.store(of_A + of_batch + entries, d_rate, inside)
+    tl.store(of_state + of_batch + entries, dh, inside)
     tl.store(of_D + batch * channels + d, d_skip, d < channels)
     tl.store(of_bias + batch * channels + d, d_offset, d < channels)
 
 
 @triton.jit
+def _effective_steps(time_step, origin, start, length, channels, d, offset, softplus: tl.constexpr):
+    """Δ of a block, zero beyond the end, where nothing moves then."""
+    raws = _load_rows(time_step, origin, start, length, channels, d)
+    steps = ()
+    for k in tl.static_range(POSITIONS):
+        steps = steps + (tl.where(start + k < length, _effective_step(raws[k], offset, softplus), 0),)
+    return steps
+
+
+@triton.jit
 def _effective_step(raw, offset, softplus: tl.constexpr):
-    """Δ: log(1 + e^x) without losing the digits of a small e^x."""
+    """log(1 + e^x) without losing the digits of a small e^x."""
     x = raw + offset
     if softplus:
         small = tl.exp(-tl.abs(x))
@@ -233,7 +243,7 @@ def _load_row(pointer, origin, row, length, width, columns):
 
 @triton.jit
 def _load_rows(pointer, origin, start, length, width, columns):
-    """The rows of a chunk."""
+    """The rows of a block."""
     rows = ()
     for k in tl.static_range(POSITIONS):
         rows = rows + (_load_row(pointer, origin, start + k, length, width, columns),)

@@ -1,0 +1,78 @@
+"""Generation, a token at a time, by state size: this package's step against Transformers'."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from hf_compressm import install_scan, uninstall_scan
+
+from .arguments import Arguments
+from .measuring import median, ratio_quartiles, show, table, time_in_turn
+from .training import build_model
+
+
+def study_decoding(args: Arguments) -> list[dict]:
+    results = []
+    for size in args.decode_sizes:
+        for batch in (1, args.batch_size):
+            print(f"Generation, batch = {batch}, N = {size}", flush=True)
+            results.append(decoding_point(args, size, batch))
+    return results
+
+
+@torch.no_grad()
+def decoding_point(args: Arguments, size: int, batch: int) -> dict:
+    model = build_model(args, size).eval()
+    prompt = torch.randint(args.vocab_size, (batch, 16), device=args.device)
+    cache = model(prompt, use_cache=True).cache_params
+    token = prompt[:, -1:]
+
+    def generate(with_scan) -> None:
+        with with_scan():
+            for _ in range(args.decode_tokens):
+                model(token, cache_params=cache, use_cache=True)
+
+    runs = {"hf_compressm": partial(generate, _installed), "Transformers": partial(generate, _uninstalled)}
+    for run in runs.values():
+        run()  # warms up
+    seconds = time_in_turn(runs, dict.fromkeys(runs, args.rounds), args.device)
+    medians = {name: median(values) for name, values in seconds.items()}
+    return {
+        "state_size": size,
+        "batch": batch,
+        "tokens_per_second": {name: batch * args.decode_tokens / value for name, value in medians.items()},
+        "transformers_to_ours_quartiles": ratio_quartiles(seconds["Transformers"], seconds["hf_compressm"]),
+        "bytes_of_state": 4 * batch * size * 2 * args.hidden_size * args.num_hidden_layers,
+        "seconds": seconds,
+    }
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _uninstalled() -> Iterator[None]:
+    uninstall_scan()
+    try:
+        yield
+    finally:
+        install_scan()
+
+
+def decoding_tables(results: list[dict]) -> str:
+    rows = [
+        [
+            str(point["state_size"]),
+            str(point["batch"]),
+            f"{point['bytes_of_state'] / 2**20:.2f}",
+            *(f"{value:,.0f}" for value in point["tokens_per_second"].values()),
+            show(point["transformers_to_ours_quartiles"]),
+        ]
+        for point in results
+    ]
+    header = ["N", "batch", "state, MiB", "tokens per second", "with Transformers' step", "time of that one × ours"]
+    return "## Generation\n\n" + table(header, rows)

@@ -1,0 +1,122 @@
+"""Times taken in turn and judged by their ratios in each round, peak memory, and what the machine can do at best."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from hf_compressm import env_report, install_scan
+
+from .arguments import Arguments
+
+
+def prepare(args: Arguments) -> None:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    install_scan()
+
+
+def machine(args: Arguments) -> dict:
+    """What the numbers were taken on."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "avx512": any(" avx512f " in line for line in lines),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "python": platform.python_version(),
+        "transformers": transformers.__version__,
+        **env_report(),
+    }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine does at best, in float32."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def seconds(self, bytes_: float, flops: float) -> float:
+        """The least time for this work: memory and arithmetic in parallel."""
+        return max(bytes_ / self.bytes_per_second, flops / self.flops_per_second)
+
+
+def measure_limits(device: str) -> Limits:
+    """By a copy of a large tensor, and by a product of matrices."""
+    size, side = (2**28, 8192) if device == "cuda" else (2**26, 1536)
+    source, matrix = torch.ones(size, device=device), torch.ones(side, side, device=device)
+    target = torch.empty_like(source)
+    copy = min(timed(lambda: target.copy_(source), device) for _ in range(7))
+    product = min(timed(lambda: matrix @ matrix, device) for _ in range(7))
+    return Limits(2 * 4 * size / copy, 2 * side**3 / product)
+
+
+def time_in_turn(runs: dict[str, Callable], rounds: dict[str, int], device: str) -> dict[str, list[float]]:
+    """Seconds of every run by round; every other round goes backwards, so that none always follows the same other."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(max(rounds.values())):
+        names = [name for name in runs if i < rounds[name]]
+        for name in names if i % 2 == 0 else reversed(names):
+            seconds[name].append(timed(runs[name], device))
+        print(f"\r  round {i + 1} of {max(rounds.values())}", end="", flush=True)
+    print("\r" + 30 * " ", end="\r")
+    return seconds
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronise()
+    started = time.perf_counter()
+    function()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def median(seconds: list[float]) -> float:
+    return float(np.median(seconds))
+
+
+def ratio_quartiles(numerators: list[float], denominators: list[float]) -> list[float]:
+    """First quartile, median and third quartile of the ratios by round, of the rounds that have both."""
+    ratios = [n / d for n, d in zip(numerators, denominators, strict=False)]
+    return np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+
+
+def show(quartiles: list[float], digits: int = 2) -> str:
+    first, middle, third = (f"{value:.{digits}f}" for value in quartiles)
+    return f"{middle} [{first}, {third}]"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def added_peak(measure: Callable[..., int], *arguments) -> int:
+    """What `measure` returns in a fresh process: on a CPU a peak can be told only once, and never falls."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that this process ever held; on a GPU, of its allocator."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

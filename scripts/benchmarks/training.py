@@ -1,0 +1,186 @@
+"""The training step of a whole model: by scan, before and after a cut, and what analysis and surgery add to a run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
+from hf_compressm.kernels.dispatch import VARIABLE, mamba_ssm_serves
+
+from .arguments import Arguments
+from .measuring import median, ratio_quartiles, show, table, time_in_turn, timed
+
+MAMBAPY = "mambapy"
+EVENTS = 4
+
+
+class Training:
+    """A Mamba with its AdamW on random tokens, after a few steps.
+
+    Args:
+        scan: "torch", "cpp", "triton", "mamba_ssm" or "mambapy"; None for what serves best.
+    """
+
+    def __init__(self, args: Arguments, size: int, scan: str | None = None):
+        self.args, self.scan = args, scan
+        self.model = build_model(args, size, use_mambapy=scan == MAMBAPY).train()
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, weight_decay=0.1), lr=1e-3)
+        shape = args.batch_size, args.block_size
+        self.batch = torch.randint(args.vocab_size, shape, device=args.device)
+        for _ in range(3):
+            self.step()
+
+    def step(self) -> None:
+        half = torch.autocast("cuda", torch.bfloat16) if self.args.device == "cuda" else nullcontext()
+        with scan_chosen(self.scan):
+            with half:
+                loss = self.model(input_ids=self.batch, labels=self.batch, use_cache=False).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def cut(self, size: int) -> dict[str, float]:
+        """Cut to `size` states; the seconds of its parts."""
+        config = CompreSSMConfig(target_state_size=size)
+        batches = [{"input_ids": self.batch}] * config.calibration_batches
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda"):
+            report = analyze(self.model, batches, config)
+        surgery = timed(lambda: compress(self.model, report, self.optimizer), self.args.device)
+        return {
+            "analysis": report.seconds - report.measuring_seconds,
+            "measuring": report.measuring_seconds,
+            "surgery": surgery,
+        }
+
+
+def build_model(args: Arguments, size: int, use_mambapy: bool = False) -> MambaForCausalLM:
+    config = MambaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        state_size=size,
+        use_mambapy=use_mambapy,
+    )
+    return MambaForCausalLM(config).to(args.device)
+
+
+@contextmanager
+def scan_chosen(name: str | None) -> Iterator[None]:
+    """Within the block models run this scan; mambapy is Transformers' own."""
+    before = os.environ.get(VARIABLE)
+    if name == MAMBAPY:
+        uninstall_scan()
+    elif name is not None:
+        os.environ[VARIABLE] = name
+    try:
+        yield
+    finally:
+        install_scan()
+        os.environ.pop(VARIABLE, None)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def study_training(args: Arguments) -> dict:
+    return {"step": study_step(args), "cut": study_cut(args), "run": study_run(args)}
+
+
+def study_step(args: Arguments) -> dict:
+    """The same step with one scan and another."""
+    names = {"cpu": ["cpp", "torch", MAMBAPY], "cuda": ["triton", "torch"]}[args.device]
+    names += ["mamba_ssm"] * mamba_ssm_serves(args.device)
+    print(f"Training step at N = {args.step_size}: {', '.join(names)}", flush=True)
+    trainings = {name: Training(args, args.step_size, name) for name in names}
+    rounds = {name: args.slow_rounds if name == MAMBAPY else args.rounds for name in names}
+    seconds = time_in_turn({name: training.step for name, training in trainings.items()}, rounds, args.device)
+    return {
+        "state_size": args.step_size,
+        "median_seconds": {name: median(values) for name, values in seconds.items()},
+        "ratio_quartiles": {name: ratio_quartiles(values, seconds[names[0]]) for name, values in seconds.items()},
+        "ratio_to_torch_quartiles": {n: ratio_quartiles(values, seconds["torch"]) for n, values in seconds.items()},
+        "seconds": seconds,
+    }
+
+
+def study_cut(args: Arguments) -> dict:
+    """The step of a model that was cut, of the uncut one, and of one that was built at the small size."""
+    before, after = args.size_before, args.size_after
+    print(f"Training step, cut {before} → {after}, uncut, and built at {after}", flush=True)
+    trainings = {"uncut": Training(args, before), "cut": Training(args, before), "built": Training(args, after)}
+    trainings["cut"].cut(after)
+    for training in trainings.values():
+        training.step()  # warms up at the new size
+    runs = {name: training.step for name, training in trainings.items()}
+    seconds = time_in_turn(runs, dict.fromkeys(runs, 2 * args.rounds), args.device)
+    medians = {name: median(values) for name, values in seconds.items()}
+    return {
+        "sizes": [before, after],
+        "median_seconds": medians,
+        "tokens_per_second": {name: args.batch_size * args.block_size / value for name, value in medians.items()},
+        "cut_to_built_quartiles": ratio_quartiles(seconds["cut"], seconds["built"]),
+        "uncut_to_cut_quartiles": ratio_quartiles(seconds["uncut"], seconds["cut"]),
+        "peak_bytes": {name: step_peak(training) for name, training in trainings.items()},
+        "seconds": seconds,
+    }
+
+
+def step_peak(training: Training) -> int | None:
+    """The most memory in a step, on a GPU; a CPU's cannot be told for one model among others."""
+    if training.args.device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    training.step()
+    return torch.cuda.max_memory_allocated() - held
+
+
+def study_run(args: Arguments) -> dict:
+    """A run that is cut four times in its first tenth, by equal factors: what its events are of its time."""
+    first, last = args.step_size, args.run_size
+    print(f"Analysis and surgery of a run of {args.run_steps} steps, {first} → {last}", flush=True)
+    training = Training(args, first)
+    training.cut(first)  # warms up
+    sizes = [round(first * (last / first) ** (i / EVENTS)) for i in range(EVENTS + 1)]
+    events, steps = [], []
+    for size in sizes[1:]:
+        steps.append(median([timed(training.step, args.device) for _ in range(args.rounds)]))
+        events.append(training.cut(size))
+    training.step()
+    steps.append(median([timed(training.step, args.device) for _ in range(args.rounds)]))
+    tenth = args.run_steps / 10
+    seconds_of_steps = sum(tenth / EVENTS * step for step in steps[:-1]) + (args.run_steps - tenth) * steps[-1]
+    totals = {part: sum(event[part] for event in events) for part in events[0]}
+    return {
+        "sizes": sizes,
+        "seconds_per_step": steps,
+        "events": events,
+        "seconds_of_steps": seconds_of_steps,
+        "share": {part: total / (seconds_of_steps + sum(totals.values())) for part, total in totals.items()},
+    }
+
+
+def training_tables(result: dict) -> str:
+    step, cut, run = result["step"], result["cut"], result["run"]
+    first = next(iter(step["median_seconds"]))
+    text = f"## Training step, N = {step['state_size']}\n\n"
+    rows = [[n, f"{1000 * s:.1f}", show(step["ratio_quartiles"][n])] for n, s in step["median_seconds"].items()]
+    text += table(["scan", "ms", f"× {first}"], rows)
+    before, after = cut["sizes"]
+    labels = {"uncut": f"N = {before}", "cut": f"cut {before} → {after}", "built": f"built at {after}"}
+    rows = [
+        [label, f"{1000 * cut['median_seconds'][name]:.1f}", f"{cut['tokens_per_second'][name]:,.0f}"]
+        for name, label in labels.items()
+    ]
+    text += "\n## After a cut\n\n" + table(["", "ms per step", "tokens per second"], rows)
+    text += f"\ncut / built: {show(cut['cut_to_built_quartiles'], 3)}, "
+    text += f"uncut / cut: {show(cut['uncut_to_cut_quartiles'])}\n"
+    shares, sizes = run["share"], " → ".join(map(str, run["sizes"]))
+    text += "\n## Analysis and surgery\n\n"
+    text += f"Four cuts, {sizes}, of a run whose steps take {run['seconds_of_steps']:.0f} s: "
+    text += f"analysis and surgery {shares['analysis'] + shares['surgery']:.2%} of it, "
+    text += f"measuring losses before and after {shares['measuring']:.2%}.\n"
+    return text
