@@ -80,8 +80,8 @@ def test_a_target_above_the_state_size_is_refused(tmp_path, dataset, batches):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "ended after 0 batches, 8 are needed"),
-        ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}] * 7, "ended after 7 batches"),
+        ([], "ended after 0 batches, 4 are needed"),
+        ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}] * 3, "ended after 3 batches"),
         ([{"pixel_values": torch.ones(2, 8)}] * 8, "it needs input_ids"),
         ([{"input_ids": torch.ones(2, 1, dtype=torch.long)}] * 8, "no token to predict"),
         (
@@ -97,7 +97,7 @@ def test_calibration_data_that_is_missing_or_unusable_is_refused(batches, messag
 
 def test_too_little_training_data_to_calibrate_on_is_refused_before_training(tmp_path, dataset):
     trainer = build_trainer(tmp_path, dataset.select(range(20)), [CompreSSMCallback(TARGET, SCHEDULE)])
-    with pytest.raises(ValueError, match="ended after 2 batches, 8 are needed"):
+    with pytest.raises(ValueError, match="ended after 2 batches, 4 are needed"):
         trainer.train()
 
 

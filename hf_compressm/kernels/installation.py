@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from transformers.models.mamba import modeling_mamba
 
-from . import cpp_scan
+from .cpp_scan import step as cpp_step
 from .dispatch import mamba_ssm_serves, requested_scan, scan_name
 from .scan import sampled_scan, selective_scan
 
@@ -120,7 +120,7 @@ def _state_update(others: Callable) -> Callable:
     def update(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **options):
         by_kernel = scan_name(state.device.type, state.dtype) == "cpp" and state.is_contiguous()
         if by_kernel and not torch.is_grad_enabled():
-            return cpp_scan.step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
+            return cpp_step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
         bias = {"dt_bias": dt_bias, "dt_softplus": dt_softplus}
         return others(state, hidden_states, dt, A, B, C, D=D, z=z, **bias, **options)
 
