@@ -61,7 +61,7 @@ class LossMeter:
 
 
 def _every_other_sequence(batch: Batch, stride: int) -> Batch:
-    """One sequence in `stride`, of those with something to predict: processes sample what one would of all of theirs."""
+    """One sequence in `stride`, of those with something to predict: several processes sample what one would."""
     predicted = predictions(batch)
     rows = predicted.reshape(len(predicted), -1).any(1).nonzero().squeeze(1)[::stride]
     return {name: value[rows] for name, value in batch.items()}

@@ -39,17 +39,19 @@ def main() -> None:
     results = {"date": datetime.now().isoformat(timespec="seconds"), "machine": found, "options": asdict(args)}
     text = "# Benchmark\n\n" + table(["machine", ""], [[name, str(value)] for name, value in found.items()])
 
-    if "scan" in studies:  # first: see there
-        limits = measure_limits_apart(args)
-        results["limits"] = asdict(limits)
+    limits = measure_limits(args.device)
+    results["limits"] = asdict(limits)
+    rates = limits.flops_per_second / 1e9, limits.matrix_flops_per_second / 1e9
+    text += f"\nAt best {limits.bytes_per_second / 1e9:.0f} GB/s, {rates[0]:,.0f} GFLOP/s in float32, "
+    text += f"{rates[1]:,.0f} in a model's products of matrices.\n"
+    if "scan" in studies:
         results["scan"] = study_scan(args, limits)
         text += "\n" + scan_tables(results["scan"])
-        text += f"\nLimit: {limits.bytes_per_second / 1e9:.0f} GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s.\n"
     if "training" in studies:
-        results["training"] = study_training(args)
+        results["training"] = study_training(args, limits)
         text += "\n" + training_tables(results["training"])
     if "decoding" in studies:
-        results["decoding"] = study_decoding(args)
+        results["decoding"] = study_decoding(args, limits)
         text += "\n" + decoding_tables(results["decoding"])
 
     folder = Path(args.output_dir)
@@ -70,13 +72,6 @@ def parse_arguments(argv: list[str]) -> tuple[Arguments, list[str]]:
     parser.set_defaults(**(ON_CUDA if device == "cuda" else {}))
     args, selected = parser.parse_args_into_dataclasses(argv)
     return args, selected.studies or list(STUDIES)
-
-
-def measure_limits_apart(args: Arguments):
-    """In a process of its own, whose large tensors leave this one small."""
-    from benchmarks.measuring import added_peak
-
-    return added_peak(measure_limits, args.device)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ and the steps of the small model after them. What is compared runs in turn, in o
 
 import argparse
 import json
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-import psutil
 import torch
-from benchmark import timed
+from benchmarks.measuring import added_peak, mebibytes, timed
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -70,32 +68,14 @@ def build(layers: int, hidden_size: int, state_size: int, device: str) -> LRUFor
 def study_analysis(options: argparse.Namespace) -> dict:
     """Seconds of one `analyze` by N."""
     seconds, config = {}, CompreSSMConfig(tolerance=0.1)
-    mebibytes = added_memory(partial(analyze, build(6, 512, 384, "cpu"), None, config))
-    print(f"6 layers, N = 384: {mebibytes:.0f} MiB at the peak of an analysis on the CPU, beyond what there was")
+    peak = added_peak(partial(analyze, build(6, 512, 384, "cpu"), None, config), "cpu")
+    print(f"6 layers, N = 384: {mebibytes(peak)} MiB at the peak of an analysis on the CPU, beyond what there was")
     for size in options.state_sizes:
         analyze(build(1, 512, size, options.device), None, config)  # warms up
         run = partial(analyze, build(6, 512, size, options.device), None, config)
         seconds[size] = median(timed(run, options.device) for _ in range(3))
         print(f"6 layers, N = {size:4d}: {seconds[size]:7.2f} s per analysis", flush=True)
-    return {"seconds": seconds, "mebibytes": mebibytes}
-
-
-def added_memory(function: Callable[[], object]) -> float:
-    """How far the resident memory of this process rises while the function runs, in MiB, by looking every ms."""
-    process, done = psutil.Process(), threading.Event()
-    before = peak = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    function()
-    done.set()
-    watcher.join()
-    return (peak - before) / 2**20
+    return {"seconds": seconds, "peak_bytes": peak}
 
 
 def study_regulariser(options: argparse.Namespace) -> dict:

@@ -28,7 +28,14 @@ from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, param
 from hf_compressm.history import History, save_history
 
 ROOT = Path(__file__).parent.parent
+LONGEST_FIRST = ("test_scripts.py", "test_distributed.py", "test_studies.py", "test_kill.py")  # a worker takes a file
 VOCABULARY, LENGTH, LAYERS, STATE_SIZE = 512, 32, 2, 16
+
+
+def pytest_collection_modifyitems(items):
+    """The files that launch processes come first, so that no worker is left alone with one of them at the end."""
+    order = dict(zip(reversed(LONGEST_FIRST), range(len(LONGEST_FIRST)), strict=True))
+    items.sort(key=lambda item: -order.get(item.path.name, -1))
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,7 @@ def alone(tmp_path_factory, dataset):
     return run
 
 
-BOUNDS = {"bf16": 2e-3, "fp16 hook": 5e-3}
+BOUNDS = {"bf16": 2e-3, "fp16 hook": 5e-3, "compiled": 2e-6}  # the compiler takes sums in an order of its own
 VARIANTS = [(engine, name) for engine in ENGINES for name in ENGINES[engine]]
 
 

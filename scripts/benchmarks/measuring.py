@@ -1,14 +1,12 @@
 """Times taken in turn and judged by their ratios in each round, peak memory, and what the machine can do at best."""
 
+import ctypes
+import gc
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,9 @@ import transformers
 from hf_compressm import env_report, install_scan
 
 from .arguments import Arguments
+
+SHARE = "share of the machine's limit"
+RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: "5" sets the peak of this process to what it holds now
 
 
 def prepare(args: Arguments) -> None:
@@ -47,24 +48,31 @@ def machine(args: Arguments) -> dict:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine does at best, in float32."""
+    """What the machine does at best: memory, arithmetic in float32, and products of matrices as a model makes them."""
 
     bytes_per_second: float
     flops_per_second: float
+    matrix_flops_per_second: float
 
-    def seconds(self, bytes_: float, flops: float) -> float:
+    def seconds(self, bytes_: float, flops: float, matrix_flops: float = 0) -> float:
         """The least time for this work: memory and arithmetic in parallel."""
-        return max(bytes_ / self.bytes_per_second, flops / self.flops_per_second)
+        arithmetic = flops / self.flops_per_second + matrix_flops / self.matrix_flops_per_second
+        return max(bytes_ / self.bytes_per_second, arithmetic)
 
 
 def measure_limits(device: str) -> Limits:
-    """By a copy of a large tensor, and by a product of matrices."""
+    """By a copy of a large tensor, and by products of matrices; those of a model are bfloat16 on a GPU."""
     size, side = (2**28, 8192) if device == "cuda" else (2**26, 1536)
-    source, matrix = torch.ones(size, device=device), torch.ones(side, side, device=device)
+    source = torch.ones(size, device=device)
     target = torch.empty_like(source)
     copy = min(timed(lambda: target.copy_(source), device) for _ in range(7))
-    product = min(timed(lambda: matrix @ matrix, device) for _ in range(7))
-    return Limits(2 * 4 * size / copy, 2 * side**3 / product)
+
+    def flops_per_second(dtype: torch.dtype) -> float:
+        matrix = torch.ones(side, side, device=device, dtype=dtype)
+        return 2 * side**3 / min(timed(lambda: matrix @ matrix, device) for _ in range(7))
+
+    exact = flops_per_second(torch.float32)
+    return Limits(2 * 4 * size / copy, exact, flops_per_second(torch.bfloat16) if device == "cuda" else exact)
 
 
 def time_in_turn(runs: dict[str, Callable], rounds: dict[str, int], device: str) -> dict[str, list[float]]:
@@ -103,20 +111,36 @@ def show(quartiles: list[float], digits: int = 2) -> str:
     return f"{middle} [{first}, {third}]"
 
 
+def mebibytes(count: int | None) -> str:
+    return "?" if count is None else f"{count / 2**20:,.0f}"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """In Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def added_peak(measure: Callable[..., int], *arguments) -> int:
-    """What `measure` returns in a fresh process: on a CPU a peak can be told only once, and never falls."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        return pool.submit(measure, *arguments).result()
+def added_peak(function: Callable[[], object], device: str) -> int | None:
+    """The most memory that a call holds beyond what is held already, bytes; None where the system does not tell.
 
-
-def peak_bytes(device: str) -> int:
-    """The most memory that this process ever held; on a GPU, of its allocator."""
+    On a GPU that of torch's allocator; else of the process, whose freed memory is given back to the system first.
+    """
+    gc.collect()
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - held
+    if not RESET_PEAK.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    RESET_PEAK.write_text("5")
+    held = _resident_bytes("VmRSS")
+    function()
+    return _resident_bytes("VmHWM") - held
+
+
+def _resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))

@@ -16,7 +16,7 @@ from hf_compressm.kernels import selective_scan
 from hf_compressm.kernels.dispatch import mamba_ssm_serves
 
 from .arguments import Arguments
-from .measuring import Limits, added_peak, median, peak_bytes, prepare, ratio_quartiles, show, table, time_in_turn
+from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quartiles, show, table, time_in_turn
 
 TRANSFORMERS_SCAN = inspect.unwrap(modeling_mamba.mamba_selective_scan)  # the PyTorch one, even beside mamba-ssm
 LOOP, MAMBAPY, MAMBA_SSM = "Transformers' loop", "mambapy", "mamba-ssm"
@@ -52,14 +52,11 @@ def _own_scan(name: str, u, dt, A, B, C, D, z, bias) -> Tensor:
 def study_scan(args: Arguments, limits: Limits) -> dict:
     """At one size all scans, in time and memory; then by N, then by L."""
     names = list(scans(args.device))
-    print("Peak memory of each scan …", flush=True)
-    # First of all: on Linux a child's peak starts at its parent's, so this process has to be small still.
-    peaks = {name: added_peak(scan_peak, args, name) for name in names}
-    long = replace(args, batch_size=1, length=2048)
-    long_peaks = {name: added_peak(scan_peak, long, name) for name in names if name != LOOP}
-
     differences = {size: check_agreement(args, size) for size in {args.state_size, *args.state_sizes, 16}}
     print("Every scan gives the gradients of Transformers' loop.", flush=True)
+    long = replace(args, batch_size=1, length=2048)
+    peaks = {name: scan_peak(args, name) for name in names}
+    long_peaks = {name: scan_peak(long, name) for name in names if name != LOOP}
     headline = scan_point(args, args.state_size, names, limits) | {"peak_bytes": peaks}
     by_state_size = sweep([(args, size) for size in sorted({*args.state_sizes, args.state_size})], limits)
     by_length = sweep([(replace(args, batch_size=1, length=length), 16) for length in args.lengths], limits)
@@ -158,15 +155,10 @@ def check_agreement(args: Arguments, size: int) -> dict[str, float]:
     return differences
 
 
-def scan_peak(args: Arguments, name: str) -> int:
-    """Bytes that forward and backward add to the peak of this process."""
-    prepare(args)
-    scan = scans(args.device)[name]
-    gradients(scan, *scan_inputs(replace(args, batch_size=1, length=8), size=2))  # loads libraries, starts threads
-    inputs, grad_output = scan_inputs(args, args.state_size)
-    before = peak_bytes(args.device)
-    gradients(scan, inputs, grad_output)
-    return peak_bytes(args.device) - before
+def scan_peak(args: Arguments, name: str) -> int | None:
+    """Bytes that forward and backward hold beyond their inputs."""
+    scan, inputs = scans(args.device)[name], scan_inputs(args, args.state_size)
+    return added_peak(lambda: gradients(scan, *inputs), args.device)
 
 
 def scan_tables(result: dict) -> str:
@@ -179,13 +171,13 @@ def scan_tables(result: dict) -> str:
             name,
             f"{1000 * seconds:.1f}",
             show(head["ratio_quartiles"][name]),
-            f"{head['peak_bytes'][name] / 2**20:,.0f}",
+            mebibytes(head["peak_bytes"][name]),
             f"{head['share_of_limit'][name]:.1%}",
         ]
         for name, seconds in head["median_seconds"].items()
     ]
-    text += table(["", "ms", f"× {first}", "peak memory, MiB", "share of the machine's limit"], rows)
-    peaks = ", ".join(f"{name} {peak / 2**20:,.0f}" for name, peak in result["peak_bytes_batch_1_L_2048"].items())
+    text += table(["", "ms", f"× {first}", "peak memory, MiB", SHARE], rows)
+    peaks = ", ".join(f"{name} {mebibytes(peak)}" for name, peak in result["peak_bytes_batch_1_L_2048"].items())
     text += f"\nPeak memory at batch 1, L 2048, N {head['N']}, MiB: {peaks}.\n"
     for key, axis in (("by_state_size", "N"), ("by_length", "L")):
         points = result[key]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from transformers import MambaConfig, MambaForCausalLM
@@ -11,7 +12,8 @@ from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, param
 from hf_compressm.kernels.dispatch import VARIABLE, mamba_ssm_serves
 
 from .arguments import Arguments
-from .measuring import median, ratio_quartiles, show, table, time_in_turn, timed
+from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quartiles, show, table, time_in_turn, timed
+from .scan import FLOPS, least_bytes
 
 MAMBAPY = "mambapy"
 EVENTS = 4
@@ -85,11 +87,11 @@ def scan_chosen(name: str | None) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
-def study_training(args: Arguments) -> dict:
-    return {"step": study_step(args), "cut": study_cut(args), "run": study_run(args)}
+def study_training(args: Arguments, limits: Limits) -> dict:
+    return {"step": study_step(args, limits), "cut": study_cut(args, limits), "run": study_run(args)}
 
 
-def study_step(args: Arguments) -> dict:
+def study_step(args: Arguments, limits: Limits) -> dict:
     """The same step with one scan and another."""
     names = {"cpu": ["cpp", "torch", MAMBAPY], "cuda": ["triton", "torch"]}[args.device]
     names += ["mamba_ssm"] * mamba_ssm_serves(args.device)
@@ -97,16 +99,19 @@ def study_step(args: Arguments) -> dict:
     trainings = {name: Training(args, args.step_size, name) for name in names}
     rounds = {name: args.slow_rounds if name == MAMBAPY else args.rounds for name in names}
     seconds = time_in_turn({name: training.step for name, training in trainings.items()}, rounds, args.device)
+    medians = {name: median(values) for name, values in seconds.items()}
+    least = least_step_seconds(trainings[names[0]].model, args, limits)
     return {
         "state_size": args.step_size,
-        "median_seconds": {name: median(values) for name, values in seconds.items()},
+        "median_seconds": medians,
+        "share_of_limit": {name: least / value for name, value in medians.items()},
         "ratio_quartiles": {name: ratio_quartiles(values, seconds[names[0]]) for name, values in seconds.items()},
         "ratio_to_torch_quartiles": {n: ratio_quartiles(values, seconds["torch"]) for n, values in seconds.items()},
         "seconds": seconds,
     }
 
 
-def study_cut(args: Arguments) -> dict:
+def study_cut(args: Arguments, limits: Limits) -> dict:
     """The step of a model that was cut, of the uncut one, and of one that was built at the small size."""
     before, after = args.size_before, args.size_after
     print(f"Training step, cut {before} → {after}, uncut, and built at {after}", flush=True)
@@ -123,19 +128,31 @@ def study_cut(args: Arguments) -> dict:
         "tokens_per_second": {name: args.batch_size * args.block_size / value for name, value in medians.items()},
         "cut_to_built_quartiles": ratio_quartiles(seconds["cut"], seconds["built"]),
         "uncut_to_cut_quartiles": ratio_quartiles(seconds["uncut"], seconds["cut"]),
-        "peak_bytes": {name: step_peak(training) for name, training in trainings.items()},
+        "peak_bytes": {name: added_peak(training.step, args.device) for name, training in trainings.items()},
+        "share_of_limit": {
+            name: least_step_seconds(training.model, args, limits) / medians[name]
+            for name, training in trainings.items()
+        },
         "seconds": seconds,
     }
 
 
-def step_peak(training: Training) -> int | None:
-    """The most memory in a step, on a GPU; a CPU's cannot be told for one model among others."""
-    if training.args.device != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    training.step()
-    return torch.cuda.max_memory_allocated() - held
+def least_step_seconds(model: MambaForCausalLM, args: Arguments, limits: Limits) -> float:
+    """The least time of a step: the scans, and each weight in three products of matrices and in AdamW.
+
+    AdamW reads a weight, its gradient and two moments and writes all but the gradient; before, two passes read the
+    weight and one writes the gradient. Convolutions, norms and activations are left out.
+    """
+    config, weights = model.config, sum(parameter.numel() for parameter in model.parameters())
+    layers, channels, size = config.num_hidden_layers, config.intermediate_size, config.state_size
+    tokens = args.batch_size * args.block_size
+    dtype = "bfloat16" if args.device == "cuda" else "float32"
+    one_scan = replace(args, length=args.block_size, channels=channels, dtype=dtype)
+    return limits.seconds(
+        bytes_=layers * least_bytes(one_scan, size) + 10 * 4 * weights,
+        flops=layers * FLOPS * tokens * channels * size,
+        matrix_flops=3 * 2 * weights * tokens,
+    )
 
 
 def study_run(args: Arguments) -> dict:
@@ -167,15 +184,25 @@ def training_tables(result: dict) -> str:
     step, cut, run = result["step"], result["cut"], result["run"]
     first = next(iter(step["median_seconds"]))
     text = f"## Training step, N = {step['state_size']}\n\n"
-    rows = [[n, f"{1000 * s:.1f}", show(step["ratio_quartiles"][n])] for n, s in step["median_seconds"].items()]
-    text += table(["scan", "ms", f"× {first}"], rows)
+    rows = [
+        [name, f"{1000 * seconds:.1f}", show(step["ratio_quartiles"][name]), f"{step['share_of_limit'][name]:.1%}"]
+        for name, seconds in step["median_seconds"].items()
+    ]
+    text += table(["scan", "ms", f"× {first}", SHARE], rows)
     before, after = cut["sizes"]
     labels = {"uncut": f"N = {before}", "cut": f"cut {before} → {after}", "built": f"built at {after}"}
     rows = [
-        [label, f"{1000 * cut['median_seconds'][name]:.1f}", f"{cut['tokens_per_second'][name]:,.0f}"]
+        [
+            label,
+            f"{1000 * cut['median_seconds'][name]:.1f}",
+            f"{cut['tokens_per_second'][name]:,.0f}",
+            mebibytes(cut["peak_bytes"][name]),
+            f"{cut['share_of_limit'][name]:.1%}",
+        ]
         for name, label in labels.items()
     ]
-    text += "\n## After a cut\n\n" + table(["", "ms per step", "tokens per second"], rows)
+    header = ["", "ms per step", "tokens per second", "peak memory of a step, MiB", SHARE]
+    text += "\n## After a cut\n\n" + table(header, rows)
     text += f"\ncut / built: {show(cut['cut_to_built_quartiles'], 3)}, "
     text += f"uncut / cut: {show(cut['uncut_to_cut_quartiles'])}\n"
     shares, sizes = run["share"], " → ".join(map(str, run["sizes"]))
