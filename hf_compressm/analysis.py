@@ -14,11 +14,12 @@ from .time_invariant_analysis import TimeInvariantAnalysis
 
 
 def analyze_states(
-    model: nn.Module, batches: list[Batch], config: CompreSSMConfig
+    model: nn.Module, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
 ) -> SelectiveAnalysis | TimeInvariantAnalysis:
     """The analysis that the architecture asks for, of an unwrapped model in eval mode."""
-    time_invariant = isinstance(layout_of(model), TimeInvariantLayout)
-    return (TimeInvariantAnalysis if time_invariant else SelectiveAnalysis)(model, batches, config)
+    if isinstance(layout_of(model), TimeInvariantLayout):
+        return TimeInvariantAnalysis(model, config)
+    return SelectiveAnalysis(model, batches, config, held_out)
 
 
 def is_uniform(config: CompreSSMConfig, model: nn.Module) -> bool:
@@ -46,6 +47,8 @@ def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
             f"criterion = '{config.criterion}'; the states of model type '{model_type}' are ranked by their Hankel "
             "singular values: leave it out."
         )
+    if config.refit and not isinstance(layout, SelectiveLayout):
+        raise ValueError(f"refit = True; a model of type '{model_type}' is balanced instead: leave it out.")
     config.check_target(reducible_size(config, model))
 
 
@@ -56,13 +59,13 @@ def reducible_size(config: CompreSSMConfig, model: nn.Module) -> int:
 
 def calibration_batches(
     model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig
-) -> tuple[list[Batch], list[Batch]]:
-    """Batches for statistics and batches for losses, on the model's device."""
+) -> tuple[list[Batch], list[Batch], list[Batch]]:
+    """Batches for statistics, for the judgement of refits, and for losses, on the model's device."""
     selective = isinstance(layout_of(model), SelectiveLayout)
     if batches is None:
         if selective:
             raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
-        return [], []
+        return [], [], []
     if "labels" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"{type(model).__name__} has no loss to measure: give batches = None, or a model with a head."
@@ -72,4 +75,6 @@ def calibration_batches(
         {name: value.to(device) for name, value in batch.items()}
         for batch in take_batches(batches, config.calibration_batches, own_labels=selective)
     ]
-    return (taken[0::2], taken[1::2]) if selective else ([], taken)
+    if not selective:
+        return [], [], taken
+    return (taken[0::3], taken[1::3], taken[2::3]) if config.refit else (taken[0::2], [], taken[1::2])

@@ -39,6 +39,11 @@ class CompreSSMConfig:
         "largest", f"Which of the ranked states are kept, in that number: {', '.join(SELECTIONS)}. For ablations."
     )
     compensate: bool = _help(True, "Let the kept states of a Mamba make up for the dropped ones (least squares).")
+    refit: bool = _help(
+        False,
+        "Then fit the kept states of each layer of a Mamba to what it did uncut, on calibration data; kept only where "
+        "held-out data agree. One calibration batch in three is for each of fitting, that judgement, and losses.",
+    )
     allocation: str | None = _help(
         None,
         "'uniform': one state size for all layers, the largest any layer asks for; 'per_layer': to each its own. By "
@@ -73,6 +78,7 @@ class CompreSSMConfig:
         _require(0 <= self.min_reduction < 1, "min_reduction", self.min_reduction, "a share in [0, 1)")
         batches = self.calibration_batches
         _require(_is_count(batches) and batches >= 2, "calibration_batches", batches, "a whole number, at least 2")
+        _require(not self.refit or batches >= 3, "calibration_batches", batches, "at least 3 with refit = True")
         for name, allowed in (("criterion", CRITERIA), ("allocation", ALLOCATIONS), ("selection", SELECTIONS)):
             value = getattr(self, name)
             optional = value is None and name != "selection"

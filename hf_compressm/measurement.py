@@ -30,7 +30,7 @@ class LossMeter:
         if key not in self._measured:
             overrides = self.overrides(plan)
             unchanged = plan and not overrides
-            self._measured[key] = self.of({}) if unchanged else self._mean_loss(overrides, self.batches)
+            self._measured[key] = self.of({}) if unchanged else self._mean_loss(self.batches, overrides)
         return self._measured[key]
 
     def change_by_one_layer(self, index: int, plan: Plan) -> float:
@@ -40,24 +40,33 @@ class LossMeter:
             return 0.0
         sample = [_every_other_sequence(self.batches[0], len(plan))]
         if self._of_sample is None:
-            self._of_sample = self._mean_loss({}, sample)
-        return self._mean_loss(overrides, sample) - self._of_sample
+            self._of_sample = self._mean_loss(sample, {})
+        return self._mean_loss(sample, overrides) - self._of_sample
 
-    def _mean_loss(self, overrides: dict[str, Tensor], batches: list[Batch]) -> float:
-        """Mean over the predictions of these batches in all processes, nats."""
+    def _mean_loss(self, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
         started = time.perf_counter()
-        with together():
-            losses = [forward(self.model, batch, overrides).loss.item() for batch in batches]
-            if not all(math.isfinite(loss) for loss in losses):
-                raise ValueError(
-                    "the loss on the calibration batches is NaN or Inf: training has diverged. Nothing was changed."
-                )
-        counts = [prediction_count(batch) for batch in batches]
-        total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
-        sums = torch.tensor([total, sum(counts)], dtype=torch.float64, device=next(self.model.parameters()).device)
-        sum_over_processes([sums])
+        loss = mean_loss(self.model, batches, overrides)
         self.seconds += time.perf_counter() - started
-        return from_first_process(float(sums[0] / sums[1]))  # all have to go on with the very same number
+        return loss
+
+
+def mean_loss(model: nn.Module, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
+    """Mean over the predictions of these batches in all processes, nats, with some parameters overridden.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    with together():
+        losses = [forward(model, batch, overrides).loss.item() for batch in batches]
+        if not all(math.isfinite(loss) for loss in losses):
+            raise ValueError(
+                "the loss on the calibration batches is NaN or Inf: training has diverged. Nothing was changed."
+            )
+    counts = [prediction_count(batch) for batch in batches]
+    total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
+    sums = torch.tensor([total, sum(counts)], dtype=torch.float64, device=next(model.parameters()).device)
+    sum_over_processes([sums])
+    return from_first_process(float(sums[0] / sums[1]))  # all have to go on with the very same number
 
 
 def _every_other_sequence(batch: Batch, stride: int) -> Batch:

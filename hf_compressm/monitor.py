@@ -39,7 +39,7 @@ class StateMonitor:
         """
         started = time.perf_counter()
         model = unwrap(model)
-        statistics_batches, _ = calibration_batches(model, batches, config)
+        statistics_batches, *_ = calibration_batches(model, batches, config)
         with undisturbed(model), scan_installed():
             analysis = analyze_states(model, statistics_batches, config)
             spectra = [spectrum.cpu() for spectrum in analysis.hankel_singular_values().values()]

@@ -126,12 +126,12 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         check_state_tensors(model)
         check_config(config, model)
         sizes = state_sizes(model)
-        statistics_batches, loss_batches = calibration_batches(model, batches, config)
+        statistics_batches, held_out, loss_batches = calibration_batches(model, batches, config)
         if config.loss_budget is not None and not loss_batches:
             raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
 
     with undisturbed(model), scan_installed():
-        analysis = analyze_states(model, statistics_batches, config)
+        analysis = analyze_states(model, statistics_batches, config, held_out)
         losses = LossMeter(model, loss_batches, analysis.overrides) if loss_batches else None
         chosen = choose_sizes(
             config, analysis.energies, is_uniform(config, model), lambda some: losses.of(analysis.plan(sizes | some))

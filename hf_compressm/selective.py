@@ -9,6 +9,7 @@ sums that decide which coordinates to drop (`Statistics`), the surrogate Gramian
 makes up for what was dropped (`compensation`). Mathematics only; sums accumulate in float64.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -118,6 +119,22 @@ class Statistics:
         by_state = gated.transpose(0, 1).flatten(1)  # (N, T·D)
         self.gated_covariance += by_state @ by_state.T
         self.output_energy += gated.mul_(C.unsqueeze(2)).square_().sum((0, 2))
+
+
+@dataclass(frozen=True)
+class StateMaps:
+    """What makes the states of a layer: rows of its projection for B and for C, (N, D) each, and log(-A), (D, N)."""
+
+    B_rows: Tensor
+    C_rows: Tensor
+    A_log: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.B_rows, self.C_rows, self.A_log))
+
+    def kept(self, keep: Tensor) -> "StateMaps":
+        """Those of the states `keep`, (r,)."""
+        return StateMaps(self.B_rows[keep], self.C_rows[keep], self.A_log[:, keep])
 
 
 def sampled_channels(channels: int) -> Tensor:

@@ -3,30 +3,27 @@
 import torch
 from torch import Tensor, nn
 
+from .activations import collect_statistics
 from .calibration import Batch
 from .config import CompreSSMConfig
 from .criteria import CRITERIA, LayerStates, choose_states, seeded_generator
 from .engines import full, sum_over_processes, together
-from .kernels import observed_scan
 from .kernels.operators import CHUNK
-from .layouts import (
-    STATE_INPUT,
-    STATE_OUTPUT,
-    SelectiveLayout,
-    layout_of,
-    projection_rows,
-    state_layers,
-    state_size,
-)
-from .measurement import forward, parameter_names
-from .selective import Statistics, compensation, complement, layer_hankel_singular_values
-from .surgery import Plan, Selection, compensated_output_rows
+from .layouts import STATE_INPUT, STATE_OUTPUT, layout_of, projection_rows, state_layers
+from .masking import masked_parameters
+from .refit import refitted
+from .selective import Statistics, compensation, layer_hankel_singular_values
+from .surgery import Plan, Selection
 
 DEFAULT_CRITERION = "output"
 
 
 class SelectiveAnalysis:
-    """The states of a selective model, scored on data; a plan keeps some of them as they are, compensated.
+    """The states of a selective model, scored on data; a plan keeps some of them, compensated and refitted if asked.
+
+    Args:
+        batches: for statistics, and for refits to be fitted to.
+        held_out: batches by which refits are judged; needed for these only.
 
     Attributes:
         criterion: name of the score.
@@ -35,8 +32,11 @@ class SelectiveAnalysis:
         energies: layer → energy of each state, in stored order, (N,).
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch], config: CompreSSMConfig):
-        self.model, self.config = model, config
+    def __init__(
+        self, model: nn.Module, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
+    ):
+        self.model, self.config, self.batches, self.held_out = model, config, batches, held_out
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self.criterion, self.compensate = config.criterion or DEFAULT_CRITERION, config.compensate
         with together():
             self.statistics = collect_statistics(model, batches)
@@ -61,7 +61,15 @@ class SelectiveAnalysis:
         return {}
 
     def plan(self, sizes: dict[int, int]) -> Plan:
-        """What is kept of each layer at these sizes."""
+        """What is kept of each layer at these sizes; a plan is made once."""
+        key = tuple(sizes[index] for index in self.energies)
+        if key not in self._plans:
+            plan = self._selected(sizes)
+            is_asked = self.config.refit and self.held_out
+            self._plans[key] = refitted(self.model, plan, self.batches, self.held_out) if is_asked else plan
+        return self._plans[key]
+
+    def _selected(self, sizes: dict[int, int]) -> Plan:
         plan = {}
         for index, energy in self.energies.items():
             size, whole = sizes[index], len(energy)
@@ -72,46 +80,8 @@ class SelectiveAnalysis:
         return plan
 
     def overrides(self, plan: Plan) -> dict[str, Tensor]:
-        """Parameter name → value, for the layers that the plan cuts; see `masked_projection`."""
-        layout, names, masked = layout_of(self.model), parameter_names(self.model), {}
-        for index, mixer in state_layers(self.model).items():
-            if index in plan and len(plan[index].keep) < state_size(mixer, layout):
-                parameter = mixer.get_parameter(layout.projection)
-                masked[names[parameter]] = masked_projection(mixer, layout, plan[index])
-        return masked
-
-
-def collect_statistics(model: nn.Module, batches: list[Batch]) -> dict[int, Statistics]:
-    """Layer → `Statistics` over the batches, from forward passes of an unwrapped model in eval mode."""
-    layout, mixers = layout_of(model), state_layers(model)
-    statistics = {
-        index: Statistics.empty(*mixer.get_parameter(layout.decay).shape, device=next(mixer.parameters()).device)
-        for index, mixer in mixers.items()
-    }
-    weights = {
-        i: full(m.get_parameter(layout.output_projection).detach()).double().square().sum(0) for i, m in mixers.items()
-    }
-    running: list[int] = []  # the layer whose scan comes next
-    handles = [
-        mixer.register_forward_pre_hook(lambda module, args, index=index: running.append(index))
-        for index, mixer in mixers.items()
-    ]
-    mask = None
-
-    def observer(positions, **sample):
-        index = running.pop()
-        counted = None if mask is None else mask[:, positions]
-        statistics[index].accumulate(**sample, channel_weight=weights[index], mask=counted)
-
-    try:
-        with observed_scan(observer):
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                forward(model, batch, {})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return statistics
+        """Parameter name → value, for the layers that the plan cuts; see `masking`."""
+        return masked_parameters(self.model, plan)
 
 
 def score_states(
@@ -138,18 +108,3 @@ def score_states(
                 "its weights are degenerate; nothing was changed."
             )
     return energies
-
-
-def masked_projection(mixer: nn.Module, layout: SelectiveLayout, selection: Selection) -> Tensor:
-    """The projection at its full size with which the mixer computes what it will after the cut.
-
-    Rows of B and C that make dropped states are zero, the kept rows of C are compensated.
-    """
-    projection = full(mixer.get_parameter(layout.projection).detach()).clone()
-    output_rows = projection_rows(mixer, layout, STATE_OUTPUT)
-    kept = compensated_output_rows(projection[output_rows], selection)
-    dropped = complement(selection.keep, state_size(mixer, layout)).to(projection.device)
-    for block in (STATE_INPUT, STATE_OUTPUT):
-        projection[projection_rows(mixer, layout, block)][dropped] = 0
-    projection[output_rows][selection.keep] = kept
-    return projection

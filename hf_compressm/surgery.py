@@ -6,7 +6,7 @@ replaces its tensors by those of a smaller system. How all of it happens at once
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +24,50 @@ from .layouts import (
     state_sizes,
 )
 from .resizing import Edit, resize
-from .selective import complement
+from .selective import StateMaps, complement
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of one layer: the states `keep`, sorted, (r,), and the `compensation` G, (N - r, r), if any."""
+    """What is kept of one layer, and how the kept states make up for the others.
+
+    Attributes:
+        keep: kept states, sorted, (r,).
+        compensation: the map G by which kept states predict dropped ones, (N - r, r), or None.
+        refit: what a refit adds to the maps of the kept states after that, or None.
+    """
 
     keep: Tensor
     compensation: Tensor | None = None
+    refit: StateMaps | None = None
 
     def cpu(self) -> "Selection":
         """The same on the CPU."""
-        return Selection(self.keep.cpu(), None if self.compensation is None else self.compensation.cpu())
+        compensation = None if self.compensation is None else self.compensation.cpu()
+        refit = None if self.refit is None else StateMaps(*(added.cpu() for added in self.refit))
+        return Selection(self.keep.cpu(), compensation, refit)
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All that it says beside the kept states, by name."""
+        added = (None,) * 3 if self.refit is None else self.refit
+        return {"compensation": self.compensation, **dict(zip(("B", "C", "A_log"), added, strict=True))}
+
+    def of(self, whole: StateMaps) -> StateMaps:
+        """The maps of the kept states as the cut leaves them: W_C[K] + Gᵀ W_C[R] (`maths`: compensation), refitted.
+
+        Args:
+            whole: the maps of all states.
+        """
+        keep = self.keep.to(whole.B_rows.device)
+        maps = whole.kept(keep)
+        if self.compensation is not None:
+            dropped = whole.C_rows[complement(keep, len(whole.C_rows))].double()
+            C_rows = maps.C_rows.double() + self.compensation.to(dropped).mT @ dropped
+            maps = replace(maps, C_rows=C_rows.to(maps.C_rows.dtype))
+        if self.refit is not None:
+            maps = StateMaps(*(kept + added.to(kept) for kept, added in zip(maps, self.refit, strict=True)))
+        return maps
 
 
 @dataclass(frozen=True)
@@ -58,15 +89,14 @@ def plan_fingerprint(plan: Plan) -> str:
     """A text that is the same for equal plans only."""
     digest = hashlib.sha256()
     for index, entry in plan.items():
-        tensors = entry.tensors if isinstance(entry, Projection) else {"compensation": entry.compensation}
-        for name, tensor in {"keep": entry.keep, **tensors}.items():
+        for name, tensor in {"keep": entry.keep, **entry.tensors}.items():
             digest.update(f"{index} {name}".encode())
             digest.update(b"" if tensor is None else tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Sequence[nn.Module] = ()) -> None:
-    """Remove the states that the plan does not keep; a compensation goes into the kept rows of C.
+    """Remove the states that the plan does not keep; the others get what the plan makes them do in their place.
 
     Args:
         model: a supported Transformers model.
@@ -75,7 +105,7 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Seque
         optimizer: its moments are sliced at their positions; step counts and everything else stay. A projected layer
             has new coordinates, which old moments know nothing of: its tensors start afresh.
         companions: models of the same shape that follow, such as a running average of the weights. They keep the same
-            states, compensated in their own weights; projected layers take the model's tensors.
+            states, with the same additions to their own weights; projected layers take the model's tensors.
 
     Raises:
         ValueError: a plan that does not fit the model, weights that are not finite, half-precision masters, or an
@@ -89,10 +119,8 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Seque
         entry = plan[index]
         if isinstance(entry, Projection):
             new.update({path: entry.tensors[path].to(new[path]) for path in new})
-        elif entry.compensation is not None:
-            before = old[layout.projection][projection_rows(mixer, layout, STATE_OUTPUT)]
-            rows = projection_rows(mixer, layout, STATE_OUTPUT, len(entry.keep))
-            new[layout.projection][rows] = compensated_output_rows(before, entry)
+        else:
+            put_maps(entry.of(maps_in(old, mixer, layout)), maps_in(new, mixer, layout, len(entry.keep)))
 
     sources = {index: entry.keep for index, entry in plan.items()}
     resize(model, sources, optimizer, finish, projected, companions)
@@ -151,14 +179,19 @@ def set_state_sizes(
     resize(model, sources, optimizer, _as_gathered, **options)
 
 
-def compensated_output_rows(rows: Tensor, selection: Selection) -> Tensor:
-    """The kept ones of the rows of C, (N, D) → (r, D): W_C[K] + Gᵀ W_C[R], in float64 (`maths`: compensation)."""
-    keep = selection.keep.to(rows.device)
-    kept = rows[keep]
-    if selection.compensation is None:
-        return kept
-    dropped = rows[complement(keep, len(rows))].double()
-    return (kept.double() + selection.compensation.to(dropped).mT @ dropped).to(kept.dtype)
+def maps_in(
+    tensors: dict[str, Tensor], mixer: nn.Module, layout: SelectiveLayout, size: int | None = None
+) -> StateMaps:
+    """Views of the maps in a layer's tensors, by path; of `size` states, if not of the mixer's own number."""
+    projection = tensors[layout.projection]
+    rows = (projection[projection_rows(mixer, layout, block, size)] for block in (STATE_INPUT, STATE_OUTPUT))
+    return StateMaps(*rows, tensors[layout.decay])
+
+
+def put_maps(maps: StateMaps, into: StateMaps) -> None:
+    """Overwrite the tensors that `into` views."""
+    for target, value in zip(into, maps, strict=True):
+        target.copy_(value)
 
 
 def _enlarge(model: nn.Module, size: int, optimizer, edit: Edit) -> None:

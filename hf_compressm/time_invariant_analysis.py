@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch
 from .config import CompreSSMConfig
 from .criteria import choose_states, seeded_generator
 from .engines import gathered
@@ -29,7 +28,7 @@ class TimeInvariantAnalysis:
 
     criterion, compensate, tokens = "hankel", False, 0
 
-    def __init__(self, model: nn.Module, batches: list[Batch], config: CompreSSMConfig):
+    def __init__(self, model: nn.Module, config: CompreSSMConfig):
         self.model, self.config = model, config
         self.systems = {}
         for index, mixer in state_layers(model).items():

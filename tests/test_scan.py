@@ -382,7 +382,13 @@ def test_an_observer_sees_each_layers_scan_once_at_the_ends_of_its_chunks(instal
     for mixer in mixers:
         mixer.in_proj.register_forward_hook(gate_of)
         mixer.x_proj.register_forward_hook(scan_of(mixer))
-    with observed_scan(lambda positions, **sample: seen.append((positions, sample))):
+
+    def observer(*arguments):
+        y, last_state, positions, sample = sampled_scan(*arguments)
+        seen.append((positions, sample))
+        return y, last_state
+
+    with observed_scan(observer):
         assert scan_is_installed()
         logits = model(ids).logits
     assert scan_is_installed() == installed_before

@@ -8,7 +8,7 @@ from conftest import assert_identical, build_model, train_steps, weights_of
 
 from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
 from hf_compressm.layouts import layout_of, source_index, state_layers
-from hf_compressm.selective_analysis import masked_projection
+from hf_compressm.masking import masked_tensors
 from hf_compressm.surgery import Selection, grow_state, pad_state, shrink_state
 
 
@@ -23,7 +23,8 @@ def mask_states(model, optimizer, selections) -> None:
     layout = layout_of(model)
     for index, mixer in state_layers(model).items():
         selection = selections[index]
-        mixer.x_proj.weight.data.copy_(masked_projection(mixer, layout, selection))
+        for path, value in masked_tensors(mixer, layout, selection).items():
+            mixer.get_parameter(path).data.copy_(value)
         for path, tensor in layout.tensors.items():
             kept = source_index(mixer, layout, tensor, selection.keep)
             parameter = mixer.get_parameter(path)

@@ -132,7 +132,7 @@ def test_the_measured_losses_are_those_of_the_compressed_model(model, data, sele
     for kept, cut in ((0, 1), (1, 0)):
         alone = copy.deepcopy(model)
         compress(alone, analyze(alone, None, CompreSSMConfig(**vars(config) | {"skip_layers": [kept]})))
-        sequences = [{name: value[:5] for name, value in data[0].items()}]  # of ten, for two layers
+        sequences = [{name: value[::2] for name, value in data[0].items()}]  # for two layers
         change = mean_loss(alone, sequences) - mean_loss(model, sequences)
         assert report.predicted_loss_change[cut] == pytest.approx(change, abs=1e-5)
 
@@ -151,7 +151,7 @@ def test_losses_of_a_number_are_weighted_by_the_size_of_their_batches(data):
 
 
 def test_plans_with_the_same_largest_size_are_measured_each(model, data):
-    analysis = TimeInvariantAnalysis(model, [], CompreSSMConfig(tolerance=0.1))
+    analysis = TimeInvariantAnalysis(model, CompreSSMConfig(tolerance=0.1))
     plans = [analysis.plan({0: first, 1: second}) for first, second in ((N, 3), (3, N), (3, 3), (N, N))]
     with torch.no_grad():
         meter = LossMeter(model, data[:2], analysis.overrides)

@@ -9,12 +9,14 @@ from .installation import (
     scan_is_installed,
     uninstall_scan,
 )
-from .scan import selective_scan
+from .scan import effective_time_step, sampled_scan, selective_scan
 
 __all__ = [
+    "effective_time_step",
     "install_scan",
     "observed_scan",
     "reference_loop_would_run",
+    "sampled_scan",
     "scan_in_force",
     "scan_installed",
     "scan_is_installed",

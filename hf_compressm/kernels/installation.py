@@ -15,10 +15,10 @@ from transformers.models.mamba import modeling_mamba
 
 from .cpp_scan import step as cpp_step
 from .dispatch import mamba_ssm_serves, requested_scan, scan_name
-from .scan import sampled_scan, selective_scan
+from .scan import selective_scan
 
-# observer(positions, **sample), as `sampled_scan` returns them.
-Observer = Callable[..., None]
+# Runs a scan: of (u, time_step, A, B, C, D, gate, time_step_bias, softplus) to (y, last_state).
+Observer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 _originals: dict[str, Callable] = {}  # what install_scan replaced; empty when it is not installed
 _observer: Observer | None = None
@@ -85,7 +85,7 @@ def scan_installed() -> Iterator[None]:
 
 @contextmanager
 def observed_scan(observer: Observer) -> Iterator[None]:
-    """Within the block every scan of a model in eval mode is sampled for `observer`, and runs by this package."""
+    """Within the block the observer runs every scan of a model in eval mode, and so sees what each is given."""
     global _observer
     with scan_installed():
         previous, _observer = _observer, observer
@@ -98,8 +98,7 @@ def observed_scan(observer: Observer) -> Iterator[None]:
 def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **options):
     """In the place of `modeling_mamba.mamba_selective_scan`, whose signature it has."""
     if _observer is not None:
-        y, last_state, positions, sample = sampled_scan(u, dt, A, B, C, D, z, delta_bias, delta_softplus)
-        _observer(positions, **sample)
+        y, last_state = _observer(u, dt, A, B, C, D, z, delta_bias, delta_softplus)
         return (y, last_state) if return_last_state else y
     if scan_name(u.device.type) == "mamba_ssm":
         original = _originals["mamba_selective_scan"]
