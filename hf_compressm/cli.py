@@ -147,7 +147,7 @@ def report_content(report: StateReport) -> dict:
         }
         for index, before in report.state_sizes_before.items()
     ]
-    names = ("criterion", "compensate", "loss_before", "loss_after", "tokens", "seconds")
+    names = ("criterion", "compensate", "is_refitted", "loss_before", "loss_after", "tokens", "seconds")
     return {"config": asdict(report.config)} | {name: getattr(report, name) for name in names} | {"layers": layers}
 
 
@@ -190,7 +190,7 @@ def _check_ids(batches: list[dict], tokenizer: str, model: PreTrainedModel) -> N
 
 def _config(options: argparse.Namespace) -> CompreSSMConfig:
     goal = {name: getattr(options, name) for name in GOALS if getattr(options, name) is not None}
-    names = ("criterion", "allocation", "multiple_of", "min_state_size", "calibration_batches")
+    names = ("criterion", "refit", "allocation", "multiple_of", "min_state_size", "calibration_batches")
     return CompreSSMConfig(**(goal or {"tolerance": 0.01}), **{name: getattr(options, name) for name in names})
 
 
@@ -260,6 +260,7 @@ def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
         ("calibration_batches", int, 8),
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=_escaped(helps[name]))
+    parser.add_argument("--refit", action="store_true", help=_escaped(helps["refit"]))
 
 
 def _escaped(text: str) -> str:

@@ -141,6 +141,7 @@ def _cuts(history: History) -> dict:
         "cuts": [_cut_row(cut) for cut in cuts],
         "in_training": any(cut.step is not None for cut in cuts),
         "compensate": any(cut.compensate for cut in cuts),
+        "refit": any(cut.refit for cut in cuts),
         "loss_before": _loss_text(cuts[0].loss_before) if cuts else None,
         "loss_after": _loss_text(cuts[-1].loss_after) if cuts else None,
     }

@@ -22,7 +22,7 @@ class ReductionEvent:
         tokens: calibration tokens behind the statistics.
         seconds: time of the analysis and the surgery; in Trainer, of the whole event.
         measuring_seconds: the part of it that went into measuring losses.
-        criterion, compensate: how states were ranked and made up for.
+        criterion, compensate, refit: how states were ranked and made up for.
         hankel_singular_values: spectrum before the cut, (N,), descending.
         rolled_back_at: optimizer steps done when the cut was undone; None while it stands.
         goal: what this event was to achieve: the name of the goal and its value.
@@ -44,6 +44,7 @@ class ReductionEvent:
     hankel_singular_values: list[Tensor] = field(repr=False)
     rolled_back_at: int | None = None
     goal: dict[str, float] | None = None
+    refit: bool = False
 
     @property
     def is_cut(self) -> bool:
@@ -132,6 +133,7 @@ ALLOWED = {
     "measuring_seconds": _is_number,
     "criterion": lambda value: isinstance(value, str),
     "compensate": lambda value: isinstance(value, bool),
+    "refit": lambda value: isinstance(value, bool),
     "rolled_back_at": _optional(_is_count),
     "goal": _optional(lambda value: isinstance(value, dict) and all(map(_is_number, value.values()))),
 }

@@ -19,7 +19,7 @@ from .layouts import state_sizes
 from .measurement import LossMeter
 from .records import ReductionEvent
 from .resizing import check_state_tensors
-from .surgery import Plan, plan_fingerprint, shrink_state
+from .surgery import Plan, Selection, plan_fingerprint, shrink_state
 
 
 @dataclass
@@ -75,6 +75,11 @@ class StateReport:
         return self.state_sizes != self.state_sizes_before
 
     @property
+    def is_refitted(self) -> bool:
+        """Whether layers are refitted; where that did not help on held-out batches, they are not."""
+        return any(isinstance(entry, Selection) and entry.refit is not None for entry in self.plan.values())
+
+    @property
     def energy_discarded(self) -> dict[int, float]:
         """Layer → share of the state energy that the plan drops."""
         shares = {}
@@ -97,6 +102,8 @@ class StateReport:
             f"measured loss: {self.loss_before:.4f} → {self.loss_after:.4f} nats per prediction "
             f"({self.loss_after - self.loss_before:+.4f}; the layers alone predict {sum(changes):+.4f})"
         )
+        if self.config.refit and self.is_cut:
+            rows.append("refitted" if self.is_refitted else "not refitted: it did not help on held-out batches")
         return "\n".join(rows)
 
 
@@ -104,6 +111,7 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
     """Measure what each state does and plan which to keep. Nothing is changed: not the weights, the mode, nor any RNG.
 
     A Mamba is analysed on data: every other calibration batch feeds the statistics, losses are measured on the rest.
+    With a refit it is one batch in three for statistics and the fit, one to judge it by, one for losses.
     An LRU is analysed from its weights; batches, where given, all serve to measure losses. Of several processes each
     calls this with batches of its own: statistics and losses are taken over all of them, and the plan is one.
 
@@ -210,6 +218,7 @@ def compress(
         measuring_seconds=report.measuring_seconds,
         criterion=report.criterion,
         compensate=report.compensate,
+        refit=report.is_refitted,
         hankel_singular_values=[spectrum.cpu() for spectrum in report.hankel_singular_values.values()],
         goal=report.config.goal,
     )

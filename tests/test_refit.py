@@ -1,0 +1,196 @@
+"""Refit: kept states fitted to the uncut layers, judged on other data, and what becomes of them."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import assert_identical, build_model, train_steps, weights_of
+
+from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, analyze, compress, parameter_groups
+from hf_compressm.activations import layer_inputs
+from hf_compressm.calibration import undisturbed
+from hf_compressm.engines import sum_over_processes
+from hf_compressm.layouts import layout_of, state_layers
+from hf_compressm.masking import masked_parameters
+from hf_compressm.measurement import mean_loss
+from hf_compressm.refit import refitted
+from hf_compressm.selective import StateMaps
+from hf_compressm.state_fit import LayerInputs, OutputError
+from hf_compressm.surgery import maps_in
+
+CONFIG = CompreSSMConfig(target_state_size=3, refit=True, calibration_batches=6)
+
+
+@pytest.fixture
+def model(learned):
+    model = build_model()
+    model.load_state_dict(learned)
+    return model
+
+
+def with_labels(batches):
+    return [batch | {"labels": batch["input_ids"]} for batch in batches]
+
+
+# The fit of one layer
+
+
+def random_layer(states=4, channels=6, hidden=5, length=30, batch=3):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    maps = StateMaps(normal(states, channels) / 2, normal(states, channels) / 2, normal(channels, states) / 2)
+    gate, u = normal(batch, channels, length), normal(batch, channels, length)
+    step = torch.nn.functional.softplus(normal(batch, channels, length) - 2)
+    return maps, normal(hidden, channels), LayerInputs(u, step, gate, None)
+
+
+def test_states_that_can_do_all_that_others_did_learn_it():
+    maps, output_projection, inputs = random_layer()
+    twins = [torch.cat([rows, 0.5 * rows]) for rows in (maps.B_rows, maps.C_rows)]
+    whole = StateMaps(*twins, torch.cat([maps.A_log, maps.A_log], 1))  # twice the states, two by two alike
+    error = OutputError(whole, output_projection, [inputs], sum_over_processes)
+    start = whole.kept(torch.arange(4))
+    assert error.of(start) > 1e-2
+    assert error.of(error.minimised(start)) < 1e-4
+
+
+def test_the_error_is_that_of_the_layers_output(model, batches):
+    """As a share of the energy of what all states add to it, which is the output without the skip connection."""
+    layout, mixer, batch = layout_of(model), state_layers(model)[1], batches[0]
+    with undisturbed(model):
+        plan = analyze(model, with_labels(batches), replace(CONFIG, refit=False)).plan
+        tensors = {path: mixer.get_parameter(path).detach() for path in (layout.projection, layout.decay)}
+        whole = maps_in(tensors, mixer, layout)
+        (inputs,) = layer_inputs(model, [batch], 1, {})
+        error = OutputError(whole, mixer.out_proj.weight, [inputs], sum_over_processes)
+
+        seen = {}
+
+        def outputs_of(name, overrides):
+            handle = mixer.register_forward_hook(lambda module, args, output: seen.update({name: output}))
+            torch.func.functional_call(model, overrides, kwargs={"input_ids": batch["input_ids"], "use_cache": False})
+            handle.remove()
+
+        outputs_of("whole", {})
+        outputs_of("cut", masked_parameters(model, {1: plan[1]}))
+        without_states = {"backbone.layers.1.mixer.x_proj.weight": torch.zeros_like(mixer.x_proj.weight)}
+        outputs_of("none", without_states)  # neither B nor C: what the skip connection gives
+    cut, none = ((seen["whole"] - seen[name]).square().sum() for name in ("cut", "none"))
+    assert error.of(plan[1].of(whole)) == pytest.approx(float(cut / none), rel=1e-3)
+
+
+def test_padding_does_not_count():
+    maps, output_projection, inputs = random_layer()
+    mask = torch.ones(3, 30)
+    mask[:, 20:] = 0
+    disturbed = replace(inputs, mask=mask, u=inputs.u * (1 + 5 * (1 - mask[:, None])))
+    short = LayerInputs(inputs.u[..., :20], inputs.time_step[..., :20], inputs.gate[..., :20], None)
+    start = maps.kept(torch.arange(2))
+    errors = [OutputError(maps, output_projection, [one], sum_over_processes).of(start) for one in (disturbed, short)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+# The refit of a model
+
+
+def test_it_lowers_the_loss_and_the_cut_model_has_the_loss_that_was_measured(model, batches):
+    plain = analyze(model, batches, replace(CONFIG, refit=False, calibration_batches=6))
+    report = analyze(model, batches, CONFIG)
+    assert report.is_refitted and not plain.is_refitted and "\nrefitted" in str(report)
+    held_out = with_labels(batches[6:])
+    with undisturbed(model):
+        losses = [mean_loss(model, held_out, masked_parameters(model, some.plan)) for some in (plain, report)]
+    event = compress(model, report)
+    model.eval()
+    with torch.no_grad():
+        cut = [model(**batch).loss.item() for batch in held_out]
+        measured = [model(**batch).loss.item() for batch in (batches[2], batches[5])]
+    assert event.refit and losses[1] < losses[0]
+    assert sum(cut) / len(cut) == pytest.approx(losses[1], abs=1e-5)
+    assert report.loss_after == pytest.approx(sum(measured) / 2, abs=1e-5)
+
+
+def test_fitting_judging_and_reporting_are_on_batches_of_their_own(model, batches):
+    first = analyze(model, batches[:6], CONFIG)
+    for changed, same_plan in ((0, False), (1, True), (2, True)):
+        others = list(batches[:6])
+        others[changed::3] = batches[7:9]
+        report = analyze(model, others, CONFIG)
+        values = zip(first.plan.values(), report.plan.values(), strict=True)
+        is_same = all(torch.equal(a.refit.C_rows, b.refit.C_rows) for a, b in values)
+        assert is_same == same_plan
+        assert (report.loss_before == first.loss_before) == (changed != 2)
+
+
+def test_what_does_not_help_on_held_out_data_is_not_kept(model, batches):
+    config = replace(CONFIG, refit=False)
+    plan = analyze(model, batches, config).plan
+    narrow = [{"input_ids": torch.full((1, 2), 7), "labels": torch.full((1, 2), 7)}]  # nothing to learn the rest from
+    with undisturbed(model):
+        assert refitted(model, plan, narrow, with_labels(batches[:2])) == plan
+        helped = refitted(model, plan, with_labels(batches[:2]), with_labels(batches[2:4]))
+    assert helped != plan and all(entry.refit is not None for entry in helped.values())
+
+
+def test_it_is_the_same_every_time_and_disturbs_nothing(model, batches):
+    model.train()
+    before = weights_of(model)
+    torch.manual_seed(3)
+    plans = [analyze(model, batches, CONFIG).plan for _ in range(2)]
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3)) and model.training
+    assert_identical(before, weights_of(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for first, second in zip(*(plan.values() for plan in plans), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first.refit, second.refit, strict=True))
+
+
+def test_half_precision_weights_are_refitted_after_training(model, batches):
+    model = model.to(torch.bfloat16)
+    report = analyze(model, batches, CONFIG)
+    compress(model, report)
+    assert report.is_refitted and model.dtype == torch.bfloat16
+    with torch.no_grad():
+        losses = [model.eval()(**batch).loss.item() for batch in (batches[2], batches[5])]
+    assert sum(losses) / 2 == pytest.approx(report.loss_after, abs=2e-2)
+
+
+def test_refitted_tensors_go_on_learning_with_the_moments_of_the_kept_ones(trained, batches):
+    model, optimizer = trained
+    report = analyze(model, batches, CONFIG)
+    before = optimizer.state[model.backbone.layers[0].mixer.A_log]["exp_avg_sq"]
+    compress(model, report, optimizer)
+    mixer = model.backbone.layers[0].mixer
+    assert torch.equal(optimizer.state[mixer.A_log]["exp_avg_sq"], before[:, report.keep[0]])
+    start = mixer.A_log.detach().clone(), mixer.x_proj.weight.detach().clone()
+    train_steps(model, optimizer, batches[:1])
+    assert (mixer.A_log != start[0]).all() and (mixer.x_proj.weight != start[1]).all()
+
+
+def test_companions_get_the_same_additions(model, batches):
+    companion = copy.deepcopy(model)
+    with torch.no_grad():
+        companion.backbone.layers[0].mixer.A_log.add_(0.5)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=0.0)
+    compress(model, analyze(model, batches, CONFIG), optimizer, companions=[companion])
+    decays = [some.backbone.layers[0].mixer.A_log for some in (model, companion)]
+    torch.testing.assert_close(decays[1], decays[0] + 0.5)
+
+
+def test_a_loss_budget_goes_further_with_it(model, batches):
+    config = CompreSSMConfig(loss_budget=0.002, calibration_batches=9)
+    sizes = [analyze(model, batches, replace(config, refit=refit)).state_sizes[0] for refit in (False, True)]
+    assert sizes[1] < sizes[0] <= 16
+
+
+def test_what_cannot_be_refitted_is_refused():
+    with pytest.raises(ValueError, match="calibration_batches = 2; allowed: at least 3 with refit = True"):
+        CompreSSMConfig(tolerance=0.1, refit=True, calibration_batches=2)
+    lru = LRUForSequenceClassification(LRUConfig(state_size=8, hidden_size=4, num_hidden_layers=1, num_labels=2))
+    with pytest.raises(ValueError, match="refit = True; a model of type 'lru' is balanced instead: leave it out"):
+        analyze(lru, None, CompreSSMConfig(tolerance=0.1, refit=True))
