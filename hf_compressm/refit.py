@@ -2,21 +2,24 @@
 
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import layer_inputs
 from .calibration import Batch
 from .engines import full, sum_over_processes
-from .layouts import layout_of
+from .layouts import SelectiveLayout, layout_of
 from .masking import cut_layers, masked_parameters
 from .measurement import mean_loss
 from .selective import StateMaps
-from .state_fit import OutputError
-from .surgery import Plan, Selection, maps_in
+from .state_fit import OutputError, fit_states
+from .surgery import Plan, maps_in
 
 
-def refitted(model: nn.Module, plan: Plan, data: list[Batch], held_out: list[Batch]) -> Plan:
+def refitted(
+    model: nn.Module, plan: Plan, covariances: dict[int, Tensor], data: list[Batch], held_out: list[Batch]
+) -> Plan:
     """The plan with its cut layers refitted, or the plan as it is where that did not lower the loss.
 
     From the first layer to the last, each on the inputs that it gets once those before it are cut and refitted, and
@@ -24,27 +27,31 @@ def refitted(model: nn.Module, plan: Plan, data: list[Batch], held_out: list[Bat
     their loss, whether the whole is kept.
 
     Args:
+        covariances: layer → Π of its states, (N, N).
         data: batches to fit to.
         held_out: batches to judge by.
     """
-    result = dict(plan)
-    layers = cut_layers(model, plan)
+    result, layout, layers = dict(plan), layout_of(model), cut_layers(model, plan)
     for index, mixer in tqdm(layers.items(), desc="Refitting layers", leave=False, disable=len(layers) < 2):
-        overrides = masked_parameters(model, {i: entry for i, entry in result.items() if i < index})
-        batches = (layer_inputs(model, some, index, overrides) for some in (data, held_out))
-        result[index] = _refitted_layer(mixer, layout_of(model), plan[index], *batches)
+        earlier = masked_parameters(model, {i: entry for i, entry in result.items() if i < index})
+        whole = whole_maps(mixer, layout)
+        output_projection = full(mixer.get_parameter(layout.output_projection).detach())
+        error, judge = (
+            OutputError(whole, output_projection, layer_inputs(model, batches, index, earlier), sum_over_processes)
+            for batches in (data, held_out)
+        )
+        keep, start = plan[index].keep, plan[index].of(whole)
+        fitted = fit_states(error, judge, start, covariances[index][keep][:, keep])
+        if fitted is not start:
+            added = StateMaps(*(new - old for new, old in zip(fitted, start, strict=True)))
+            result[index] = replace(plan[index], refit=added)
     before, after = (mean_loss(model, held_out, masked_parameters(model, some)) for some in (plan, result))
     return result if after < before else plan
 
 
-def _refitted_layer(mixer, layout, selection: Selection, data, held_out) -> Selection:
-    paths = layout.projection, layout.decay
-    whole = maps_in({path: full(mixer.get_parameter(path).detach()) for path in paths}, mixer, layout)
-    whole = StateMaps(*(values.float() for values in whole))
-    output_projection = full(mixer.get_parameter(layout.output_projection).detach())
-    start = selection.of(whole)
-    fitted = OutputError(whole, output_projection, data, sum_over_processes).minimised(start)
-    judge = OutputError(whole, output_projection, held_out, sum_over_processes)
-    if not judge.of(fitted) < judge.of(start):
-        return selection
-    return replace(selection, refit=StateMaps(*(new - old for new, old in zip(fitted, start, strict=True))))
+def whole_maps(mixer: nn.Module, layout: SelectiveLayout) -> StateMaps:
+    """The maps of all states of a layer, in float32 at least."""
+    tensors = {path: full(mixer.get_parameter(path).detach()) for path in (layout.projection, layout.decay)}
+    return StateMaps(
+        *(values.to(torch.promote_types(values.dtype, torch.float32)) for values in maps_in(tensors, mixer, layout))
+    )

@@ -190,10 +190,14 @@ def compensation(gated_covariance: Tensor, keep: Tensor) -> Tensor:
         G, float64, (N - r, r).
     """
     dropped = complement(keep, gated_covariance.shape[0])
-    kept_block = gated_covariance[keep][:, keep]
-    ridge = RIDGE * kept_block.diagonal().mean() + torch.finfo(torch.float64).tiny
-    kept_block = kept_block + ridge * torch.eye(len(keep), dtype=kept_block.dtype, device=kept_block.device)
+    kept_block = well_posed(gated_covariance[keep][:, keep])
     return torch.linalg.solve(kept_block, gated_covariance[keep][:, dropped]).mT
+
+
+def well_posed(covariance: Tensor) -> Tensor:
+    """The covariance, (r, r), with a small ridge, by which states that are nearly one do no harm."""
+    ridge = RIDGE * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+    return covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
 
 
 def complement(keep: Tensor, state_size: int) -> Tensor:

@@ -65,8 +65,10 @@ class SelectiveAnalysis:
         key = tuple(sizes[index] for index in self.energies)
         if key not in self._plans:
             plan = self._selected(sizes)
-            is_asked = self.config.refit and self.held_out
-            self._plans[key] = refitted(self.model, plan, self.batches, self.held_out) if is_asked else plan
+            if self.config.refit and self.held_out:
+                covariances = {index: statistics.gated_covariance for index, statistics in self.statistics.items()}
+                plan = refitted(self.model, plan, covariances, self.batches, self.held_out)
+            self._plans[key] = plan
         return self._plans[key]
 
     def _selected(self, sizes: dict[int, int]) -> Plan:

