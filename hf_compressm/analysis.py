@@ -12,10 +12,12 @@ from .recording import check_per_layer
 from .selective_analysis import SelectiveAnalysis
 from .time_invariant_analysis import TimeInvariantAnalysis
 
+StateAnalysis = SelectiveAnalysis | TimeInvariantAnalysis
+
 
 def analyze_states(
     model: nn.Module, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
-) -> SelectiveAnalysis | TimeInvariantAnalysis:
+) -> StateAnalysis:
     """The analysis that the architecture asks for, of an unwrapped model in eval mode."""
     if isinstance(layout_of(model), TimeInvariantLayout):
         return TimeInvariantAnalysis(model, config)

@@ -9,10 +9,12 @@ from .records import Observation, ReductionEvent
 from .reduction import StateReport
 
 
-def cut_text(report: StateReport, state: TrainerState) -> str:
-    """The plan that was carried out."""
+def cut_text(report: StateReport, state: TrainerState, reasons: list[str | None] | None = None) -> str:
+    """The plan that was carried out, and why now, where the step was not fixed."""
     before, after = (sizes_text(sizes.values()) for sizes in (report.state_sizes_before, report.state_sizes))
     what = f"state size {before} → {after}" if report.is_cut else "nothing cut"
+    for reason in sorted(set(reasons or []) - {None}):
+        what += f"; {reason}: {_layers_text([index for index, given in enumerate(reasons) if given == reason])}"
     return f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {what}\n{report}"
 
 
@@ -25,12 +27,15 @@ def undone_text(undone: ReductionEvent, metric: str, value: float, state: Traine
 
 
 def observed_text(observation: Observation, state: TrainerState) -> str:
-    """How far the singular values moved."""
+    """How far the singular values moved, and where rankings are compared, in which layers they stand still."""
     text = f"singular values, step {observation.step} of {state.max_steps}: N {sizes_text(observation.state_sizes)}"
     if observation.movement is not None:
         text += f", moved by at most {max(observation.share(observation.movement)):.2%} of σ_1"
     if observation.weyl_bound is not None:
         text += f" (Weyl's bound {max(observation.share(observation.weyl_bound)):.2%})"
+    if observation.settled_points is not None:
+        still = [index for index, points in enumerate(observation.settled_points) if points]
+        text += f"; rankings as at step {observation.compared_with}: {_layers_text(still)}"
     return text
 
 
@@ -50,10 +55,18 @@ def undone_numbers(undone: ReductionEvent) -> dict[str, float]:
 
 
 def observed_numbers(observation: Observation) -> dict[str, float]:
-    """The largest movement of a singular value since the last observation, as a share of σ_1."""
+    """The largest movement of a singular value since the last observation, as a share of σ_1; how rankings stand.
+
+    Of these the means over the layers, and how many layers moved no further than the noise.
+    """
     numbers = {"state_size": mean(observation.state_sizes)}
     if observation.movement is not None:
         numbers["movement"] = max(observation.share(observation.movement))
+    if observation.rank_correlation is not None:
+        correlations = [each for each in observation.rank_correlation if each is not None]
+        numbers |= {"rank_correlation": mean(correlations)} if correlations else {}
+        numbers["rank_noise"] = mean(observation.rank_noise)
+        numbers["layers_settled"] = sum(points > 0 for points in observation.settled_points)
     return numbers
 
 
@@ -61,3 +74,7 @@ def sizes_text(sizes: Collection[int]) -> str:
     """One number where all are equal, otherwise the smallest and the largest."""
     smallest, largest = min(sizes), max(sizes)
     return str(largest) if smallest == largest else f"{smallest}-{largest}"
+
+
+def _layers_text(layers: Collection[int]) -> str:
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else "no layer"

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .adoption import adopt_checkpoint_sizes
-from .analysis import check_config, reducible_size
+from .analysis import check_config
 from .announcements import cut_text, event_numbers, observed_numbers, observed_text, undone_numbers, undone_text
 from .attachment import attach
 from .calibration import draw_batches, is_stream, take_batches
@@ -34,6 +34,7 @@ from .monitor import StateMonitor
 from .reduction import analyze, compress
 from .resizing import check_state_tensors
 from .safety_net import SafetyNet, spread_safety_net
+from .trigger import DueEvent, Trigger, check_trigger
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +54,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     Args:
         config: what to keep.
-        schedule: when to cut; the paper's four events in the first tenth of the run by default.
+        schedule: when to cut; the paper's four events in the first tenth of the run by default, or each layer when its
+            ranking of states has settled.
         calibration_loader: an iterable of calibration batches to use at every event. By default batches are drawn from
             Trainer's training data, by a generator of their own.
         companions: models that follow every cut, such as a `torch.optim.swa_utils.AveragedModel` of the model.
@@ -88,13 +90,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.needs = list(needs) + ["calibration_loader"] * (calibration_loader is not None)
         self.needs += ["companions"] * bool(self.companions)
         self.trainer: Trainer | None = None
+        check_trigger(self.schedule, self.config)
         if isinstance(calibration_loader, Iterator):
             raise ValueError(
                 "calibration_loader can be read only once, and every cut reads it: give a list or a DataLoader."
             )
         self.history = self._new_history()
         self.exported_history: dict | None = None  # where Trainer puts the saved history; read from its state instead
-        self._event_steps: list[int] = []
+        self._trigger: Trigger | None = None  # from the start of training on
         self._stream_batches: list | None = None
         self._monitor = StateMonitor()
         self._safety_net: SafetyNet | None = None  # during training
@@ -143,11 +146,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             bare = Engine(self._as_wrapped(model)).model
             check_state_tensors(bare, unwrap_optimizer(optimizer))
             self._check_companions(args, bare)
-            self._event_steps = self.schedule.event_steps(state.max_steps)
+            self._trigger = Trigger(self.schedule, self.config, state.max_steps)
             self._restore_history(state, list(state_sizes(bare).values()))
             self._check_calibration(args, train_dataloader)
             check_config(self.config, bare)
-            steps = self._event_steps, _steps_per_epoch(args, state, train_dataloader)
+            check_trigger(self.schedule, self.config, bare)
+            steps = self._trigger.steps, _steps_per_epoch(args, state, train_dataloader)
             self._safety_net = spread_safety_net(self.schedule, args, state, self.history, *steps, self.companions)
         if self._safety_net is not None:
             self._safety_net.take_up(self.history, state.log_history)
@@ -177,8 +181,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Observe and cut, whatever is due."""
         if self.schedule.monitor_steps and state.global_step % self.schedule.monitor_steps == 0:
             self._observe(args, state, model, train_dataloader)
-        if state.global_step in self._event_steps and not self._is_stopped:
-            self._cut(args, state, model, optimizer, train_dataloader)
+        due = None if self._is_stopped else self._trigger.due(unwrap(model), self.history, state.global_step)
+        if due is not None:
+            self._cut(args, state, model, optimizer, train_dataloader, due)
 
     def on_evaluate(
         self,
@@ -251,7 +256,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 f"the checkpoint's history ends with state sizes {self.history.state_sizes}, its weights have "
                 f"{sizes}: trainer_state.json and the weights do not belong together. Resume from another one."
             )
-        due, done = [step for step in self._event_steps if step <= state.global_step], self.history.steps
+        due, done = self._trigger.steps_due(state.global_step, self.history), self.history.steps
         if due != done and not self._is_stopped:
             logger.warning(
                 f"By step {state.global_step} cuts were due after steps {due}; the history has them at {done}."
@@ -263,25 +268,27 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         needs_data = isinstance(layout_of(unwrap(model)), SelectiveLayout)
         with together():
             batches = self._calibration_batches(args, 0, train_dataloader) if needs_data else None
-        observation = self._monitor.observe(model, batches, self.config, state.global_step)
+        draws = 0 if self._is_stopped else self._trigger.draws(unwrap(model), self.history, state.global_step)
+        observation = self._monitor.observe(model, batches, self.config, state.global_step, draws)
+        self._trigger.compare(observation, self.history)
         self.history.observations.append(observation)
         self._announce(observed_text(observation, state), observed_numbers(observation), state)
 
-    def _cut(self, args: TrainingArguments, state: TrainerState, model, optimizer, train_dataloader) -> None:
+    def _cut(
+        self, args: TrainingArguments, state: TrainerState, model, optimizer, train_dataloader, due: DueEvent
+    ) -> None:
         started = time.perf_counter()
-        events_left = len(self._event_steps) - self._event_steps.index(state.global_step)
-        size = reducible_size(self.config, unwrap(model))
-        config = self.config.for_event(size, events_left, self.history.loss_spent, self.history.rollbacks)
         with together():
             batches = self._calibration_batches(args, state.global_step, train_dataloader)
         model = self._as_wrapped(model)
-        report = analyze(model, batches, config)
+        report = analyze(model, batches, due.config)
         if self._safety_net is not None and report.is_cut:
             self._safety_net.keep(state, self.history, model, optimizer, report)
         event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
+        event.reasons = due.reasons
         event.seconds = time.perf_counter() - started
         self.history.events.append(event)
-        self._announce(cut_text(report, state), event_numbers(event), state)
+        self._announce(cut_text(report, state, due.reasons), event_numbers(event), state)
 
     def _announce(self, text: str, numbers: dict[str, float], state: TrainerState) -> None:
         """Print what happened, and let the trainer report it."""

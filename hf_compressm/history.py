@@ -2,8 +2,8 @@
 
 `compressm.json` is readable without this library. The spectra, float64, (N,), descending, stand beside it in
 `hsv.safetensors`: `event.<i>.layer.<j>` belongs to the i-th entry of `events`, `observation.<i>.layer.<j>` to the i-th
-entry of `observations`, layer j. The model's own `config.json` gets a summary, under `compressm`. The format is
-documented in the README.
+entry of `observations`, layer j; `observation.<i>.energies.<j>` are energies in stored order, where rankings are
+compared. The model's own `config.json` gets a summary, under `compressm`. The format is documented in the README.
 """
 
 import math
@@ -24,6 +24,7 @@ CONFIG_NAME = "config.json"  # of a model that Transformers saved
 SUMMARY = "compressm"
 HISTORY_FILE = "compressm.json"
 SPECTRA_FILE = "hsv.safetensors"
+TENSOR_NAMES = {"hankel_singular_values": "layer", "energies": "energies"}  # of a record → in the tensor file
 RECORDS = {"events": "event", "observations": "observation"}  # kind in the JSON → name in the tensor file
 
 
@@ -53,8 +54,7 @@ class History:
         """The sizes after all events and rollbacks, per layer; None before the first event."""
         if not self.events:
             return None
-        last_rollback = max((event.rolled_back_at or 0 for event in self.events), default=0)
-        last = self.events[-1]
+        last, last_rollback = self.events[-1], self.last_rollback
         if last_rollback == 0 or last.step is None or last.step > last_rollback:  # None: after training
             return last.state_sizes_after
         return next(event for event in self.events if event.rolled_back_at == last_rollback).state_sizes_before
@@ -63,6 +63,16 @@ class History:
     def rollbacks(self) -> int:
         """How often the model went back to before a cut."""
         return len({event.rolled_back_at for event in self.events} - {None})
+
+    @property
+    def last_rollback(self) -> int:
+        """The step of the last rollback; 0 before the first."""
+        return max((event.rolled_back_at or 0 for event in self.events), default=0)
+
+    @property
+    def observations_since_rollback(self) -> list[Observation]:
+        """Those of the model that trains on; the others saw it before it was taken back."""
+        return [seen for seen in self.observations if seen.step > self.last_rollback]
 
     @property
     def steps(self) -> list[int | None]:
@@ -144,8 +154,9 @@ def save_history(history: History, folder: str | Path) -> None:
     content, spectra = history.to_dict(), {}
     for kind in RECORDS:
         for i, record in enumerate(content[kind]):
-            for j, spectrum in enumerate(record.pop("hankel_singular_values")):
-                spectra[f"{RECORDS[kind]}.{i}.layer.{j}"] = torch.tensor(spectrum, dtype=torch.float64)
+            for name, word in TENSOR_NAMES.items():
+                for j, values in enumerate(record.pop(name, None) or []):
+                    spectra[f"{RECORDS[kind]}.{i}.{word}.{j}"] = torch.tensor(values, dtype=torch.float64)
     write_aside(folder / SPECTRA_FILE, lambda path: save_file(spectra, path, {"format": "pt"}))
     write_json(folder / HISTORY_FILE, content)
     if (folder / CONFIG_NAME).is_file():
@@ -170,6 +181,8 @@ def load_history(folder: str | Path) -> History:
             for i, record in enumerate(content.get(kind, [])):
                 layers = range(len(record["state_sizes_before" if kind == "events" else "state_sizes"]))
                 record["hankel_singular_values"] = [spectra.pop(f"{RECORDS[kind]}.{i}.layer.{j}") for j in layers]
+                if f"{RECORDS[kind]}.{i}.energies.0" in spectra:
+                    record["energies"] = [spectra.pop(f"{RECORDS[kind]}.{i}.energies.{j}") for j in layers]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder / SPECTRA_FILE} is missing; take the history from another checkpoint."

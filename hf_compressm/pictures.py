@@ -6,11 +6,11 @@ from pathlib import Path
 from transformers.utils import logging
 
 from .history import History
-from .plotting import plot_event_spectra, plot_loss, plot_state_sizes, save_figure
+from .plotting import plot_event_spectra, plot_loss, plot_settling, plot_state_sizes, save_figure
 
 logger = logging.get_logger(__name__)
 
-PICTURES = ("spectra.png", "state_sizes.png", "loss.png")
+PICTURES = ("spectra.png", "state_sizes.png", "loss.png", "settling.png")
 
 
 def write_pictures(folder: str | Path, history: History, log_history: Sequence[dict] = ()) -> None:
@@ -25,10 +25,12 @@ def write_pictures(folder: str | Path, history: History, log_history: Sequence[d
     last_step = max((entry["step"] for entry in log_history), default=0)
     last_step = max([last_step, *(record.step for record in recorded if record.step is not None)])
     has_losses = any(name in entry for entry in log_history for name in ("loss", "eval_loss"))
+    has_rankings = any(seen.rank_noise is not None for seen in history.observations)
     drawings = {
         "spectra.png": lambda: plot_event_spectra(history) if history.events else None,
         "state_sizes.png": lambda: plot_state_sizes(history, last_step) if in_training else None,
         "loss.png": lambda: plot_loss(log_history, history) if has_losses else None,
+        "settling.png": lambda: plot_settling(history) if has_rankings else None,
     }
     try:
         figures = {name: draw() for name, draw in drawings.items()}

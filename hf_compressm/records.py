@@ -6,6 +6,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 import torch
 from torch import Tensor
 
+REASONS = ("settled", "window ended")
+TENSORS = ("hankel_singular_values", "energies")  # float64, (N,) per layer; some entries have no energies
+
 
 @dataclass
 class ReductionEvent:
@@ -26,6 +29,8 @@ class ReductionEvent:
         hankel_singular_values: spectrum before the cut, (N,), descending.
         rolled_back_at: optimizer steps done when the cut was undone; None while it stands.
         goal: what this event was to achieve: the name of the goal and its value.
+        reasons: why it was this layer's turn: "settled" or "window ended"; None in a layer whose turn it was not. None
+            altogether where the step was fixed.
     """
 
     step: int | None
@@ -45,6 +50,7 @@ class ReductionEvent:
     rolled_back_at: int | None = None
     goal: dict[str, float] | None = None
     refit: bool = False
+    reasons: list[str | None] | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -64,6 +70,14 @@ class Observation:
             at the first observation after a resume.
         seconds: time of the measurement.
         hankel_singular_values: spectrum, (N,), descending.
+        energies: of each state by the criterion, (N,), in stored order. None, like what follows, where rankings are
+            not compared.
+        rank_noise, share_noise: how alike two calibration draws rank the states (Kendall's τ_b), and how far their
+            energy shares lie apart (total variation distance).
+        compared_with: step of the earlier observation that the energies are compared with.
+        rank_correlation, share_distance: the same measures between then and now, on one draw; None in a layer that was
+            cut in between.
+        settled_points: at how many observations in a row, up to this one, the layer moved no further than the noise.
     """
 
     step: int
@@ -72,6 +86,13 @@ class Observation:
     weyl_bound: list[float] | None
     seconds: float
     hankel_singular_values: list[Tensor] = field(repr=False)
+    energies: list[Tensor] | None = field(default=None, repr=False)
+    rank_noise: list[float] | None = None
+    share_noise: list[float] | None = None
+    compared_with: int | None = None
+    rank_correlation: list[float | None] | None = None
+    share_distance: list[float | None] | None = None
+    settled_points: list[int] | None = None
 
     def share(self, distances: list[float]) -> list[float]:
         """Each layer's distance as a share of its σ_1."""
@@ -81,7 +102,8 @@ class Observation:
 
 def to_record(entry: ReductionEvent | Observation) -> dict:
     """JSON types only."""
-    return asdict(entry) | {"hankel_singular_values": [spectrum.tolist() for spectrum in entry.hankel_singular_values]}
+    tensors = {name: getattr(entry, name) for name in TENSORS if getattr(entry, name, None) is not None}
+    return asdict(entry) | {name: [each.tolist() for each in value] for name, value in tensors.items()}
 
 
 def from_record(kind: type, record: dict) -> ReductionEvent | Observation:
@@ -95,10 +117,10 @@ def from_record(kind: type, record: dict) -> ReductionEvent | Observation:
     for name, value in given.items():
         if name in ALLOWED and not ALLOWED[name](value):
             raise TypeError(f"{name} = {value!r}")
-    spectra = entry.hankel_singular_values
-    if any(isinstance(spectrum, Tensor) and spectrum.dtype is not torch.float64 for spectrum in spectra):
-        raise TypeError("spectra that are not float64")
-    entry.hankel_singular_values = [torch.as_tensor(spectrum, dtype=torch.float64) for spectrum in spectra]
+    for name in set(TENSORS) & {name for name, value in given.items() if value is not None}:
+        if any(isinstance(tensor, Tensor) and tensor.dtype is not torch.float64 for tensor in given[name]):
+            raise TypeError(f"{name} that are not float64")
+        setattr(entry, name, [torch.as_tensor(tensor, dtype=torch.float64) for tensor in given[name]])
     _check_record(entry)
     return entry
 
@@ -115,6 +137,10 @@ def _are_numbers(value) -> bool:
     return isinstance(value, list) and all(type(each) in (int, float) for each in value)
 
 
+def _are_numbers_or_none(value) -> bool:
+    return isinstance(value, list) and all(each is None or type(each) in (int, float) for each in value)
+
+
 def _optional(is_allowed: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or is_allowed(value)
 
@@ -126,6 +152,13 @@ ALLOWED = {
     "predicted_loss_change": _optional(_are_numbers),
     "movement": _optional(_are_numbers),
     "weyl_bound": _optional(_are_numbers),
+    "rank_noise": _optional(_are_numbers),
+    "share_noise": _optional(_are_numbers),
+    "compared_with": _optional(_is_count),
+    "rank_correlation": _optional(_are_numbers_or_none),
+    "share_distance": _optional(_are_numbers_or_none),
+    "settled_points": _optional(lambda value: isinstance(value, list) and all(map(_is_count, value))),
+    "reasons": _optional(lambda value: isinstance(value, list) and all(each in (None, *REASONS) for each in value)),
     "loss_before": _optional(_is_number),
     "loss_after": _optional(_is_number),
     "tokens": _is_count,
@@ -138,14 +171,27 @@ ALLOWED = {
     "goal": _optional(lambda value: isinstance(value, dict) and all(map(_is_number, value.values()))),
 }
 
+# Lists with an entry per layer that may be missing.
+PER_LAYER = (
+    "predicted_loss_change",
+    "reasons",
+    "movement",
+    "weyl_bound",
+    "energies",
+    "rank_noise",
+    "share_noise",
+    "rank_correlation",
+    "share_distance",
+    "settled_points",
+)
+
 
 def _check_record(entry: ReductionEvent | Observation) -> None:
     """Refuse what could only come from elsewhere: everything is per layer, sizes are counts, spectra fit them."""
     is_event = isinstance(entry, ReductionEvent)
     sizes = entry.state_sizes_before if is_event else entry.state_sizes
     lists = [sizes, *((entry.state_sizes_after, entry.keep, entry.energy_discarded) if is_event else ())]
-    optional = [entry.predicted_loss_change] if is_event else [entry.movement, entry.weyl_bound]
-    lists += [each for each in optional if each is not None]
+    lists += [getattr(entry, name) for name in PER_LAYER if getattr(entry, name, None) is not None]
     if not all(isinstance(each, list) and len(each) == len(sizes) for each in lists) or not sizes:
         raise TypeError("lists that are not one entry per layer")
     if not all(type(size) is int and size > 0 for size in sizes + (entry.state_sizes_after if is_event else [])):
@@ -157,6 +203,14 @@ def _check_record(entry: ReductionEvent | Observation) -> None:
             raise TypeError(f"a spectrum of shape {tuple(spectrum.shape)}, NaN or Inf for {size} states")
         if (spectrum < 0).any() or (spectrum.diff() > 1e-9 * spectrum[0]).any():
             raise TypeError("a spectrum that is not descending and at least 0")
+    if not is_event and entry.energies is not None:
+        _check_energies(entry)
+
+
+def _check_energies(observation: Observation) -> None:
+    for size, energy in zip(observation.state_sizes, observation.energies, strict=True):
+        if energy.shape != (size,) or not torch.isfinite(energy).all() or (energy < 0).any() or energy.sum() <= 0:
+            raise TypeError(f"energies of shape {tuple(energy.shape)}, negative, NaN, Inf or all 0 for {size} states")
 
 
 def _check_cut(event: ReductionEvent) -> None:

@@ -340,7 +340,8 @@ def test_the_log_says_what_was_cut_and_the_folder_shows_it(tmp_path, dataset):
     config = json.loads((tmp_path / "config.json").read_text())["compressm"]
     assert config == callback.history.summary() and config["state_sizes_after"] == trainer_sizes(trainer)
     assert load_history(tmp_path).to_dict() == callback.history.to_dict()
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in PICTURES)
+    drawn = set(PICTURES) - {"settling.png"}  # rankings were not compared
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
 
 
 def trainer_sizes(trainer) -> list[int]:

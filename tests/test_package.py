@@ -14,19 +14,27 @@ import hf_compressm
 
 # Imports run one way: a file may import from those before it.
 ORDER = """
-    hankel kernels.operators kernels.torch_scan selective criteria kernels.cpp_scan kernels.triton_scan
+    hankel settling kernels.operators kernels.torch_scan selective criteria kernels.cpp_scan kernels.triton_scan
     kernels.dispatch kernels.scan kernels.installation kernels state_fit layouts config files
     engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
     engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
     calibration measurement masking activations refit selective_analysis time_invariant_analysis analysis
     allocation records history reduction
-    monitor adoption checkpoint snapshot safety_net announcements
-    plotting.figures plotting.spectra plotting.trajectories plotting.runs plotting.results plotting
+    monitor trigger adoption checkpoint snapshot safety_net announcements
+    plotting.figures plotting.spectra plotting.trajectories plotting.settling plotting.runs plotting.results plotting
     mamba_ssm_format loading export pictures model_card hub publication attachment callback
     environment text cli
 """.split()
-MATHEMATICS = {"hankel", "kernels.operators", "kernels.torch_scan", "selective", "criteria", "lru.linear_recurrence"}
+MATHEMATICS = {
+    "hankel",
+    "settling",
+    "kernels.operators",
+    "kernels.torch_scan",
+    "selective",
+    "criteria",
+    "lru.linear_recurrence",
+}
 
 USE = """
     import sys, torch

@@ -3,12 +3,13 @@
 Every function returns a matplotlib `Figure`, which `save_figure` writes. No pyplot: no global state, no backend.
 
 One analysis: `plot_spectra`, `plot_kept_energy`, `plot_energy_map`. A run: `plot_trajectories`, `plot_event_spectra`,
-`plot_state_sizes`, `plot_loss`. Many runs: `plot_accuracy`.
+`plot_settling`, `plot_state_sizes`, `plot_loss`. Many runs: `plot_accuracy`.
 """
 
 from .figures import save_figure
 from .results import plot_accuracy
 from .runs import plot_loss, plot_state_sizes
+from .settling import plot_settling
 from .spectra import plot_energy_map, plot_kept_energy, plot_spectra
 from .trajectories import plot_event_spectra, plot_trajectories
 
@@ -18,6 +19,7 @@ __all__ = [
     "plot_event_spectra",
     "plot_kept_energy",
     "plot_loss",
+    "plot_settling",
     "plot_spectra",
     "plot_state_sizes",
     "plot_trajectories",
