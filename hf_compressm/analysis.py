@@ -7,7 +7,10 @@ from torch import nn
 
 from .calibration import Batch, take_batches
 from .config import CompreSSMConfig
+from .criteria import criterion_name, taylor
 from .layouts import SelectiveLayout, TimeInvariantLayout, layout_of, state_sizes
+from .measurement import check_gradients
+from .recall import recall_batch
 from .recording import check_per_layer
 from .selective_analysis import SelectiveAnalysis
 from .time_invariant_analysis import TimeInvariantAnalysis
@@ -24,9 +27,9 @@ def analyze_states(
     return SelectiveAnalysis(model, batches, config, held_out)
 
 
-def is_uniform(config: CompreSSMConfig, model: nn.Module) -> bool:
-    """Whether all layers get one size: what the configuration says, or else what suits the architecture."""
-    return (config.allocation or ("per_layer" if layout_of(model).per_layer_by_default else "uniform")) == "uniform"
+def allocation_of(config: CompreSSMConfig, model: nn.Module) -> str:
+    """How sizes are allocated to layers: what the configuration says, or else what suits the architecture."""
+    return config.allocation or ("per_layer" if layout_of(model).per_layer_by_default else "uniform")
 
 
 def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
@@ -37,26 +40,37 @@ def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
     """
     layout, sizes = layout_of(model), state_sizes(model)
     model_type = model.config.model_type
-    if not is_uniform(config, model):
+    uniform = allocation_of(config, model) == "uniform"
+    if not uniform:
         check_per_layer(model)
-    if config.skip_layers and (is_uniform(config, model) or not set(config.skip_layers) < set(sizes)):
+    if config.skip_layers and (uniform or not set(config.skip_layers) < set(sizes)):
         raise ValueError(
             f"skip_layers = {config.skip_layers}; allowed: some of the layers {sorted(sizes)}, in a model where each "
             "may have a size of its own."
         )
     if config.criterion is not None and not isinstance(layout, SelectiveLayout):
         raise ValueError(
-            f"criterion = '{config.criterion}'; the states of model type '{model_type}' are ranked by their Hankel "
-            "singular values: leave it out."
+            f"criterion = '{criterion_name(config.criterion)}'; the states of model type '{model_type}' are ranked by "
+            "their Hankel singular values: leave it out."
         )
     if config.refit and not isinstance(layout, SelectiveLayout):
         raise ValueError(f"refit = True; a model of type '{model_type}' is balanced instead: leave it out.")
+    if config.allocation == "global" and not isinstance(layout, SelectiveLayout):
+        raise ValueError(
+            f"allocation = 'global'; the layers of model type '{model_type}' are reduced from their weights alone, "
+            "without the losses that would compare them: allowed are 'per_layer' and 'uniform'."
+        )
+    if config.criterion in (taylor, taylor.__name__):
+        check_gradients(model)
+    if config.recall_pairs:
+        recall_batch(model, config.recall_pairs)
     config.check_target(reducible_size(config, model))
 
 
 def reducible_size(config: CompreSSMConfig, model: nn.Module) -> int:
-    """The largest N among the layers that may be cut."""
-    return max(size for index, size in state_sizes(model).items() if index not in config.skip_layers)
+    """The largest N among the layers that may be cut; of a global allocation their mean, as its target is."""
+    sizes = [size for index, size in state_sizes(model).items() if index not in config.skip_layers]
+    return sum(sizes) // len(sizes) if config.allocation == "global" else max(sizes)
 
 
 def calibration_batches(

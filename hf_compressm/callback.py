@@ -81,7 +81,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         needs: Sequence[str] = (),
     ):
         # Dicts are how Trainer rebuilds the callback from `state()`.
-        self.config = CompreSSMConfig(**config) if isinstance(config, dict) else config
+        self.config = CompreSSMConfig.from_dict(config) if isinstance(config, dict) else config
         self.schedule = (
             CompreSSMSchedule(**(schedule or {})) if not isinstance(schedule, CompreSSMSchedule) else schedule
         )
@@ -225,7 +225,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """What Trainer writes into `trainer_state.json`: enough to rebuild the callback, and the history."""
         return {
             "args": {
-                "config": asdict(self.config),
+                "config": self.config.to_dict(),
                 "schedule": asdict(self.schedule),
                 "needs": self.needs,
             },
@@ -233,7 +233,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         }
 
     def _new_history(self) -> History:
-        return History(config=asdict(self.config), schedule=asdict(self.schedule))
+        return History(config=self.config.to_dict(), schedule=asdict(self.schedule))
 
     def _restore_history(self, state: TrainerState, sizes: list[int]) -> None:
         """Take the history from a resumed `trainer_state.json`; any other run starts a new one.

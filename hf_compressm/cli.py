@@ -87,7 +87,7 @@ def run_compress(options: argparse.Namespace) -> None:
     source, model, report = _analyzed(options)
     print(report)
     config = report.config
-    history = load_history(source) if (source / HISTORY_FILE).exists() else History(asdict(config))
+    history = load_history(source) if (source / HISTORY_FILE).exists() else History(config.to_dict())
     history.events.append(compress(model, report))
     with folder_aside(options.output) as folder:
         model.save_pretrained(folder)
@@ -148,7 +148,10 @@ def report_content(report: StateReport) -> dict:
         for index, before in report.state_sizes_before.items()
     ]
     names = ("criterion", "compensate", "is_refitted", "loss_before", "loss_after", "tokens", "seconds")
-    return {"config": asdict(report.config)} | {name: getattr(report, name) for name in names} | {"layers": layers}
+    recall = {name: getattr(report, name) for name in ("recall_before", "recall_after")}
+    measured = {name: getattr(report, name) for name in names}
+    measured |= {name: result and asdict(result) for name, result in recall.items()}
+    return {"config": report.config.to_dict()} | measured | {"layers": layers}
 
 
 def _sorted_energies(report: StateReport) -> dict:
@@ -190,7 +193,7 @@ def _check_ids(batches: list[dict], tokenizer: str, model: PreTrainedModel) -> N
 
 def _config(options: argparse.Namespace) -> CompreSSMConfig:
     goal = {name: getattr(options, name) for name in GOALS if getattr(options, name) is not None}
-    names = ("criterion", "refit", "allocation", "multiple_of", "min_state_size", "calibration_batches")
+    names = "criterion refit allocation multiple_of min_state_size calibration_batches recall_pairs".split()
     return CompreSSMConfig(**(goal or {"tolerance": 0.01}), **{name: getattr(options, name) for name in names})
 
 
@@ -258,6 +261,7 @@ def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
         ("multiple_of", int, 1),
         ("min_state_size", int, 1),
         ("calibration_batches", int, 8),
+        ("recall_pairs", int, 0),
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=_escaped(helps[name]))
     parser.add_argument("--refit", action="store_true", help=_escaped(helps["refit"]))

@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass, field, replace
 
-from .criteria import CRITERIA, SELECTIONS
+from .criteria import CRITERIA, SELECTIONS, Criterion, criterion_name
 
 GOALS = ("tolerance", "target_state_size", "loss_budget", "cut_fraction")
-ALLOCATIONS = ("uniform", "per_layer")
+ALLOCATIONS = ("uniform", "per_layer", "global")
 ROLLBACK_STORAGES = ("memory", "disk")
 ON_ROLLBACK = ("stop", "halve")
 TRIGGERS = ("fixed", "settled")
@@ -33,10 +33,12 @@ class CompreSSMConfig:
     target_state_size: int | None = _help(None, "State size N to arrive at, in states.")
     loss_budget: float | None = _help(None, "Rise of the measured loss allowed over the whole run, in nats per token.")
     cut_fraction: float | None = _help(None, "Share of the present states to drop at every cut, in (0, 1).")
-    criterion: str | None = _help(
-        None,
-        f"Score by which the states of a Mamba are ranked: {', '.join(CRITERIA)}. By default 'output'; an LRU has its "
-        "Hankel singular values.",
+    criterion: Criterion | str | None = field(
+        default=None,
+        metadata={
+            "help": f"Score by which the states of a Mamba are ranked: {', '.join(CRITERIA)}. By default 'output'; an "
+            "LRU has its Hankel singular values. In Python also a function from LayerStates to an energy per state."
+        },
     )
     selection: str = _help(
         "largest", f"Which of the ranked states are kept, in that number: {', '.join(SELECTIONS)}. For ablations."
@@ -49,8 +51,9 @@ class CompreSSMConfig:
     )
     allocation: str | None = _help(
         None,
-        "'uniform': one state size for all layers, the largest any layer asks for; 'per_layer': to each its own. By "
-        "default 'uniform' for a Mamba, 'per_layer' for an LRU.",
+        "'uniform': one state size for all layers, the largest any layer asks for; 'per_layer': to each its own; "
+        "'global', for a Mamba: the goal holds for all layers together, and those keep more that matter more to the "
+        "loss. By default 'uniform' for a Mamba, 'per_layer' for an LRU.",
     )
     min_reduction: float = _help(
         0.05,
@@ -65,6 +68,11 @@ class CompreSSMConfig:
         4, "Batches per analysis, at least 2: for a Mamba every other one for statistics, the rest for losses."
     )
     calibration_seed: int = _help(0, "Seed of the calibration draw, the random criterion and the random selection.")
+    recall_pairs: int = _help(
+        0,
+        "Measure at every cut how well a language model recalls this many random pairs of tokens that it has just "
+        "read, 0 for not: perplexity hides lost memory, since most tokens of a text can be guessed from the last few.",
+    )
 
     def __post_init__(self):
         given = self.goal
@@ -82,17 +90,33 @@ class CompreSSMConfig:
         batches = self.calibration_batches
         _require(_is_count(batches) and batches >= 2, "calibration_batches", batches, "a whole number, at least 2")
         _require(not self.refit or batches >= 3, "calibration_batches", batches, "at least 3 with refit = True")
+        pairs = self.recall_pairs
+        _require(pairs == 0 or _is_count(pairs), "recall_pairs", pairs, "a whole number, 0 for none")
         for name, allowed in (("criterion", CRITERIA), ("allocation", ALLOCATIONS), ("selection", SELECTIONS)):
             value = getattr(self, name)
-            optional = value is None and name != "selection"
+            optional = (value is None and name != "selection") or (name == "criterion" and callable(value))
             _require(optional or value in allowed, name, value, f"one of {', '.join(allowed)}")
+        self._check_own_criterion()
         _require(
             not (self.skip_layers and self.allocation == "uniform"),
             "skip_layers",
             self.skip_layers,
             "empty: with one size for all layers none can be skipped",
         )
+        _require(
+            self.allocation != "global" or self.selection == "largest",
+            "selection",
+            self.selection,
+            "'largest': a global allocation compares the layers by what their weakest states do",
+        )
         self._check_target()
+
+    def _check_own_criterion(self) -> None:
+        """Records know it by its name, which has to be its own."""
+        if callable(self.criterion):
+            name = criterion_name(self.criterion)
+            is_own_name = CRITERIA.get(name, self.criterion) is self.criterion
+            _require(is_own_name, "criterion", self.criterion, f"a name that is not one of {', '.join(CRITERIA)}")
 
     def _check_target(self) -> None:
         target = self.target_state_size
@@ -103,6 +127,26 @@ class CompreSSMConfig:
             target >= self.min_state_size, "target_state_size", target, f"≥ min_state_size = {self.min_state_size}"
         )
         _require(target % self.multiple_of == 0, "target_state_size", target, f"a multiple of {self.multiple_of}")
+
+    def to_dict(self) -> dict:
+        """JSON types only; of a criterion of one's own the name."""
+        criterion = self.criterion and criterion_name(self.criterion)
+        return vars(self) | {"criterion": criterion, "skip_layers": list(self.skip_layers)}
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "CompreSSMConfig":
+        """The inverse of `to_dict`, but for a criterion of one's own.
+
+        Raises:
+            ValueError: the criterion is known by its name only.
+        """
+        criterion = content.get("criterion")
+        if criterion is not None and criterion not in CRITERIA:
+            raise ValueError(
+                f"criterion = '{criterion}' is a function of your own, and only its name was kept: build the "
+                "configuration with the function; in Trainer leave restore_callback_states_from_checkpoint at False."
+            )
+        return cls(**content)
 
     @property
     def goal(self) -> dict[str, float]:
@@ -167,7 +211,7 @@ class CompreSSMSchedule:
     With `trigger="settled"` every layer of a Mamba is cut once, as the whole goal says, after the first step in the
     window at which its ranking of states stands still: over the last `settled_over` of the run it moved no further
     than two calibration draws lie apart, at `settled_patience` measurements in a row (`settling.is_within_noise`). A
-    layer that has settled stays so, unless a rollback takes the model back. Layers with one size for all are cut when
+    layer that has settled stays so, unless a rollback takes the model back. Layers with one goal for all are cut when
     the last of them has settled; with `allocation="per_layer"` each is cut by itself, with its part of a loss budget.
     What has not settled at the end of the window is cut there as it is.
 

@@ -19,12 +19,16 @@ class LayerStates:
     Attributes:
         statistics: sums over the calibration data.
         B_rows, C_rows: the rows of `x_proj.weight` that make B and C, (N, D) each.
+        gradients: gives the gradient of the calibration loss (mean over its predictions) for these rows, (N, D) each.
+            Computed when it is first called, for all layers at once; who does not ask pays nothing. Refused under
+            FSDP2.
         generator: seeded for the layer.
     """
 
     statistics: Statistics
     B_rows: Tensor
     C_rows: Tensor
+    gradients: Callable[[], tuple[Tensor, Tensor]]
     generator: torch.Generator
 
 
@@ -54,6 +58,44 @@ def magnitude(layer: LayerStates) -> Tensor:
     return (layer.B_rows.double().norm(dim=1) * layer.C_rows.double().norm(dim=1)).to(layer.statistics.tokens.device)
 
 
+def ghost(layer: LayerStates) -> Tensor:
+    """sqrt(E Σ_d (C_n h_dn)²): what state n adds to the scan's output, before the gate and out_proj.
+
+    GHOST (arXiv 2602.11408), with the product taken per sample, where GHOST multiplies the means E[h²] and E[C²].
+    """
+    return (layer.statistics.product_energy / layer.statistics.tokens).sqrt()
+
+
+def aire(layer: LayerStates) -> Tensor:
+    """Σ_d c_n² b_dn² / (1 - λ_dn²): energy of the impulse response, of the system frozen at its means.
+
+    AIRE-Prune (arXiv 2602.00534), with λ = E[exp(Δ A)], b = E[Δ B], c = E[C]. A squared quantity, as there.
+    """
+    x, b, c = _frozen_system(layer)
+    return ((c * b).square() / (x * (2 - x))).sum(0)
+
+
+def last(layer: LayerStates) -> Tensor:
+    """Σ_d c_n² b_dn² / (1 - λ_dn)²: the squared peak gain (H∞ norm), of the system frozen at its means.
+
+    LAST (arXiv 2411.02824); symbols as in `aire`.
+    """
+    x, b, c = _frozen_system(layer)
+    return (c * b / x).square().sum(0)
+
+
+def taylor(layer: LayerStates) -> Tensor:
+    """|Σ gradient · weight| over the rows of B and C of state n: to first order the change of the loss without it.
+
+    As in SSM-Pruner (arXiv 2502.18886). Molchanov et al. (arXiv 1906.10771) square this sum for each mini-batch and
+    average; here the gradient is that of all calibration data, so that the score depends on neither the batches nor
+    the processes they came in, and squaring would leave the ranking as it is. In Mamba the loss depends on B_n and C_n
+    through their product alone, so both rows have the same sum.
+    """
+    B_gradient, C_gradient = layer.gradients()
+    return (B_gradient.double() * layer.B_rows + C_gradient.double() * layer.C_rows).sum(1).abs()
+
+
 def random(layer: LayerStates) -> Tensor:
     """Uniform draws: the baseline that every other score has to beat."""
     scores = torch.rand(len(layer.B_rows), generator=layer.generator, dtype=torch.float64)
@@ -65,9 +107,41 @@ def _gramian_energy(layer: LayerStates, surrogate: Surrogate) -> Tensor:
     return (P * Q).sqrt().sum(0)
 
 
+def _frozen_system(layer: LayerStates) -> tuple[Tensor, Tensor, Tensor]:
+    """1 - λ and b, (D, N) each, and c, (N,). Not λ: of slow decays, 1 - λ would be round-off."""
+    s = layer.statistics
+    return s.decay / s.tokens, s.input_map / s.tokens, s.output_map / s.tokens
+
+
 CRITERIA: dict[str, Criterion] = {
-    function.__name__: function for function in (output, second_moment, mean, magnitude, random)
+    function.__name__: function
+    for function in (output, second_moment, mean, ghost, aire, last, taylor, magnitude, random)
 }
+
+
+def criterion_name(criterion: Criterion | str) -> str:
+    """What records call it: the name of one of `CRITERIA`, or of a function of the user's own."""
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
+
+
+def state_energies(criterion: Criterion | str, layer: LayerStates) -> Tensor:
+    """The energy of each state by a criterion, by name or a function of the user's own, float64, (N,).
+
+    Raises:
+        ValueError: what the user's own function gives is not an energy for each state.
+    """
+    if isinstance(criterion, str):
+        return CRITERIA[criterion](layer)
+    energies, size = criterion(layer), len(layer.B_rows)
+    is_tensor = isinstance(energies, Tensor) and not energies.is_complex()
+    if not is_tensor or energies.shape != (size,) or not (energies >= 0).all() or not energies.isfinite().all():
+        given = f"shape {tuple(energies.shape)}: {energies}" if isinstance(energies, Tensor) else repr(energies)
+        raise ValueError(
+            f"criterion {criterion_name(criterion)} gave {given}; allowed: a tensor of {size} energies, one for each "
+            "state, finite and ≥ 0."
+        )
+    return energies.detach().to(layer.statistics.tokens)
+
 
 SELECTIONS = ("largest", "smallest", "random")
 

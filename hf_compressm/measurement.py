@@ -2,14 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from .calibration import Batch, prediction_count, predictions
-from .engines import forward_with, from_first_process, sum_over_processes, together
+from .engines import forward_with, from_first_process, is_sharded, sum_over_processes, together
 from .surgery import Plan
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class LossMeter:
@@ -76,13 +78,42 @@ def _every_other_sequence(batch: Batch, stride: int) -> Batch:
     return {name: value[rows] for name, value in batch.items()}
 
 
+def loss_gradients(model: nn.Module, batches: list[Batch], names: Iterable[str]) -> dict[str, Tensor]:
+    """Parameter name → gradient of the mean loss over the predictions in all processes, float64; none stays behind.
+
+    Raises:
+        ValueError: the model is sharded.
+    """
+    check_gradients(model)
+    weights = {name: model.get_parameter(name).detach() for name in names}
+    leaves = {name: (w.float() if w.dtype in HALVES else w).requires_grad_() for name, w in weights.items()}
+    gradients = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
+    count = next(iter(gradients.values())).new_tensor(sum(map(prediction_count, batches)))
+    with together(), torch.enable_grad():
+        for batch in batches:
+            total = forward(model, batch, leaves).loss * prediction_count(batch)  # a sum does not underflow in half
+            for name, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):
+                gradients[name] += gradient
+    sum_over_processes([*gradients.values(), count])
+    return {name: gradient / count for name, gradient in gradients.items()}
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Refuse a model of which no gradients can be had without disturbing its training.
+
+    Raises:
+        ValueError: FSDP2 holds its parameters, and reduces and keeps whatever gradients it meets.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            "a criterion that needs gradients, such as 'taylor', cannot have them under FSDP2. Use another criterion, "
+            "DistributedDataParallel or one process."
+        )
+
+
 def forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):
     """One forward pass with some parameters overridden; half-precision weights are taken in float32."""
-    halves = {
-        name: parameter.float()
-        for name, parameter in model.named_parameters()
-        if parameter.dtype in (torch.float16, torch.bfloat16)
-    }
+    halves = {name: parameter.float() for name, parameter in model.named_parameters() if parameter.dtype in HALVES}
     overrides = halves | {name: value.float() if name in halves else value for name, value in overrides.items()}
     return forward_with(model, {**batch, "use_cache": False}, overrides)
 

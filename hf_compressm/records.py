@@ -31,6 +31,8 @@ class ReductionEvent:
         goal: what this event was to achieve: the name of the goal and its value.
         reasons: why it was this layer's turn: "settled" or "window ended"; None in a layer whose turn it was not. None
             altogether where the step was fixed.
+        recall_before, recall_after: how well pairs of tokens were recalled, {"loss", "accuracy"}; None where it was
+            not asked for.
     """
 
     step: int | None
@@ -51,6 +53,8 @@ class ReductionEvent:
     goal: dict[str, float] | None = None
     refit: bool = False
     reasons: list[str | None] | None = None
+    recall_before: dict[str, float] | None = None
+    recall_after: dict[str, float] | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -141,6 +145,14 @@ def _are_numbers_or_none(value) -> bool:
     return isinstance(value, list) and all(each is None or type(each) in (int, float) for each in value)
 
 
+def _are_named_numbers(value) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_recall(value) -> bool:
+    return _are_named_numbers(value) and value.keys() == {"loss", "accuracy"} and 0 <= value["accuracy"] <= 1
+
+
 def _optional(is_allowed: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or is_allowed(value)
 
@@ -168,7 +180,9 @@ ALLOWED = {
     "compensate": lambda value: isinstance(value, bool),
     "refit": lambda value: isinstance(value, bool),
     "rolled_back_at": _optional(_is_count),
-    "goal": _optional(lambda value: isinstance(value, dict) and all(map(_is_number, value.values()))),
+    "goal": _optional(_are_named_numbers),
+    "recall_before": _optional(_is_recall),
+    "recall_after": _optional(_is_recall),
 }
 
 # Lists with an entry per layer that may be missing.
@@ -223,3 +237,5 @@ def _check_cut(event: ReductionEvent) -> None:
         raise TypeError(f"energy_discarded {event.energy_discarded}")
     if (event.loss_before is None) != (event.loss_after is None):
         raise TypeError("a loss before or after the cut without the other")
+    if (event.recall_before is None) != (event.recall_after is None):
+        raise TypeError("recall before or after the cut without the other")

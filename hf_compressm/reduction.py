@@ -5,18 +5,19 @@ The callback, the scripts and any hand-written training loop all go through thes
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
 
 from .allocation import choose_sizes
-from .analysis import analyze_states, calibration_batches, check_config, is_uniform
+from .analysis import allocation_of, analyze_states, calibration_batches, check_config
 from .calibration import undisturbed
 from .config import CompreSSMConfig
 from .engines import from_first_process, together, unwrap
 from .kernels import scan_installed
 from .layouts import state_sizes
 from .measurement import LossMeter
+from .recall import RecallProbe, RecallResult, chance
 from .records import ReductionEvent
 from .resizing import check_state_tensors
 from .surgery import Plan, Selection, plan_fingerprint, shrink_state
@@ -39,6 +40,8 @@ class StateReport:
             the model as the plan would leave it. None without batches.
         predicted_loss_change: layer → nats per prediction, by cutting that layer alone, on a few held-out sequences.
             Their sum falls short of, or exceeds, the measured change where layers interact. Empty without batches.
+        recall_before, recall_after: how well it recalls pairs of tokens, as the losses; None unless
+            `config.recall_pairs` asks for it.
         tokens: calibration tokens behind the statistics.
         seconds: time of the analysis; `measuring_seconds` of it went into measuring losses.
         applied: set by `compress`; a report is applied once.
@@ -57,6 +60,8 @@ class StateReport:
     tokens: int
     seconds: float
     measuring_seconds: float
+    recall_before: RecallResult | None = None
+    recall_after: RecallResult | None = None
     applied: bool = field(default=False)
 
     @property
@@ -94,7 +99,7 @@ class StateReport:
         for index, before in self.state_sizes_before.items():
             rows.append(f"{index:5d}  {before:8d}  {self.state_sizes[index]:7d}  {self.energy_discarded[index]:16.2%}")
         if self.loss_before is None:
-            return "\n".join(rows)
+            return "\n".join([*rows, *self._recall_rows()])
         changes = self.predicted_loss_change.values()
         rows[0] += "  predicted loss change"
         rows[1:] = [f"{row}  {change:+16.4f} nats" for row, change in zip(rows[1:], changes, strict=True)]
@@ -104,7 +109,17 @@ class StateReport:
         )
         if self.config.refit and self.is_cut:
             rows.append("refitted" if self.is_refitted else "not refitted: it did not help on held-out batches")
-        return "\n".join(rows)
+        return "\n".join([*rows, *self._recall_rows()])
+
+    def _recall_rows(self) -> list[str]:
+        if self.recall_before is None:
+            return []
+        before, after, pairs = self.recall_before, self.recall_after, self.config.recall_pairs
+        by_chance = chance(pairs)
+        return [
+            f"recall of {pairs} pairs: {before.loss:.4f} → {after.loss:.4f} nats per value, {before.accuracy:.1%} → "
+            f"{after.accuracy:.1%} right (by chance {by_chance.loss:.4f}, {by_chance.accuracy:.1%})"
+        ]
 
 
 def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig) -> StateReport:
@@ -127,10 +142,12 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
             or a target above the present size.
     """
     started = time.perf_counter()
-    model, config_of_first = unwrap(model), from_first_process(config)
+    model, config_of_first = unwrap(model), from_first_process(config.to_dict())
     with together():
-        if config != config_of_first:
-            raise ValueError(f"the processes were given different configurations: {config_of_first} and {config}.")
+        if config.to_dict() != config_of_first:
+            raise ValueError(
+                f"the processes were given different configurations: {config_of_first} and {config.to_dict()}."
+            )
         check_state_tensors(model)
         check_config(config, model)
         sizes = state_sizes(model)
@@ -141,13 +158,20 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
     with undisturbed(model), scan_installed():
         analysis = analyze_states(model, statistics_batches, config, held_out)
         losses = LossMeter(model, loss_batches, analysis.overrides) if loss_batches else None
+        allocation = allocation_of(config, model)
         chosen = choose_sizes(
-            config, analysis.energies, is_uniform(config, model), lambda some: losses.of(analysis.plan(sizes | some))
+            config,
+            analysis.energies,
+            allocation,
+            loss_of=lambda some: losses.of(analysis.plan(sizes | some)),
+            errors=analysis.squared_errors() if allocation == "global" else None,
         )
         plan = from_first_process({index: entry.cpu() for index, entry in analysis.plan(chosen).items()})
         spectra = analysis.hankel_singular_values()
+        recall = RecallProbe(model, config.recall_pairs, analysis.overrides) if config.recall_pairs else None
         loss_before = losses.of({}) if losses else None
         loss_after = losses.of(plan) if losses else None
+        recall_before, recall_after = (recall.of({}), recall.of(plan)) if recall else (None, None)
         predicted = {index: losses.change_by_one_layer(index, plan) for index in plan} if losses else {}
 
     return StateReport(
@@ -161,6 +185,8 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         loss_before=loss_before,
         loss_after=loss_after,
         predicted_loss_change=predicted,
+        recall_before=recall_before,
+        recall_after=recall_after,
         tokens=analysis.tokens,
         seconds=time.perf_counter() - started,
         measuring_seconds=losses.seconds if losses else 0.0,
@@ -221,4 +247,6 @@ def compress(
         refit=report.is_refitted,
         hankel_singular_values=[spectrum.cpu() for spectrum in report.hankel_singular_values.values()],
         goal=report.config.goal,
+        recall_before=report.recall_before and asdict(report.recall_before),
+        recall_after=report.recall_after and asdict(report.recall_after),
     )

@@ -34,6 +34,7 @@ class Statistics:
 
     tokens: Tensor  # ()       number of tokens
     output_energy: Tensor  # (N,)     Σ_d w_d g_d² (C_n h_dn)²
+    product_energy: Tensor  # (N,)     Σ_d (C_n h_dn)²
     gated_covariance: Tensor  # (N, N)   Σ_d w_d g_d² h_dn h_dm = Π
     decay: Tensor  # (D, N)   x_dn
     decay_square: Tensor  # (D, N)   x_dn²
@@ -49,7 +50,7 @@ class Statistics:
     def empty(cls, channels: int, state_size: int, device: torch.device | str = "cpu") -> "Statistics":
         """Sums over nothing, for D channels and N states."""
         D, N, S = channels, state_size, len(sampled_channels(channels))
-        shapes = [(), (N,), (N, N), *[(D, N)] * 4, (N,), (D, N), *[(S, N, N)] * 3]
+        shapes = [(), (N,), (N,), (N, N), *[(D, N)] * 4, (N,), (D, N), *[(S, N, N)] * 3]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def merge(self, other: "Statistics") -> "Statistics":
@@ -118,7 +119,9 @@ class Statistics:
         gated = h * gain.sqrt().unsqueeze(1)
         by_state = gated.transpose(0, 1).flatten(1)  # (N, T·D)
         self.gated_covariance += by_state @ by_state.T
-        self.output_energy += gated.mul_(C.unsqueeze(2)).square_().sum((0, 2))
+        for energy, states in ((self.output_energy, gated), (self.product_energy, h)):
+            # The norm over channels first, in one pass that only reads: C is the same for all of them.
+            energy += (torch.linalg.vector_norm(states, dim=2) * C).double().square().sum(0)
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,17 @@ def well_posed(covariance: Tensor) -> Tensor:
     """The covariance, (r, r), with a small ridge, by which states that are nearly one do no harm."""
     ridge = RIDGE * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
     return covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+
+
+def unexplained_shares(gated_covariance: Tensor, keep: Tensor) -> Tensor:
+    """How much of each dropped state's gated variance the kept ones do not predict, in [0, 1], (N - r,).
+
+    The rest, G Π_KR over Π_RR on the diagonal, is what `compensation` makes up for.
+    """
+    dropped = complement(keep, gated_covariance.shape[0])
+    predicted = (compensation(gated_covariance, keep) * gated_covariance[dropped][:, keep]).sum(1)
+    variance = gated_covariance.diagonal()[dropped].clamp_min(torch.finfo(torch.float64).tiny)
+    return (1 - predicted / variance).clamp(0, 1)
 
 
 def complement(keep: Tensor, state_size: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .analysis import is_uniform, reducible_size
+from .analysis import allocation_of, reducible_size
 from .config import CompreSSMConfig, CompreSSMSchedule
 from .history import History
 from .layouts import SelectiveLayout, layout_of, state_sizes
@@ -116,14 +116,14 @@ class Trigger:
         observation.settled_points = [n + 1 if still else 0 for n, still in zip(points, stands, strict=True)]
 
     def _due_when_settled(self, model: nn.Module, history: History, step: int) -> DueEvent | None:
-        waiting, uniform = self._waiting(model, history), is_uniform(self.config, model)
+        waiting, together = self._waiting(model, history), allocation_of(self.config, model) != "per_layer"
         why = {index: SETTLED for index in waiting if self._has_settled(index, history)}
         if step == self.steps[-1]:
             why = dict.fromkeys(waiting, WINDOW_ENDED) | why
-        if not why or (uniform and len(why) < len(waiting)):
+        if not why or (together and len(why) < len(waiting)):
             return None
         layers = list(state_sizes(model))
-        others = [] if uniform else [index for index in layers if index not in why]
+        others = self.config.skip_layers if together else [index for index in layers if index not in why]
         config = replace(self.config, skip_layers=others)
         size, part = reducible_size(config, model), len(why) / len(waiting)
         config = config.for_event(size, 1, history.loss_spent, history.rollbacks, part)

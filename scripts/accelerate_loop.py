@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args, train_text, data_args.text_column)
     with accelerator.main_process_first():
         dataset = tokenized(train_text, tokenizer, data_args)
-    model, history, done = build_model(model_args, tokenizer), History(asdict(config), asdict(schedule)), 0
+    model, history, done = build_model(model_args, tokenizer), History(config.to_dict(), asdict(schedule)), 0
     if args.resume_from_checkpoint:  # the sizes first: optimizer and wrapper are built for them
         history = load_history(args.resume_from_checkpoint)
         if history.state_sizes:

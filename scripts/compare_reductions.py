@@ -39,6 +39,7 @@ from hf_compressm.layouts import state_sizes
 from hf_compressm.masking import masked_parameters
 from hf_compressm.measurement import mean_loss
 from hf_compressm.plotting import save_figure
+from hf_compressm.recall import RecallProbe
 from hf_compressm.selective_analysis import SelectiveAnalysis
 
 REMEDIES = {
@@ -47,6 +48,7 @@ REMEDIES = {
     "compensate + refit": {"refit": True},
 }
 DIVISORS = (2, 4, 8, 16)
+PAIRS = 4  # to recall, in 32 sequences
 
 
 @dataclass
@@ -58,6 +60,9 @@ class Arguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A model is trained for each."})
     criteria: list[str] = field(default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to compare."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the models."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Mamba blocks of each."})
+    vocab_size: int = field(default=4096, metadata={"help": "Tokens of the vocabulary, trained on the text."})
     max_steps: int = field(default=2000, metadata={"help": "Training steps of 1,024 tokens."})
     batches: int = field(default=4, metadata={"help": "Calibration batches of 8 sequences for each third."})
     curve: list[int] = field(
@@ -81,6 +86,15 @@ class Subject:
     def name(self) -> str:
         return f"{Path(self.text).stem}-{self.state_size}-{self.seed}"
 
+    @property
+    def model(self) -> Path:
+        return self.folder / "models" / self.name
+
+    @property
+    def train_file(self) -> str | None:
+        """None for the text that `pretrain.py` finds by itself."""
+        return None if self.text == "bible" else self.text
+
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
@@ -102,29 +116,40 @@ def studied(args: Arguments, subject: Subject) -> dict:
     if not path.exists():
         torch.set_num_threads(1)
         install_scan()
-        model, calibration, validation = trained(args, subject)
-        write_aside(path, json.dumps(measured(args, subject, model, calibration, validation), indent=1) + "\n")
+        if not (subject.model / "model.safetensors").exists():
+            train(args, subject)
+        write_aside(path, json.dumps(measured(args, subject), indent=1) + "\n")
     return json.loads(path.read_text())
 
 
-def trained(args: Arguments, subject: Subject):
-    """(model, calibration batches, validation batches); trains the model if it is not there yet."""
-    folder = subject.folder / "models" / subject.name
-    files = [] if subject.text == "bible" else ["--train_file", subject.text]
-    if not (folder / "model.safetensors").exists():
-        sizes = ["--state_size", str(subject.state_size), "--target_state_size", str(subject.state_size)]
-        run = ["--seed", str(subject.seed), "--max_steps", str(args.max_steps), "--output_dir", str(folder)]
-        quiet = ["--use_cpu", "--save_strategy", "no", "--disable_tqdm", "True"]
-        command = [sys.executable, pretrain.__file__, *files, *sizes, *run, *quiet]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data_args = pretrain.DataArguments(train_file=files[1] if files else None)
+def train(args: Arguments, subject: Subject) -> None:
+    """By `pretrain.py`, which cuts nothing where the target is the size at the start."""
+    options = {
+        "state_size": subject.state_size,
+        "target_state_size": subject.state_size,
+        "seed": subject.seed,
+        "output_dir": subject.model,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    options |= {n: getattr(args, n) for n in ("max_steps", "hidden_size", "num_hidden_layers", "vocab_size")}
+    options |= {"train_file": subject.train_file} if subject.train_file else {}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, pretrain.__file__, *words], check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def loaded(args: Arguments, subject: Subject):
+    """(model, calibration batches, validation batches), the latter from text that it was not trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(subject.model)
+    data_args = pretrain.DataArguments(train_file=subject.train_file)
     texts = pretrain.load_text(data_args, subject.seed)
     train, validation = (pretrain.tokenized(text, tokenizer, data_args).with_format("torch") for text in texts)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(subject.seed))
     count = 8 * 3 * max(*args.curve, args.batches)
     return (
-        AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(subject.model),
         batches_of(train[order[:count].tolist()]["input_ids"]),
         batches_of(validation[: args.validation_sequences]["input_ids"]),
     )
@@ -134,17 +159,20 @@ def batches_of(ids: torch.Tensor) -> list[dict]:
     return [{"input_ids": batch, "labels": batch} for batch in ids.split(8)]
 
 
-def measured(args: Arguments, subject: Subject, model, calibration: list[dict], validation: list[dict]) -> dict:
+def measured(args: Arguments, subject: Subject) -> dict:
     """All of the study for one model."""
+    model, calibration, validation = loaded(args, subject)
     quarter, thirds = subject.state_size // 4, thirds_of(calibration, args.batches)
     with undisturbed(model):
-        loss = mean_loss(model, validation, {})
+        loss, probe = mean_loss(model, validation, {}), RecallProbe(model, PAIRS, partial(masked_parameters, model))
+        recall = probe.of({}).loss
 
         def rise(config: CompreSSMConfig, thirds, size: int) -> dict:
             started = time.perf_counter()
             plan = plan_of(model, config, thirds, size)
             seconds = time.perf_counter() - started
-            return {"rise": mean_loss(model, validation, masked_parameters(model, plan)) - loss, "seconds": seconds}
+            risen = mean_loss(model, validation, masked_parameters(model, plan)) - loss
+            return {"rise": risen, "recall": probe.of(plan).loss - recall, "seconds": seconds}
 
         rises, curve = [], []
         for criterion in tqdm(args.criteria, desc=subject.name):
@@ -160,7 +188,14 @@ def measured(args: Arguments, subject: Subject, model, calibration: list[dict], 
         peaks = {r: added_peak(partial(plan_of, model, config_of(r), thirds, quarter), "cpu") for r in REMEDIES}
         described = {"text": Path(subject.text).stem, "state_size": subject.state_size, "seed": subject.seed}
         points = predictions(model, subject.state_size, calibration, validation, loss)
-        return described | {"loss": loss, "rises": rises, "curve": curve, "peak_bytes": peaks, "predictions": points}
+        return described | {
+            "loss": loss,
+            "recall": recall,
+            "rises": rises,
+            "curve": curve,
+            "peak_bytes": peaks,
+            "predictions": points,
+        }
 
 
 def config_of(remedy: str, **options) -> CompreSSMConfig:

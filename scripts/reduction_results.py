@@ -25,6 +25,13 @@ def tables(name: str, group: list[dict]) -> str:
         for r in remedies
     ]
     text += table(["criterion", "remedy", *(f"{size} → {size // d}" for d in divisors)], rows)
+    rows = [
+        [r, *(rise_of(group, "rises", "recall", criterion="output", remedy=r, divisor=d) for d in divisors)]
+        for r in remedies
+    ]
+    recall = spread(result["recall"] for result in group)
+    text += f"\nThe same of the loss in recalling four random pairs ({recall} nats at {size}), by `output`\n\n"
+    text += table(["remedy", *(f"{size} → {size // d}" for d in divisors)], rows)
     counts = named(group, "curve", "batches")
     rows = [[r, *(rise_of(group, "curve", remedy=r, batches=count) for count in counts)] for r in remedies]
     text += f"\n{size} → {size // 4} by `output`, by calibration batches of 1,024 tokens for each third\n\n"
@@ -44,8 +51,8 @@ def values(group: list[dict], key: str, name: str = "rise", **wanted) -> list[fl
     return [e[name] for result in group for e in result[key] if all(e[k] == v for k, v in wanted.items())]
 
 
-def rise_of(group: list[dict], key: str, **wanted) -> str:
-    return spread(1000 * rise for rise in values(group, key, **wanted))
+def rise_of(group: list[dict], key: str, name: str = "rise", **wanted) -> str:
+    return spread(1000 * rise for rise in values(group, key, name, **wanted))
 
 
 def spread(numbers: Iterable[float]) -> str:

@@ -5,6 +5,7 @@ Each rank leaves the errors it saw, and its weights after training on.
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,17 +41,50 @@ def train_and_cut(model, optimizer, batches, backward) -> None:
         optimizer.zero_grad()
 
 
-def measured(model, batches) -> list[float]:
-    """What a report says of a cut that matters: loss before and after, and the change by each layer alone."""
+@contextmanager
+def mattering_states(model):
+    """States that were just initialised do little: within the block they do 256 times that."""
     weights = [layer.mixer.x_proj.weight for layer in getattr(model, "module", model).backbone.layers]
     with torch.no_grad():
         for weight in weights:
             weight *= 16
-        config = replace(CONFIG, target_state_size=2, selection="smallest", compensate=False)
-        report = analyze(model, batches, config)
+        yield
         for weight in weights:
             weight /= 16
-    return [report.loss_before, report.loss_after, *report.predicted_loss_change.values()]
+
+
+def measured(model, batches) -> list[float]:
+    """What a report says of a cut that matters: loss before and after, the change by each layer alone, and recall.
+
+    And the sizes of a global allocation, which rest on losses measured before.
+    """
+    with mattering_states(model):
+        config = replace(CONFIG, target_state_size=2, selection="smallest", compensate=False)
+        report = analyze(model, batches, replace(config, recall_pairs=4))
+        pooled = analyze(model, batches, replace(CONFIG, allocation="global"))
+    losses = [report.loss_before, report.loss_after, *report.predicted_loss_change.values()]
+    return [*losses, report.recall_before.loss, report.recall_after.loss, *pooled.state_sizes.values()]
+
+
+def refitted(model, batches) -> list[float]:
+    """The rise of the loss by a cut, and by a cut with a refit, on the same batches."""
+    config = replace(CONFIG, target_state_size=2, refit=True, calibration_batches=6)
+    with mattering_states(model):
+        fitted = analyze(model, batches, config)
+        one_to_judge = [batches[i] for i in (0, 2, 3, 5)]  # as above: statistics and losses
+        plain = analyze(model, one_to_judge, replace(config, refit=False, calibration_batches=4))
+    assert fitted.is_refitted
+    return [report.loss_after - report.loss_before for report in (plain, fitted)]
+
+
+def scored_by_gradients(model, batches) -> list[float] | str:
+    """Energies of all layers by the criterion that needs gradients, or why there are none."""
+    try:
+        report = analyze(model, batches, replace(CONFIG, criterion="taylor"))
+    except ValueError as error:
+        return str(error)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return torch.cat(list(report.energies.values())).tolist()
 
 
 def faults(model, batches, rank: int) -> dict[str, str]:
@@ -123,7 +157,11 @@ def main() -> None:
     model, optimizer, backward = prepared(engine, build_model())
     rank, calls = dist.get_rank(), []
     batches = batches_of(load_from_disk(folder / "dataset"), rank, dist.get_world_size(), 8)
-    left = faults(model, batches, rank) | {"measured": measured(model, batches)}
+    left = faults(model, batches, rank) | {
+        "measured": measured(model, batches),
+        "refitted": refitted(model, batches),
+        "gradients": scored_by_gradients(model, batches),
+    }
     model.register_forward_hook(lambda *inputs: calls.append(inputs), with_kwargs=True)
     train_and_cut(model, optimizer, batches, backward)
     torch.save(full_weights_of(getattr(model, "module", model)), folder / f"{engine} loop {rank}.pt")

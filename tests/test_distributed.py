@@ -12,7 +12,15 @@ import time
 import pytest
 import torch
 from conftest import ROOT, assert_identical, build_model, weights_of
-from distributed_loop import batches_of, build_lru, measured, train_and_cut, truncate_in_training
+from distributed_loop import (
+    batches_of,
+    build_lru,
+    measured,
+    refitted,
+    scored_by_gradients,
+    train_and_cut,
+    truncate_in_training,
+)
 from distributed_training import ENGINES, train
 
 PROCESSES = 2
@@ -118,6 +126,24 @@ def test_losses_are_measured_on_the_data_of_all(looped, dataset, engine):
     for rank in range(PROCESSES):
         found = json.loads((looped / f"{engine} loop {rank}.json").read_text())["measured"]
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_states_are_refitted_on_the_data_of_all(looped, dataset, engine):
+    plain, fitted = refitted(build_model(), batches_of(dataset, 0, 1, 8))
+    assert fitted < 0.8 * plain  # a refit matters
+    found = [json.loads((looped / f"{engine} loop {rank}.json").read_text())["refitted"] for rank in range(PROCESSES)]
+    assert found[0] == found[1] == pytest.approx([plain, fitted], abs=1e-3)
+
+
+def test_gradients_are_those_of_the_data_of_all_or_refused(looped, dataset):
+    expected = scored_by_gradients(build_model(), batches_of(dataset, 0, 1, 8))
+    for rank in range(PROCESSES):
+        found = {
+            engine: json.loads((looped / f"{engine} loop {rank}.json").read_text())["gradients"] for engine in ENGINES
+        }
+        assert found["ddp"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        assert "a criterion that needs gradients, such as 'taylor', cannot have them under FSDP2" in found["fsdp"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

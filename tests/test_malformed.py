@@ -502,6 +502,11 @@ NUMBERS = ("seconds", "measuring_seconds", "loss_before", "loss_after")
     *((event(**{name: value}), f"{name} = ") for name in NUMBERS for value in ("x", [1.0], NAN, True, 10**400, {})),
     *((event(**{name: None}), f"{name} = ") for name in NUMBERS[:2]),
     (event(loss_before=None), "a loss before or after the cut without the other"),
+    *(
+        (event(recall_before=value, recall_after=value), "recall_before = ")
+        for value in (5, "x", [], {}, {"loss": 1.0}, {"loss": NAN, "accuracy": 0.5}, {"loss": 1.0, "accuracy": 1.5})
+    ),
+    (event(recall_before={"loss": 1.0, "accuracy": 0.5}), "recall before or after the cut without the other"),
     *((event(criterion=value), "criterion = ") for value in (5, None, ["output"])),
     *((event(compensate=value), "compensate = ") for value in (1, "true", None)),
     *((event(goal=value), "goal = ") for value in (5, "x", [], {"tolerance": "x"}, {"tolerance": NAN})),

@@ -19,7 +19,7 @@ ORDER = """
     engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
     engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
-    calibration measurement masking activations refit selective_analysis time_invariant_analysis analysis
+    calibration measurement recall masking activations refit selective_analysis time_invariant_analysis analysis
     allocation records history reduction
     monitor trigger adoption checkpoint snapshot safety_net announcements
     plotting.figures plotting.spectra plotting.trajectories plotting.settling plotting.runs plotting.results plotting

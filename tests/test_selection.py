@@ -1,5 +1,6 @@
 """What a configuration asks for is what the plan keeps: ranks, gates, staged goals, and the loss budget's word."""
 
+import json
 import random
 
 import numpy as np
@@ -9,17 +10,89 @@ from conftest import assert_identical, build_model, weights_of
 from torch.utils.data import DataLoader
 
 from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress
+from hf_compressm.criteria import CRITERIA, LayerStates
 from hf_compressm.hankel import truncation_rank
 from hf_compressm.measurement import forward
 
 
-@pytest.mark.parametrize("criterion", ["output", "second_moment", "mean", "magnitude", "random"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_strongest_states_are_kept_by_every_criterion(trained, batches, criterion):
     model, _ = trained
     report = analyze(model, batches, CompreSSMConfig(target_state_size=5, criterion=criterion))
     for index, energy in report.energies.items():
         assert torch.equal(report.keep[index], energy.topk(5).indices.sort().values)
         assert report.energy_discarded[index] == pytest.approx(float(energy.sort().values[:11].sum() / energy.sum()))
+
+
+def norms(layer: LayerStates) -> torch.Tensor:
+    return layer.B_rows.norm(dim=1) * layer.C_rows.norm(dim=1)
+
+
+def test_a_criterion_of_ones_own_ranks_and_is_recorded_by_its_name(trained, batches):
+    config = CompreSSMConfig(target_state_size=5, criterion=norms)
+    report = analyze(trained[0], batches, config)
+    reference = analyze(trained[0], batches, CompreSSMConfig(target_state_size=5, criterion="magnitude"))
+    assert {i: keep.tolist() for i, keep in report.keep.items()} == {i: k.tolist() for i, k in reference.keep.items()}
+    assert report.criterion == "norms" and compress(trained[0], report).criterion == "norms"
+    assert config.to_dict()["criterion"] == "norms" and json.dumps(config.to_dict())
+    assert CompreSSMConfig.from_dict(reference.config.to_dict()) == reference.config
+    with pytest.raises(ValueError, match="criterion = 'norms' is a function of your own, and only its name was kept"):
+        CompreSSMConfig.from_dict(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    "energies",
+    [
+        None,
+        [1.0] * 16,
+        torch.ones(15),
+        torch.ones(16, 1),
+        -torch.ones(16),
+        torch.full((16,), torch.nan),
+        torch.ones(1),
+    ],
+)
+def test_energies_of_ones_own_that_are_none_are_refused_by_name(trained, batches, energies):
+    def mine(layer):
+        return energies
+
+    with pytest.raises(
+        ValueError, match=r"(?s)criterion mine gave .*; allowed: a tensor of 16 energies, one for each"
+    ):
+        analyze(trained[0], batches, CompreSSMConfig(target_state_size=5, criterion=mine))
+
+
+def test_a_name_that_is_taken_is_refused():
+    def output(layer):
+        return layer.statistics.output_energy
+
+    with pytest.raises(
+        ValueError, match="criterion = <function .*output.*; allowed: a name that is not one of output"
+    ):
+        CompreSSMConfig(tolerance=0.1, criterion=output)
+    assert CompreSSMConfig(tolerance=0.1, criterion=CRITERIA["output"]).to_dict()["criterion"] == "output"
+
+
+def test_taylor_is_how_fast_the_loss_changes_as_a_state_fades(learned, batches):
+    """Whatever the batches: data in unequal parts, and padded, make one gradient."""
+    model = build_model()
+    model.load_state_dict(learned)
+    model.double()
+    padded = [{**batch, "labels": batch["labels"].clone()} for batch in batches[:4]]
+    padded[2]["labels"][1:, 5:] = -100
+    report = analyze(model, padded, CompreSSMConfig(target_state_size=5, criterion="taylor"))
+    joined = {name: torch.cat([padded[0][name], padded[2][name]]) for name in padded[0]}
+    rows, step = model.backbone.layers[1].mixer.x_proj.weight.detach(), 0.05  # Transformers' losses are float32
+    for n in (0, 7, 15):
+        losses = []
+        for scale in (1 + step, 1 - step):
+            changed = rows.clone()
+            changed[[2 + n, 2 + 16 + n]] *= scale
+            overrides = {"backbone.layers.1.mixer.x_proj.weight": changed}
+            with torch.no_grad():
+                losses.append(forward(model.eval(), joined, overrides).loss.item())
+        slope = abs(losses[0] - losses[1]) / (2 * step)
+        assert report.energies[1][n].item() == pytest.approx(slope, rel=0.02)
 
 
 def test_a_tolerance_keeps_the_largest_rank_that_any_layer_asks_for(trained, batches):
@@ -129,7 +202,7 @@ def test_events_are_equidistant_and_end_with_the_window():
     assert CompreSSMSchedule(end=1.0, events=1).event_steps(7) == [7]
 
 
-@pytest.mark.parametrize("criterion", ["output", "mean"])
+@pytest.mark.parametrize("criterion", ["output", "mean", "taylor"])
 def test_analysis_changes_nothing(trained, batches, criterion):
     model, _ = trained
     model.train()

@@ -17,6 +17,7 @@ from hf_compressm.selective import (
     layer_hankel_singular_values,
     sampled_channels,
     sampled_gramians,
+    unexplained_shares,
 )
 
 FIELDS = [field.name for field in fields(Statistics)]
@@ -81,6 +82,7 @@ def dense_statistics(scan):
     return Statistics(
         tokens=torch.tensor(h.shape[0] * h.shape[1], dtype=torch.float64),
         output_energy=(weight * (C * h).square()).sum((0, 1, 2)),
+        product_energy=(C * h).square().sum((0, 1, 2)),
         gated_covariance=(weight[..., None] * outer(h)).sum((0, 1, 2)),
         decay=x.sum((0, 1)),
         decay_square=x.square().sum((0, 1)),
@@ -168,6 +170,7 @@ def layer_states(scan, seed=0):
         statistics=measure(scan),
         B_rows=normal(state_size, channels, seed=1, dtype=torch.float32),
         C_rows=normal(state_size, channels, seed=2, dtype=torch.float32),
+        gradients=lambda: (normal(state_size, channels, seed=3), normal(state_size, channels, seed=4)),
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -187,6 +190,32 @@ def test_output_energy_is_the_error_of_the_gated_output_when_a_state_is_removed(
         error = gated_output(scan | {"C": without}) - y
         expected = (scan["channel_weight"] * error.square()).sum(-1).mean()
         assert scores[n].square().item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_ghost_is_what_removing_a_state_changes_before_the_gate_and_the_output_projection():
+    scan = random_scan()
+    bare = scan | {"gate": None, "channel_weight": torch.ones(5, dtype=torch.float64)}
+    energy = CRITERIA["ghost"](layer_states(scan))
+    torch.testing.assert_close(energy, CRITERIA["output"](layer_states(bare)), rtol=1e-12, atol=0)
+
+
+def test_aire_and_last_are_energy_and_squared_peak_gain_of_the_frozen_systems_response():
+    scan = random_scan()
+    decay, step, _, B, C, *_ = dense_factors(scan)
+    eigenvalues, b, c = decay.mean((0, 1)), (step * B).mean((0, 1)), C.mean((0, 1, 2))
+    response = c * b * eigenvalues ** torch.arange(3000)[:, None, None]  # (k, D, N)
+    torch.testing.assert_close(CRITERIA["aire"](layer_states(scan)), response.square().sum((0, 1)), rtol=1e-9, atol=0)
+    frequencies = torch.exp(1j * torch.linspace(0, torch.pi, 101, dtype=torch.float64))[:, None, None]
+    peak = (c * b / (frequencies - eigenvalues)).abs().amax(0)
+    torch.testing.assert_close(CRITERIA["last"](layer_states(scan)), peak.square().sum(0), rtol=1e-9, atol=0)
+
+
+def test_decays_too_slow_for_their_eigenvalue_to_be_told_from_one_are_scored_exactly():
+    scan = random_scan() | {"A": torch.full((5, 7), -1e-18, dtype=torch.float64)}
+    _, step, _, B, C, *_ = dense_factors(scan)
+    x, gain = 1e-18 * step.mean((0, 1)), (C.mean((0, 1, 2)) * (step * B).mean((0, 1))).square()
+    torch.testing.assert_close(CRITERIA["aire"](layer_states(scan)), (gain / (2 * x)).sum(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(CRITERIA["last"](layer_states(scan)), (gain / x**2).sum(0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -349,3 +378,13 @@ def test_dropping_a_combination_of_kept_states_costs_nothing_once_compensated():
 def test_compensation_survives_dead_and_collinear_states(copies):
     row = normal(1, 7) * (copies - 1)  # all zero, or of rank one
     assert torch.isfinite(compensation(row.mT @ row, KEEP)).all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_the_unexplained_share_is_what_least_squares_leaves_of_a_state(size):
+    states = normal(200, 7) + normal(200, 1, seed=1)  # one thing that all of them know
+    keep = torch.tensor([0, 2, 3, 4, 5, 6])[:size]
+    dropped = complement(keep, 7)
+    solution = torch.linalg.lstsq(states[:, keep], states[:, dropped]).solution
+    left = (states[:, dropped] - states[:, keep] @ solution).square().sum(0) / states[:, dropped].square().sum(0)
+    torch.testing.assert_close(unexplained_shares(states.T @ states, keep), left, rtol=1e-3, atol=0)

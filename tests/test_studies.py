@@ -85,3 +85,25 @@ def test_the_benchmark_measures_all_it_says_against_the_limits_of_the_machine(tm
     assert all(peak > 0 for peak in results["scan"]["peak_bytes_batch_1_L_2048"].values())
     assert (tmp_path / "benchmark.md").read_text() in output
     assert (tmp_path / "benchmark.png").stat().st_size > 20_000
+
+
+REDUCTIONS = """
+    --seeds 0 --criteria output magnitude --max_steps 8 --batches 1 --curve 1 2 --validation_sequences 8
+    --hidden_size 16 --num_hidden_layers 2 --vocab_size 300 --processes 1
+""".split()
+
+
+def test_every_reduction_is_compared_and_a_finished_comparison_only_reported(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "compare_reductions.py"), *REDUCTIONS]
+    command += ["--texts", "bible:16", "--output_dir", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result = json.loads((tmp_path / "bible-16-0.json").read_text())
+    found = {(e["criterion"], e["remedy"], e["divisor"]) for e in result["rises"]}
+    remedies = ("none", "compensate", "compensate + refit")
+    assert found == {(c, r, d) for c in ("output", "magnitude") for r in remedies for d in (2, 4, 8, 16)}
+    assert len(result["curve"]) == 6 and len(result["predictions"]) == 4 * 3
+    assert (tmp_path / "reductions.md").read_text() in output
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("rises", "calibration", "predictions"))
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == output
+    assert {file: file.stat().st_mtime_ns for file in times} == times

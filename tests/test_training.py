@@ -28,12 +28,13 @@ def random_state() -> tuple:
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-def test_a_callback_that_never_cuts_leaves_the_run_bit_identical(tmp_path, dataset):
+@pytest.mark.parametrize("criterion", ["output", "taylor"])
+def test_a_callback_that_never_cuts_leaves_the_run_bit_identical(tmp_path, dataset, criterion):
     small = dataset.select(range(88))  # two epochs
     plain = build_trainer(tmp_path, small)
     plain.train()
     plain_random_state = random_state()
-    callback = CompreSSMCallback(CompreSSMConfig(tolerance=1e-9), SCHEDULE)
+    callback = CompreSSMCallback(CompreSSMConfig(tolerance=1e-9, criterion=criterion), SCHEDULE)
     watched = build_trainer(tmp_path, small, [callback])
     watched.train()
 
@@ -59,12 +60,33 @@ def test_a_run_cuts_at_its_steps_and_says_so(tmp_path, dataset, capsys):
 @pytest.mark.parametrize(
     "options", [{"gradient_accumulation_steps": 3}, {"gradient_checkpointing": True}, {"bf16": True}]
 )
-def test_cuts_work_with(tmp_path, dataset, options):
-    trainer = build_trainer(tmp_path, dataset, [cutting_callback()], **options)
+@pytest.mark.parametrize("criterion", ["output", "taylor"])
+def test_cuts_work_with(tmp_path, dataset, options, criterion):
+    trainer = build_trainer(tmp_path, dataset, [cutting_callback(criterion=criterion)], **options)
     trainer.train()
     assert trainer.model.config.state_size == 4
     assert losses_of(trainer)[20] < losses_of(trainer)[1]
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def largest_rows(layer) -> torch.Tensor:
+    return layer.C_rows.norm(dim=1)
+
+
+def test_a_criterion_of_ones_own_is_written_by_name_and_resumed(tmp_path, dataset, caplog):
+    options = {"save_strategy": "steps", "save_steps": 4}
+    run, resumed = (
+        build_trainer(tmp_path, dataset, [cutting_callback(criterion=largest_rows)], **options) for _ in range(2)
+    )
+    run.train()
+    history = load_history(tmp_path / "checkpoint-8")
+    assert history.config["criterion"] == history.events[0].criterion == "largest_rows"
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert_identical(weights_of(resumed.model), weights_of(run.model))
+    assert "another configuration" not in caplog.text
+    resumed.args.restore_callback_states_from_checkpoint = True
+    with pytest.raises(ValueError, match="only its name was kept: .*leave restore_callback_states_from_checkpoint at"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager", "adam_epsilon": 1e-6, "max_steps": 12}

@@ -207,7 +207,7 @@ def test_the_gate_keeps_a_layer_whole_unless_five_percent_of_it_goes():
         index: torch.tensor([1.0] * rank + [1e-9] * (20 - rank), dtype=torch.float64)
         for index, rank in enumerate((20, 19, 18, 5))
     }
-    chosen = choose_sizes(CompreSSMConfig(tolerance=1e-6), energies, False, None)
+    chosen = choose_sizes(CompreSSMConfig(tolerance=1e-6), energies, "per_layer", None)
     assert list(chosen.values()) == [20, 20, 18, 5]
 
 
@@ -264,7 +264,7 @@ def test_a_loss_budget_can_choose_any_allowed_size_of_a_layer(uniform, options):
         energies = {0: torch.rand(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
         for budget in range(1, N):
             config = CompreSSMConfig(loss_budget=budget, min_reduction=0.0, **options)
-            chosen = choose_sizes(config, energies, uniform, lambda sizes: N - sizes[0])
+            chosen = choose_sizes(config, energies, "uniform" if uniform else "per_layer", lambda sizes: N - sizes[0])
             assert chosen == {0: config.round_up(N - budget)}
 
 
@@ -272,7 +272,7 @@ def test_a_loss_budget_drops_states_and_layers_that_have_no_energy():
     energies = {0: torch.tensor([4.0, 2.0, 1.0, 0.0, 0.0]).double(), 1: torch.zeros(7).double()}
     for size in (3, 2, 1):
         config = CompreSSMConfig(loss_budget=3.5 - size)
-        chosen = choose_sizes(config, energies, False, lambda sizes: max(0, 3 - sizes[0]))
+        chosen = choose_sizes(config, energies, "per_layer", lambda sizes: max(0, 3 - sizes[0]))
         assert chosen == {0: size, 1: 1}
 
 
@@ -283,7 +283,7 @@ def test_a_loss_budget_is_kept_by_the_sizes_behind_the_gate():
     def loss_of(sizes):
         return 0.014 * (sizes[1] < 20) - 0.01 * (sizes[0] < 20) + (sizes[0] < 19 or sizes[1] < 8)
 
-    chosen = choose_sizes(CompreSSMConfig(loss_budget=0.005), energies, False, loss_of)
+    chosen = choose_sizes(CompreSSMConfig(loss_budget=0.005), energies, "per_layer", loss_of)
     assert loss_of(chosen) <= 0.005
 
 
@@ -651,7 +651,7 @@ def test_a_mamba_is_observed_on_data_without_being_disturbed(batches):
 def test_one_size_for_all_is_one_size_where_layers_differ():
     energies = {0: torch.linspace(10, 1, 10, dtype=torch.float64), 1: torch.linspace(20, 1, 20, dtype=torch.float64)}
     for goal in ({"cut_fraction": 0.6}, {"tolerance": 0.3}, {"loss_budget": 0.5}):
-        chosen = choose_sizes(CompreSSMConfig(**goal), energies, True, lambda sizes: 0.1 * (20 - sizes[1]))
+        chosen = choose_sizes(CompreSSMConfig(**goal), energies, "uniform", lambda sizes: 0.1 * (20 - sizes[1]))
         assert chosen[0] == min(10, chosen[1]) < 20
 
 

@@ -2,7 +2,7 @@
 
 from .engine import Engine, forward_with, new_parameter_like
 from .processes import everywhere, from_first_process, process_count, process_index, sum_over_processes, together
-from .sharded import change_class, full, gathered, local, original_class, shard_like
+from .sharded import change_class, full, gathered, is_sharded, local, original_class, shard_like
 from .training_arguments import check_engine, check_training_arguments, fsdp_is_asked
 from .wrappers import unwrap, unwrap_optimizer
 
@@ -17,6 +17,7 @@ __all__ = [
     "fsdp_is_asked",
     "full",
     "gathered",
+    "is_sharded",
     "local",
     "new_parameter_like",
     "original_class",
