@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from hf_compressm import CompreSSMConfig, analyze, install_scan
 from hf_compressm.calibration import undisturbed
 from hf_compressm.criteria import CRITERIA
-from hf_compressm.history import write_aside
+from hf_compressm.files import write_json
 from hf_compressm.layouts import state_sizes
 from hf_compressm.masking import masked_parameters
 from hf_compressm.measurement import mean_loss
@@ -118,7 +118,7 @@ def studied(args: Arguments, subject: Subject) -> dict:
         install_scan()
         if not (subject.model / "model.safetensors").exists():
             train(args, subject)
-        write_aside(path, json.dumps(measured(args, subject), indent=1) + "\n")
+        write_json(path, measured(args, subject))
     return json.loads(path.read_text())
 
 
@@ -127,6 +127,7 @@ def train(args: Arguments, subject: Subject) -> None:
     options = {
         "state_size": subject.state_size,
         "target_state_size": subject.state_size,
+        "events": 1,
         "seed": subject.seed,
         "output_dir": subject.model,
         "save_strategy": "no",

@@ -88,7 +88,7 @@ def test_the_benchmark_measures_all_it_says_against_the_limits_of_the_machine(tm
 
 
 REDUCTIONS = """
-    --seeds 0 --criteria output magnitude --max_steps 8 --batches 1 --curve 1 2 --validation_sequences 8
+    --seeds 0 --criteria output magnitude --max_steps 20 --batches 1 --curve 1 2 --validation_sequences 8
     --hidden_size 16 --num_hidden_layers 2 --vocab_size 300 --processes 1
 """.split()
 
