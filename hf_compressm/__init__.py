@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from .callback import CompreSSMCallback
-from .config import CompreSSMConfig, CompreSSMSchedule
+from .config import CompreSSMConfig
 from .environment import env_report
 from .hub import push_compressed
 from .kernels import install_scan, uninstall_scan
@@ -11,6 +11,7 @@ from .lru import LRUConfig, LRUForSequenceClassification, LRUModel
 from .model_card import CardDetails
 from .optimizers import parameter_groups
 from .reduction import analyze, compress
+from .schedule import CompreSSMSchedule
 
 __version__ = version("hf_compressm")
 

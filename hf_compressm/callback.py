@@ -18,7 +18,7 @@ from .analysis import check_config
 from .announcements import cut_text, event_numbers, observed_numbers, observed_text, undone_numbers, undone_text
 from .attachment import attach
 from .calibration import draw_batches, is_stream, take_batches
-from .config import CompreSSMConfig, CompreSSMSchedule
+from .config import CompreSSMConfig
 from .engines import (
     Engine,
     check_training_arguments,
@@ -34,6 +34,7 @@ from .monitor import StateMonitor
 from .reduction import analyze, compress
 from .resizing import check_state_tensors
 from .safety_net import SafetyNet, spread_safety_net
+from .schedule import CompreSSMSchedule
 from .trigger import DueEvent, Trigger, check_trigger
 
 logger = logging.get_logger(__name__)

@@ -11,11 +11,11 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .config import CompreSSMSchedule
 from .engines import everywhere, from_first_process, together
 from .history import History
 from .records import ReductionEvent
 from .reduction import StateReport
+from .schedule import CompreSSMSchedule
 from .snapshot import Snapshot
 
 logger = logging.get_logger(__name__)

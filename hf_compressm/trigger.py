@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .analysis import allocation_of, reducible_size
-from .config import CompreSSMConfig, CompreSSMSchedule
+from .config import CompreSSMConfig
 from .history import History
 from .layouts import SelectiveLayout, layout_of, state_sizes
 from .records import REASONS, Observation
+from .schedule import CompreSSMSchedule
 from .settling import Ranking, compare_rankings, is_within_noise
 
 SETTLED, WINDOW_ENDED = REASONS

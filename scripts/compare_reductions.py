@@ -38,6 +38,7 @@ from hf_compressm.files import write_json
 from hf_compressm.layouts import state_sizes
 from hf_compressm.masking import masked_parameters
 from hf_compressm.measurement import mean_loss
+from hf_compressm.options import option
 from hf_compressm.plotting import save_figure
 from hf_compressm.recall import RecallProbe
 from hf_compressm.selective_analysis import SelectiveAnalysis
@@ -60,17 +61,17 @@ class Arguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A model is trained for each."})
     criteria: list[str] = field(default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to compare."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of the models."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Mamba blocks of each."})
-    vocab_size: int = field(default=4096, metadata={"help": "Tokens of the vocabulary, trained on the text."})
-    max_steps: int = field(default=2000, metadata={"help": "Training steps of 1,024 tokens."})
-    batches: int = field(default=4, metadata={"help": "Calibration batches of 8 sequences for each third."})
+    hidden_size: int = option(128, "Width of the models.")
+    num_hidden_layers: int = option(4, "Mamba blocks of each.")
+    vocab_size: int = option(4096, "Tokens of the vocabulary, trained on the text.")
+    max_steps: int = option(2000, "Training steps of 1,024 tokens.")
+    batches: int = option(2, "Calibration batches of 8 sequences for each third.")
     curve: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Such batches, for the curve over their number."}
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Such batches, for the curve over their number."}
     )
-    validation_sequences: int = field(default=128, metadata={"help": "Of 128 tokens, for the losses that are told."})
-    processes: int = field(default=2, metadata={"help": "Models at a time, a thread for each."})
-    output_dir: str = field(default="runs/reductions", metadata={"help": "Where models, results and figures go."})
+    validation_sequences: int = option(96, "Of 128 tokens, for the losses that are told.")
+    processes: int = option(2, "Models at a time, a thread for each.")
+    output_dir: str = option("runs/reductions", "Where models, results and figures go.")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import hf_compressm
 # Imports run one way: a file may import from those before it.
 ORDER = """
     hankel settling kernels.operators kernels.torch_scan selective criteria kernels.cpp_scan kernels.triton_scan
-    kernels.dispatch kernels.scan kernels.installation kernels state_fit layouts config files
+    kernels.dispatch kernels.scan kernels.installation kernels state_fit layouts options config schedule files
     engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
     engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
     lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru

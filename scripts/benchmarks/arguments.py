@@ -2,48 +2,46 @@
 
 from dataclasses import dataclass, field
 
-
-def _field(default, text: str):
-    return field(default=default, metadata={"help": text})
+from hf_compressm.options import option
 
 
 @dataclass
 class Arguments:
     """The sizes of the studies; the defaults are those for a CPU."""
 
-    device: str = _field("cpu", "cpu or cuda.")
-    threads: int = _field(2, "CPU threads of torch.")
-    output_dir: str = _field("runs/benchmark", "Where benchmark.json, benchmark.md and benchmark.png go.")
-    seed: int = _field(0, "Seed of random inputs, tokens and weights.")
-    batch_size: int = _field(8, "Sequences per batch.")
-    rounds: int = _field(15, "Timed rounds of what is quick.")
-    slow_rounds: int = _field(3, "Timed rounds of what is slow, such as Transformers' loop.")
+    device: str = option("cpu", "cpu or cuda.")
+    threads: int = option(2, "CPU threads of torch.")
+    output_dir: str = option("runs/benchmark", "Where benchmark.json, benchmark.md and benchmark.png go.")
+    seed: int = option(0, "Seed of random inputs, tokens and weights.")
+    batch_size: int = option(8, "Sequences per batch.")
+    rounds: int = option(15, "Timed rounds of what is quick.")
+    slow_rounds: int = option(3, "Timed rounds of what is slow, such as Transformers' loop.")
 
-    dtype: str = _field("float32", "scan: of the inputs. Training on a GPU is in bfloat16 autocast.")
-    channels: int = _field(256, "scan: channels D.")
-    length: int = _field(128, "scan: sequence length L.")
-    state_size: int = _field(128, "scan: state size N that all scans are compared at.")
+    dtype: str = option("float32", "scan: of the inputs. Training on a GPU is in bfloat16 autocast.")
+    channels: int = option(256, "scan: channels D.")
+    length: int = option(128, "scan: sequence length L.")
+    state_size: int = option(128, "scan: state size N that all scans are compared at.")
     state_sizes: list[int] = field(
         default_factory=lambda: [1, 4, 16, 64, 256], metadata={"help": "scan: other state sizes at that length."}
     )
     lengths: list[int] = field(
         default_factory=lambda: [128, 512, 2048, 8192], metadata={"help": "scan: lengths, at batch 1 and N = 16."}
     )
-    patience: float = _field(3.0, "scan: a scan that takes longer than these seconds is spared larger sizes.")
+    patience: float = option(3.0, "scan: a scan that takes longer than these seconds is spared larger sizes.")
 
-    block_size: int = _field(128, "training, decode: sequence length of the model, in tokens.")
-    hidden_size: int = _field(128, "training, decode: width of the model.")
-    num_hidden_layers: int = _field(4, "training, decode: number of Mamba blocks.")
-    vocab_size: int = _field(4096, "training, decode: tokens of the vocabulary.")
-    size_before: int = _field(128, "training: N before the cut.")
-    size_after: int = _field(12, "training: N after the cut.")
-    step_size: int = _field(64, "training: N at which scans are compared by the whole step, and where a run starts.")
-    run_size: int = _field(16, "training: N at the end of the run whose share of analysis is told.")
-    run_steps: int = _field(2000, "training: steps of that run; it is cut four times in its first tenth.")
+    block_size: int = option(128, "training, decode: sequence length of the model, in tokens.")
+    hidden_size: int = option(128, "training, decode: width of the model.")
+    num_hidden_layers: int = option(4, "training, decode: number of Mamba blocks.")
+    vocab_size: int = option(4096, "training, decode: tokens of the vocabulary.")
+    size_before: int = option(128, "training: N before the cut.")
+    size_after: int = option(12, "training: N after the cut.")
+    step_size: int = option(64, "training: N at which scans are compared by the whole step, and where a run starts.")
+    run_size: int = option(16, "training: N at the end of the run whose share of analysis is told.")
+    run_steps: int = option(2000, "training: steps of that run; it is cut four times in its first tenth.")
     decode_sizes: list[int] = field(
         default_factory=lambda: [1, 4, 16, 64, 128], metadata={"help": "decode: state sizes N."}
     )
-    decode_tokens: int = _field(32, "decode: tokens per timing.")
+    decode_tokens: int = option(32, "decode: tokens per timing.")
 
 
 # Sizes for a GPU: one scan of mamba-130m at length 2,048, and that model whole.
