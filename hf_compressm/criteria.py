@@ -78,7 +78,8 @@ def aire(layer: LayerStates) -> Tensor:
 def last(layer: LayerStates) -> Tensor:
     """Σ_d c_n² b_dn² / (1 - λ_dn)²: the squared peak gain (H∞ norm), of the system frozen at its means.
 
-    LAST (arXiv 2411.02824); symbols as in `aire`.
+    LAST (arXiv 2411.02824); symbols as in `aire`. Both papers then normalise the scores of each layer, to compare
+    layers; within one that leaves the ranking as it is.
     """
     x, b, c = _frozen_system(layer)
     return (c * b / x).square().sum(0)

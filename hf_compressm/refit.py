@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from .activations import layer_inputs
 from .calibration import Batch
-from .engines import full, sum_over_processes
+from .engines import full, sum_over_processes, together
 from .layouts import SelectiveLayout, layout_of
 from .masking import cut_layers, masked_parameters
 from .measurement import mean_loss
@@ -36,10 +36,9 @@ def refitted(
         earlier = masked_parameters(model, {i: entry for i, entry in result.items() if i < index})
         whole = whole_maps(mixer, layout)
         output_projection = full(mixer.get_parameter(layout.output_projection).detach())
-        error, judge = (
-            OutputError(whole, output_projection, layer_inputs(model, batches, index, earlier), sum_over_processes)
-            for batches in (data, held_out)
-        )
+        with together():
+            inputs = [layer_inputs(model, batches, index, earlier) for batches in (data, held_out)]
+        error, judge = (OutputError(whole, output_projection, some, sum_over_processes) for some in inputs)
         keep, start = plan[index].keep, plan[index].of(whole)
         fitted = fit_states(error, judge, start, covariances[index][keep][:, keep])
         if fitted is not start:

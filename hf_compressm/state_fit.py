@@ -125,10 +125,8 @@ def fit_states(error: OutputError, judge: OutputError, start: StateMaps, covaria
         with torch.no_grad():
             reached = maps()
         found = judge.of(reached)
-        if not found < smallest:
+        best = reached if found < smallest else best
+        if not found < (1 - WORTHWHILE) * smallest:
             break
-        is_worth_more = found < (1 - WORTHWHILE) * smallest
-        best, smallest = reached, found
-        if not is_worth_more:
-            break
+        smallest = found
     return best

@@ -138,10 +138,11 @@ def test_compress_that_can_cut_nothing_saves_the_model_as_it_was(models, text, t
     assert_identical(weights_of(left), weights_of(right))
 
 
-def test_compress_measures_the_loss_that_the_written_model_has(models, text, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--refit",)])
+def test_compress_measures_the_loss_that_the_written_model_has(models, text, tmp_path, more):
     """Analysed again with nothing to cut, it starts from the loss that it had after the cut."""
-    run("compress", models / "whole", tmp_path / "small", *text, "--target-state-size", 3)
-    run("analyze", tmp_path / "small", *text, "--target-state-size", 3, "--output", tmp_path / "again")
+    run("compress", models / "whole", tmp_path / "small", *text, "--target-state-size", 3, *more)
+    run("analyze", tmp_path / "small", *text, "--target-state-size", 3, "--output", tmp_path / "again", *more)
     again = json.loads((tmp_path / "again" / "analysis.json").read_text())
     assert again["loss_before"] == pytest.approx(load_history(tmp_path / "small").events[0].loss_after, abs=1e-5)
 

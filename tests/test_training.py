@@ -69,6 +69,22 @@ def test_cuts_work_with(tmp_path, dataset, options, criterion):
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
 
+def test_refitted_cuts_go_on_learning_and_resume_exactly(tmp_path, dataset, learned):
+    def prepared():
+        model = build_model()
+        model.load_state_dict(learned)
+        callback = cutting_callback(refit=True, calibration_batches=3, target_state_size=2)
+        options = {"save_strategy": "steps", "save_steps": 7, "learning_rate": 1e-4}
+        return build_trainer(tmp_path, dataset, [callback], model=model, **options), callback
+
+    (run, callback), (resumed, _) = prepared(), prepared()
+    run.train()
+    assert [event.refit for event in callback.history.events] == [True, True]
+    assert load_history(tmp_path / "checkpoint-14").summary()["refit"] is True
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert_identical(weights_of(resumed.model), weights_of(run.model))
+
+
 def largest_rows(layer) -> torch.Tensor:
     return layer.C_rows.norm(dim=1)
 
