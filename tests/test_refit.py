@@ -8,7 +8,7 @@ import torch
 from conftest import assert_identical, build_model, train_steps, weights_of
 
 from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, analyze, compress, parameter_groups
-from hf_compressm.activations import layer_inputs
+from hf_compressm.activations import collect_statistics, layer_inputs
 from hf_compressm.calibration import undisturbed
 from hf_compressm.engines import sum_over_processes
 from hf_compressm.layouts import layout_of, state_layers
@@ -94,7 +94,34 @@ def test_padding_does_not_count():
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
+def test_what_gets_worse_on_other_data_leaves_the_states_as_they_were():
+    maps, output_projection, inputs = random_layer()
+    start, covariance = maps.kept(torch.arange(2)), torch.eye(2, dtype=torch.float64)
+    error = OutputError(maps, output_projection, [inputs], sum_over_processes)
+    content = OutputError(start, output_projection, [inputs], sum_over_processes)  # nothing could please it more
+    assert fit_states(error, content, start, covariance) is start
+    assert fit_states(error, error, start, covariance) is not start
+
+
 # The refit of a model
+
+
+def test_a_layer_is_fitted_behind_those_before_it_as_they_will_be(model, batches):
+    """Layer 1 by hand: on the inputs that it gets from the refitted layer 0, judged on the held-out ones."""
+    layout, mixer = layout_of(model), state_layers(model)[1]
+    report = analyze(model, batches, CONFIG)
+    plan = {index: replace(entry, refit=None) for index, entry in report.plan.items()}
+    with undisturbed(model):
+        before = masked_parameters(model, {0: report.plan[0]})
+        inputs = [layer_inputs(model, some, 1, before) for some in (batches[0:6:3], batches[1:6:3])]
+        tensors = {path: mixer.get_parameter(path).detach() for path in (layout.projection, layout.decay)}
+        whole = maps_in(tensors, mixer, layout)
+        error, judge = (OutputError(whole, mixer.out_proj.weight, some, sum_over_processes) for some in inputs)
+        keep, start = plan[1].keep, plan[1].of(whole)
+        covariance = collect_statistics(model, batches[0:6:3])[1].gated_covariance
+        fitted = fit_states(error, judge, start, covariance[keep][:, keep])
+    for added, new, old in zip(report.plan[1].refit, fitted, start, strict=True):
+        torch.testing.assert_close(added, new - old, rtol=1e-3, atol=1e-5)
 
 
 def test_it_lowers_the_loss_and_the_cut_model_has_the_loss_that_was_measured(model, batches):
@@ -124,6 +151,17 @@ def test_fitting_judging_and_reporting_are_on_batches_of_their_own(model, batche
         assert is_same or changed != 2  # other judges may stop the fit elsewhere
         assert torch.equal(report.energies[0], first.energies[0]) == (changed != 0)
         assert (report.loss_before == first.loss_before) == (changed != 2)
+
+
+def test_what_is_judged_by_other_data_stops_elsewhere(model, batches):
+    def rows_judged_by(batch):
+        given = [batches[0], batch, *batches[2:4], batch, batches[5]]
+        return [entry.refit and entry.refit.C_rows for entry in analyze(model, given, CONFIG).plan.values()]
+
+    monotonous = {"input_ids": batches[1]["input_ids"][:1, :1].repeat(8, 32)}  # one token for ever
+    usual, other = rows_judged_by(batches[1]), rows_judged_by(monotonous)
+    assert all(rows is not None for rows in usual)
+    assert any(rows is not None and not torch.equal(rows, left) for rows, left in zip(other, usual, strict=True))
 
 
 def test_what_does_not_help_on_held_out_data_is_not_kept(model, batches):
