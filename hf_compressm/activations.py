@@ -1,7 +1,6 @@
 """What passes through the layers of a selective model on calibration data: statistics of all, the inputs of one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -24,18 +23,14 @@ def collect_statistics(model: nn.Module, batches: list[Batch]) -> dict[int, Stat
     weights = {
         i: full(m.get_parameter(layout.output_projection).detach()).double().square().sum(0) for i, m in mixers.items()
     }
-    mask = None
 
-    def observe(index: int, *arguments):
+    def observe(index: int, mask: Tensor | None, *arguments):
         y, last_state, positions, sample = sampled_scan(*arguments)
         counted = None if mask is None else mask[:, positions]
         statistics[index].accumulate(**sample, channel_weight=weights[index], mask=counted)
         return y, last_state
 
-    with observed_layers(model, observe):
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            forward(model, batch, {})
+    observe_layers(model, batches, {}, observe)
     return statistics
 
 
@@ -43,32 +38,36 @@ def layer_inputs(
     model: nn.Module, batches: list[Batch], index: int, overrides: dict[str, Tensor]
 ) -> list[LayerInputs]:
     """What the scan of one layer is given, by batch, in a model with some parameters overridden."""
-    inputs, mask = [], None
+    inputs = []
 
-    def observe(layer: int, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
+    def observe(layer: int, mask: Tensor | None, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
         if layer == index:
             inputs.append(LayerInputs(u, effective_time_step(time_step, time_step_bias, softplus), gate, mask))
         options = {"return_last_state": True}
         return selective_scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, **options)
 
-    with observed_layers(model, observe):
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            forward(model, batch, overrides)
+    observe_layers(model, batches, overrides, observe)
     return inputs
 
 
-@contextmanager
-def observed_layers(model: nn.Module, observe: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Within the block `observe(layer, *arguments)` runs in the place of every scan of the model."""
+def observe_layers(
+    model: nn.Module,
+    batches: list[Batch],
+    overrides: dict[str, Tensor],
+    observe: Callable[..., tuple[Tensor, Tensor]],
+) -> None:
+    """Forward passes in which `observe(layer, attention mask, *arguments)` runs in the place of every scan."""
     running: list[int] = []  # the layer whose scan comes next
     handles = [
         mixer.register_forward_pre_hook(lambda module, args, index=index: running.append(index))
         for index, mixer in state_layers(model).items()
     ]
+    mask = None
     try:
-        with observed_scan(lambda *arguments: observe(running.pop(), *arguments)):
-            yield
+        with observed_scan(lambda *arguments: observe(running.pop(), mask, *arguments)):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                forward(model, batch, overrides)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,7 +10,7 @@ from .config import CompreSSMConfig
 from .criteria import criterion_name, taylor
 from .layouts import SelectiveLayout, TimeInvariantLayout, layout_of, state_sizes
 from .measurement import check_gradients
-from .recall import recall_batch
+from .recall import check_recall
 from .recording import check_per_layer
 from .selective_analysis import SelectiveAnalysis
 from .time_invariant_analysis import TimeInvariantAnalysis
@@ -63,7 +63,7 @@ def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
     if config.criterion in (taylor, taylor.__name__):
         check_gradients(model)
     if config.recall_pairs:
-        recall_batch(model, config.recall_pairs)
+        check_recall(model, config.recall_pairs)
     config.check_target(reducible_size(config, model))
 
 

@@ -87,13 +87,8 @@ def recall_batch(model: nn.Module, pairs: int, sequences: int = 32, seed: int = 
     Raises:
         ValueError: no language model, or one with a vocabulary of fewer than 2 · pairs tokens.
     """
-    tokens = _ordinary_tokens(model)
-    if len(tokens) < 2 * pairs:
-        raise ValueError(
-            f"{pairs} pairs to recall need {2 * pairs} tokens, {type(model).__name__} has {len(tokens)}: give fewer "
-            "pairs, or a causal language model."
-        )
-    generator = torch.Generator().manual_seed(seed)
+    check_recall(model, pairs)
+    tokens, generator = _ordinary_tokens(model), torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(len(tokens), generator=generator)[: 2 * pairs] for _ in range(sequences)])
     told = tokens[chosen].view(sequences, pairs, 2)  # (key, value)
     order = torch.stack([torch.randperm(pairs, generator=generator) for _ in range(sequences)])
@@ -103,6 +98,20 @@ def recall_batch(model: nn.Module, pairs: int, sequences: int = 32, seed: int = 
     labels = torch.cat([torch.full_like(told, -100), labels], 1).flatten(1)
     device = next(model.parameters()).device
     return {"input_ids": torch.cat([told, asked], 1).flatten(1).to(device), "labels": labels.to(device)}
+
+
+def check_recall(model: nn.Module, pairs: int) -> None:
+    """Refuse a model that could not be asked for so many pairs.
+
+    Raises:
+        ValueError: no language model, or one with a vocabulary of fewer than 2 · pairs tokens.
+    """
+    count = len(_ordinary_tokens(model))
+    if count < 2 * pairs:
+        raise ValueError(
+            f"{pairs} pairs to recall need {2 * pairs} tokens, {type(model).__name__} has {count}: give fewer pairs, "
+            "or a causal language model."
+        )
 
 
 def _ordinary_tokens(model: nn.Module) -> Tensor:

@@ -44,6 +44,8 @@ def refitted(
         if fitted is not start:
             added = StateMaps(*(new - old for new, old in zip(fitted, start, strict=True)))
             result[index] = replace(plan[index], refit=added)
+    if all(entry.refit is None for entry in result.values()):
+        return plan
     before, after = (mean_loss(model, held_out, masked_parameters(model, some)) for some in (plan, result))
     return result if after < before else plan
 

