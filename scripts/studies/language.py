@@ -1,0 +1,239 @@
+"""Mamba: does starting large and shrinking beat starting small, at equal tokens and at equal time?
+
+Arms, for the full size N and the smaller sizes r of a study:
+
+- N throughout, and r from scratch, each at the learning rate that served its size best (one seed of its own, the same
+  small grid for all sizes); what is cut trains at the rate of N;
+- N → r after 10, 25, 50 and 80 % of the steps, with compensation (the default), and when the rankings have settled;
+- at the smallest r also: with a refit, without compensation, random and magnitude instead of `output`, in four stages,
+  cut to half of r and grown back to r; and sizes found by a tolerance and by a loss budget;
+- at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %.
+
+Where a task has a range of difficulties, one run for each and for each size comes first: it shows where N decides.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from transformers import set_seed
+
+from .language_results import report
+from .running import carry_out_all, name_of
+from .tasks import AssociativeRecall, SelectiveCopying
+from .text import EnglishText
+from .training import Recipe, build, trained
+
+TUNING_SEED = 100  # of what comes before the comparison
+WINDOWS = (0.10, 0.25, 0.50, 0.80)
+MIDDLE = 0.50  # when the ablations are cut
+SETTLED = {"trigger": "settled", "start": 0.05, "end": 0.9}
+ABLATIONS = {
+    "refitted": {"refit": True, "calibration_batches": 6},
+    "not compensated": {"compensate": False},
+    "random states": {"selection": "random"},
+    "random states, not compensated": {"selection": "random", "compensate": False},
+    "magnitude, not compensated": {"criterion": "magnitude", "compensate": False},
+}
+Task = AssociativeRecall | SelectiveCopying | EnglishText
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its row in the table, its seed, how it is trained, and what on."""
+
+    arm: str
+    seed: int
+    recipe: Recipe
+    task: Task
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return name_of(self.arm, self.seed)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs of a study share.
+
+    Attributes:
+        architecture, training: options of MambaConfig and of TrainingArguments.
+        sizes: the full N, then those it is cut to, descending.
+        learning_rates: the grid.
+        difficulties: of the task, for the sweep that comes first.
+        ablations: whether the smallest size is also reached in all the other ways.
+    """
+
+    task: Task
+    architecture: dict
+    training: dict
+    steps: int
+    sizes: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    difficulties: tuple[Task, ...] = ()
+    ablations: bool = True
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def carry_out(self, seeds: list[int], root: Path, jobs: int) -> None:
+        """All runs that there are no results of."""
+        self.task.prepare(root)
+        before = carry_out_all(self, [*self.sweep(), *self.tuning()], root, jobs)
+        rates = self.best_rates(before)
+        compared = list(self.compared(rates, seeds))
+        results = carry_out_all(self, compared, root, jobs)
+        carry_out_all(self, list(self.equally_long(rates, seeds, results)), root, jobs)
+
+    def perform(self, run: Run, folder: Path) -> dict:
+        """Train, measuring on the way."""
+        set_seed(run.seed)
+        data = run.task.training(
+            run.recipe.steps * self.training["per_device_train_batch_size"], run.seed, folder.parent
+        )
+        model = build(run.recipe, self.architecture | run.task.architecture(folder.parent))
+        measure = run.task.measure(folder.parent)
+        result = trained(run.recipe, self.training, model, data, measure, run.seed, folder)
+        return result | measure(model)
+
+    def settings(self, run: Run) -> dict:
+        """All that a result depends on."""
+        return {"architecture": self.architecture, "training": self.training} | {
+            "task": asdict(run.task),
+            "recipe": asdict(run.recipe),
+        }
+
+    def line(self, result: dict) -> str:
+        """What came out of a run."""
+        return f"accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f} at N = {result['state_sizes'][0]}"
+
+    def report(self, root: Path) -> None:
+        """Print the tables, and put them and the figures beside the runs."""
+        report(root, self.sizes)
+
+    def sweep(self) -> Iterator[Run]:
+        """Every difficulty at every size."""
+        for task in self.difficulties:
+            for size in self.sizes:
+                recipe = Recipe(size, self.learning_rates[len(self.learning_rates) // 2], self.steps)
+                yield Run(f"difficulty {task.difficulty}, N = {size}", TUNING_SEED, recipe, task)
+
+    def tuning(self) -> Iterator[Run]:
+        """Every learning rate at every size."""
+        for size in self.sizes:
+            for rate in self.learning_rates:
+                yield self.tried(size, rate)
+
+    def tried(self, size: int, rate: float) -> Run:
+        return Run(f"rate {rate:g}, N = {size}", TUNING_SEED, Recipe(size, rate, self.steps), self.task)
+
+    def best_rates(self, results: dict[str, dict]) -> dict[int, float]:
+        """Size → the learning rate at which its loss was lowest."""
+        return {
+            size: min(self.learning_rates, key=lambda rate: results[self.tried(size, rate).name]["loss"])
+            for size in self.sizes
+        }
+
+    def compared(self, rates: dict[int, float], seeds: list[int]) -> Iterator[Run]:
+        """The arms at equal tokens."""
+        full, *targets = self.sizes
+        for seed in seeds:
+            recipes = {f"N = {full} throughout": Recipe(full, rates[full], self.steps)}
+            for size in targets:
+                recipes[f"N = {size} from scratch"] = Recipe(size, rates[size], self.steps)
+            for arm, cut in self.cuts().items():
+                recipes[arm] = Recipe(full, rates[full], self.steps, **cut)
+            for arm, recipe in recipes.items():
+                yield Run(arm, seed, recipe, self.task)
+
+    def cuts(self) -> dict[str, dict]:
+        """Arm → how the full model is reduced, as a `Recipe` has it."""
+        full, *targets = self.sizes
+        cuts = {}
+        for size in targets:
+            goal = {"target_state_size": size}
+            for end in WINDOWS:
+                cuts[cut_at(end, full, size)] = {"reduction": goal, "schedule": once(end)}
+            cuts[f"{full} → {size} when settled"] = {"reduction": goal, "schedule": SETTLED}
+        middle = cut_at(MIDDLE, full, size)
+        for name, options in ABLATIONS.items() if self.ablations else [("refitted", ABLATIONS["refitted"])]:
+            cuts[f"{middle}, {name}"] = {"reduction": goal | options, "schedule": once(MIDDLE)}
+        if self.ablations:
+            stages = {"start": 0.1, "end": MIDDLE, "events": 4}
+            cuts[f"{full} → {size} in four stages to 50 %"] = {"reduction": goal, "schedule": stages}
+            regrown = {"reduction": {"target_state_size": size // 2}, "schedule": once(0.1), "grown": (MIDDLE, size)}
+            cuts[f"{full} → {size // 2} at 10 %, grown to {size} at 50 %"] = regrown
+            for end in (0.1, MIDDLE):
+                for goal, name in (("tolerance", "τ = 0.1"), ("loss_budget", "loss budget 0.01")):
+                    value = float(name.split()[-1])
+                    cuts[f"{name} at {round(100 * end)} %"] = {"reduction": {goal: value}, "schedule": once(end)}
+        return cuts
+
+    def equally_long(self, rates: dict[int, float], seeds: list[int], results: dict[str, dict]) -> Iterator[Run]:
+        """N with fewer steps and r with more, to last as long as the run that is cut in the middle."""
+        full, *targets = self.sizes
+        for size in targets:
+            arm = cut_at(MIDDLE, full, size)
+            of_arm = [result for result in results.values() if result["arm"] == arm]
+            seconds = median(result["seconds"] for result in of_arm)
+            for chosen in (full, size):
+                per_step = [result["seconds_per_step"].get(str(chosen)) for result in of_arm]
+                steps = round(seconds / median(per_step))
+                for seed in seeds:
+                    recipe = Recipe(chosen, rates[chosen], steps)
+                    kind = f"N = {chosen}" + (" throughout" if chosen == full else " from scratch")
+                    yield Run(f"{kind}, as long as {arm}", seed, recipe, self.task)
+
+
+def once(end: float) -> dict:
+    """One cut, after this fraction of the steps."""
+    return {"start": 0.0, "end": end, "events": 1}
+
+
+def cut_at(end: float, full: int, size: int) -> str:
+    """Name of the arm."""
+    return f"{full} → {size} at {round(100 * end)} %"
+
+
+RECALL = AssociativeRecall(pairs=32, queries=32, keys=32, values=32)
+COPYING = SelectiveCopying(told=16, length=32, symbols=16)
+LM = EnglishText(vocab_size=4096, length=512, validation_sequences=64)
+
+STUDIES = {
+    "recall": Study(
+        task=RECALL,
+        architecture={"hidden_size": 64, "num_hidden_layers": 1},
+        training={"per_device_train_batch_size": 64},
+        steps=1000,
+        sizes=(64, 8, 4),
+        learning_rates=(2e-3, 4e-3, 8e-3),
+        difficulties=(AssociativeRecall(8, 8, 32, 32), AssociativeRecall(16, 16, 16, 16), RECALL),
+    ),
+    "copying": Study(
+        task=COPYING,
+        architecture={"hidden_size": 64, "num_hidden_layers": 1},
+        training={"per_device_train_batch_size": 64},
+        steps=1000,
+        sizes=(64, 8, 4),
+        learning_rates=(2e-3, 4e-3, 8e-3),
+        difficulties=(SelectiveCopying(8, 24, 16), COPYING),
+        ablations=False,
+    ),
+    "lm": Study(
+        task=LM,
+        architecture={"hidden_size": 128, "num_hidden_layers": 3},
+        training={"per_device_train_batch_size": 2},
+        steps=600,
+        sizes=(64, 8),
+        learning_rates=(3e-3,),
+        ablations=False,
+    ),
+    "lm-large": Study(
+        task=EnglishText(vocab_size=16384, length=1024, validation_sequences=256, tokenizer_characters=40_000_000),
+        architecture={"hidden_size": 512, "num_hidden_layers": 12},
+        training={"per_device_train_batch_size": 32, "bf16": True},
+        steps=10_000,
+        sizes=(128, 32, 16, 8),
+        learning_rates=(5e-4, 1e-3, 2e-3),
+    ),
+}

@@ -1,0 +1,222 @@
+"""Tables and figures of the studies of Mamba, from the JSONs of their runs alone."""
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_compressm.files import write_aside
+from hf_compressm.plotting import save_figure
+from hf_compressm.settling import rank_correlation
+
+from .running import all_results
+
+Arms = dict[str, list[dict]]  # arm → its results, a seed each
+BEFORE_COMPARISON = ("difficulty", "rate")  # how the arms of the runs begin that only prepare the comparison
+
+
+def report(root: Path, sizes: tuple[int, ...]) -> None:
+    """Print the tables, and put them and the figures beside the runs."""
+    arms: Arms = {}
+    for result in all_results(root):
+        arms.setdefault(result["arm"], []).append(result)
+    compared = {arm: results for arm, results in arms.items() if not arm.startswith(BEFORE_COMPARISON)}
+    sections = [preparation(arms, kind, sizes) for kind in BEFORE_COMPARISON]
+    full = compared.get(throughout(sizes))
+    if full:
+        sections += [comparison(compared, full), stability(full)]
+        save_figure(figure_of_sizes(compared, sizes), root / "sizes.png")
+        save_figure(figure_of_time(compared, sizes), root / "time.png")
+        save_figure(figure_of_stability(full), root / "stability.png")
+        save_figure(figure_of_spectra(compared, sizes), root / "spectra.png")
+    text = "\n".join(section for section in sections if section)
+    write_aside(root / "tables.md", lambda path: path.write_text(text))
+    print(text)
+    print(", ".join(str(file) for file in sorted([*root.glob("*.png"), *root.glob("*.md")])))
+
+
+def preparation(arms: Arms, kind: str, sizes: tuple[int, ...]) -> str:
+    """What was found at each difficulty, or learning rate, at each size: a row each; empty where nothing was tried."""
+    tried = list(dict.fromkeys(arm.rpartition(", N = ")[0] for arm in arms if arm.startswith(kind)))
+    rows = []
+    for name in sorted(tried, key=lambda name: [float(word) if is_number(word) else 0 for word in name.split()]):
+        of_sizes = (arms.get(f"{name}, N = {size}", []) for size in sizes)
+        told = ["; ".join(f"{percent(r['accuracy'])} ({r['loss']:.3f})" for r in found) or "–" for found in of_sizes]
+        rows.append([name.removeprefix(kind), *told])
+    header = [kind, *(f"N = {size}: accuracy, % (loss, nats)" for size in sizes)]
+    return table(header, rows) if rows else ""
+
+
+def comparison(arms: Arms, full: list[dict]) -> str:
+    """Every arm: what it came to, how long it took and what its cut cost at once. Times are relative to the full N."""
+    recalls = "recall_accuracy" in full[0]
+    whole = statistics.mean(result["seconds"] for result in full)
+    header = ["arm", "N", "steps", "time", "accuracy, %", "loss, nats", "rise at the cut, nats", "seeds"]
+    header += ["recall loss, nats"] * recalls
+    rows = []
+    for arm, results in sorted(arms.items(), key=lambda entry: mean(entry[1], "loss")):
+        rises = [sum(cut["rise"] for cut in r["cuts"]) for r in results if r["cuts"]]
+        rows.append(
+            [
+                arm,
+                f"{statistics.mean(statistics.mean(result['state_sizes']) for result in results):.3g}",
+                str(round(statistics.mean(result["settings"]["recipe"]["steps"] for result in results))),
+                f"{mean(results, 'seconds') / whole:.2f}",
+                spread([100 * result["accuracy"] for result in results], 1),
+                spread([result["loss"] for result in results], 3),
+                spread(rises, 3) if rises else "",
+                str(len(results)),
+            ]
+            + ([spread([result["recall_loss"] for result in results], 2)] if recalls else [])
+        )
+    return table(header, rows)
+
+
+def stability(full: list[dict]) -> str:
+    """How the ranking of states at a time correlates with that at the end of training, for models that are not cut."""
+    rows = []
+    for place, (start, end) in enumerate(ranges := stability_of(full)):
+        noise = statistics.mean(statistics.mean(result["curve"][place]["rank_noise"]) for result in full)
+        rows.append([f"{(place + 1) / len(ranges):.0%}", f"{start:.2f}", f"{end:.2f}", f"{noise:.2f}"])
+    header = ["of the steps", "Kendall's τ_b with the end, mean", "lowest layer or seed", "of two draws at that time"]
+    return table(header, rows)
+
+
+def stability_of(full: list[dict]) -> list[tuple[float, float]]:
+    """By observation (mean, minimum) over layers and seeds of τ_b with the last one."""
+    moments = []
+    for place in range(min(len(result["curve"]) for result in full)):
+        correlations = [
+            rank_correlation(torch.tensor(then), torch.tensor(last))
+            for result in full
+            for then, last in zip(result["curve"][place]["energies"], result["curve"][-1]["energies"], strict=True)
+        ]
+        moments.append((statistics.mean(correlations), min(correlations)))
+    return moments
+
+
+def figure_of_sizes(arms: Arms, sizes: tuple[int, ...]) -> Figure:
+    """Loss, and accuracy, against the size at the end, a line for each way to get there."""
+    full = sizes[0]
+    ways = {"from scratch": "N = {} from scratch", "when settled": f"{full} → {{}} when settled"}
+    ways |= {f"cut at {at} %": f"{full} → {{}} at {at} %" for at in (10, 25, 50, 80)}
+    figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
+    for axes, (name, scale, label) in zip(figure.subplots(1, 2), MEASURES, strict=True):
+        reference = [scale * result[name] for result in arms[throughout(sizes)]]
+        axes.axhspan(min(reference), max(reference), color="0.85", label=f"N = {full} throughout: range")
+        for i, (way, pattern) in enumerate(ways.items()):
+            found = {size: arms[pattern.format(size)] for size in sizes[1:] if pattern.format(size) in arms}
+            places = [size * 2 ** ((i - len(ways) / 2) / 25) for size in found]
+            values = [[scale * result[name] for result in results] for results in found.values()]
+            middles, deviations = [statistics.mean(v) for v in values], [deviation(v) for v in values]
+            style = {"marker": "osD^vP"[i], "markersize": 5, "capsize": 2.5, "label": way, "color": f"C{i}"}
+            axes.errorbar(places, middles, deviations, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes[1:], [str(size) for size in sizes[1:]])
+        axes.set(xlabel="state size N at the end", ylabel=label)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def figure_of_time(arms: Arms, sizes: tuple[int, ...]) -> Figure:
+    """Loss along the time of training, of the smallest size; and where runs that last as long end."""
+    full, small = sizes[0], sizes[-1]
+    shown = [throughout(sizes), f"N = {small} from scratch", *(f"{full} → {small} at {at} %" for at in (10, 50, 80))]
+    shown += [arm for arm in arms if arm.endswith(f", as long as {full} → {small} at 50 %")]
+    figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
+    for axes, (name, scale, label) in zip(figure.subplots(1, 2), MEASURES, strict=True):
+        for i, arm in enumerate(arm for arm in shown if arm in arms):
+            places = range(min(len(result["curve"]) for result in arms[arm]))
+            seconds = [statistics.mean(r["curve"][place]["seconds"] for r in arms[arm]) for place in places]
+            values = [statistics.mean(scale * r["curve"][place][name] for r in arms[arm]) for place in places]
+            style = {"linestyle": "--"} if "as long" in arm else {}
+            axes.plot(seconds, values, marker="o", markersize=3, color=f"C{i}", label=arm, **style)
+        axes.set(xlabel="training time, s (median steps)", ylabel=label)
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def figure_of_stability(full: list[dict]) -> Figure:
+    """Agreement of the ranking at each time with that at the end, over layers and seeds, and of two draws."""
+    figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
+    axes, moments = figure.subplots(), stability_of(full)
+    times = [100 * (place + 1) / len(moments) for place in range(len(moments))]
+    noise = [statistics.mean(statistics.mean(r["curve"][p]["rank_noise"]) for r in full) for p in range(len(moments))]
+    axes.plot(times, [average for average, _ in moments], "o-", markersize=4, label="with the end of training, mean")
+    axes.plot(times, [lowest for _, lowest in moments], "C0:", label="the layer or seed with the lowest")
+    axes.plot(times, noise, "C1--", label="two calibration draws at that time")
+    axes.set(xlabel="of the training steps, %", ylabel="Kendall's $\\tau_b$ of the states", ylim=(None, 1.02))
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def figure_of_spectra(arms: Arms, sizes: tuple[int, ...]) -> Figure:
+    """Hankel singular values of the first layer's surrogate along the first seed's training, with and without cuts."""
+    full, small = sizes[0], sizes[-1]
+    shown = [throughout(sizes), *(f"{full} → {small} at {at} %" for at in (10, 50)), f"N = {small} from scratch"]
+    shown = [arm for arm in shown if arm in arms]
+    figure = Figure(figsize=(2.6 * len(shown), 3.4), dpi=130, layout="constrained")
+    for axes, arm in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+        curve, cuts = arms[arm][0]["curve"], arms[arm][0]["cuts"]
+        for rank in range(full):
+            points = [(p["step"], p["hankel_singular_values"][0]) for p in curve]
+            points = [(step, sigma[rank]) for step, sigma in points if rank < len(sigma)]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=f"{0.75 * rank / full:.2f}", linewidth=0.8)
+        for cut in cuts:
+            axes.axvline(cut["step"], color="C1", linestyle="--", linewidth=1)
+        axes.set_yscale("log")
+        axes.set_title(arm, fontsize=8)
+        axes.set_xlabel("step")
+    figure.axes[0].set_ylabel("Hankel singular values of layer 0")
+    floor_at(figure.axes, 1e-8)
+    return figure
+
+
+MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))
+
+
+def floor_at(panels: list[Axes], share: float) -> None:
+    """Cut off what is below this share of the largest value: round-off."""
+    top = max(axes.dataLim.y1 for axes in panels)
+    panels[0].set_ylim(share * top, 2 * top)
+
+
+def throughout(sizes: tuple[int, ...]) -> str:
+    """Name of the arm that is never cut."""
+    return f"N = {sizes[0]} throughout"
+
+
+def mean(results: list[dict], name: str) -> float:
+    """Over the seeds."""
+    return statistics.mean(result[name] for result in results)
+
+
+def deviation(values: list[float]) -> float:
+    """Standard deviation, none of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    told = f"{statistics.mean(values):.{digits}f}"
+    return told if len(values) < 2 else f"{told} ± {deviation(values):.{digits}f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def is_number(word: str) -> bool:
+    """Whether a word can be sorted as a number."""
+    return word.replace(".", "", 1).replace("e-", "", 1).isdigit()
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

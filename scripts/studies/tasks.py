@@ -1,0 +1,142 @@
+"""Sequences on which memory is all that counts, generated from a seed: the same seed gives the same sequences."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from hf_compressm.calibration import undisturbed
+
+IGNORED = -100  # positions without a label
+TEST_SEQUENCES, TEST_SEED = 1024, 7
+
+
+@dataclass
+class Sequences(Dataset):
+    """`input_ids` and `labels`, (sequences, L); logits at position k are for label k + 1, as in Transformers."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        """A batch at once: what `collate` returns untouched."""
+        return [{"input_ids": self.input_ids[indices], "labels": self.labels[indices]}]
+
+    def batches(self, size: int) -> list[dict[str, Tensor]]:
+        """All of them in order, `size` at a time."""
+        return [self.__getitems__(part)[0] for part in torch.arange(len(self)).split(size)]
+
+
+def collate(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The batch that `__getitems__` has put together already, or examples one by one."""
+    if len(batches) == 1 and batches[0]["labels"].ndim == 2:
+        return batches[0]
+    return {name: torch.stack([example[name] for example in batches]) for name in batches[0]}
+
+
+@torch.no_grad()
+def answered(model: nn.Module, data: Sequences, batch_size: int) -> dict[str, float]:
+    """Mean loss (nats) and accuracy at the labelled positions. The model is not disturbed."""
+    loss, right, asked = 0.0, 0, 0
+    with undisturbed(model):
+        for batch in data.batches(batch_size):
+            labels = batch["labels"][:, 1:].to(model.device)
+            logits = model(batch["input_ids"].to(model.device), use_cache=False).logits[:, :-1]
+            where = labels != IGNORED
+            loss += nn.functional.cross_entropy(logits[where].float(), labels[where], reduction="sum").item()
+            right += int((logits[where].argmax(-1) == labels[where]).sum())
+            asked += int(where.sum())
+    return {"loss": loss / asked, "accuracy": right / asked}
+
+
+class GeneratedTask:
+    """What tasks whose `sequences(count, seed)` are drawn at will have in common."""
+
+    def prepare(self, root: Path) -> None:
+        """Nothing has to be there before a run."""
+
+    def training(self, count: int, seed: int, root: Path) -> Sequences:
+        """`count` sequences, none of them twice."""
+        return self.sequences(count, 1000 + seed)
+
+    def architecture(self, root: Path) -> dict:
+        """What the model has to know of the task."""
+        return {"vocab_size": self.vocab_size}
+
+    def measure(self, root: Path) -> Callable[[nn.Module], dict[str, float]]:
+        """Loss and accuracy on sequences that are the same for all runs."""
+        test = self.sequences(TEST_SEQUENCES, TEST_SEED)
+        return lambda model: answered(model, test, 256)
+
+
+@dataclass(frozen=True)
+class AssociativeRecall(GeneratedTask):
+    """Multi-query associative recall (Arora et al., arXiv 2312.04927): k₁ v₁ k₂ v₂ …, then keys to be answered.
+
+    Keys of a sequence are distinct; at each of the `queries` keys, drawn from them with replacement, the model has to
+    predict the value that the key came with. L = 2 · pairs + queries + 1.
+    """
+
+    pairs: int
+    queries: int
+    keys: int
+    values: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.keys + self.values
+
+    @property
+    def difficulty(self) -> str:
+        """In words."""
+        return f"{self.pairs} pairs of {self.keys} keys"
+
+    def sequences(self, count: int, seed: int) -> Sequences:
+        """Freshly drawn."""
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.rand(count, self.keys, generator=generator).argsort(1)[:, : self.pairs]
+        values = self.keys + torch.randint(self.values, (count, self.pairs), generator=generator)
+        asked = torch.randint(self.pairs, (count, self.queries), generator=generator)
+        told, nothing = torch.stack([keys, values], -1).flatten(1), torch.zeros(count, 1, dtype=torch.long)
+        ids = torch.cat([told, keys.gather(1, asked), nothing], 1)
+        unasked = torch.full((count, 2 * self.pairs + 1), IGNORED)
+        return Sequences(ids, torch.cat([unasked, values.gather(1, asked)], 1))
+
+
+@dataclass(frozen=True)
+class SelectiveCopying(GeneratedTask):
+    """Symbols at random places among blanks, then a sign to tell them in order (Gu and Dao, arXiv 2312.00752, 4.1.1).
+
+    L = length + 1 + told. Token 0 is the blank, 1 the sign.
+    """
+
+    told: int
+    length: int
+    symbols: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.symbols + 2
+
+    @property
+    def difficulty(self) -> str:
+        """In words."""
+        return f"{self.told} symbols of {self.symbols} in {self.length}"
+
+    def sequences(self, count: int, seed: int) -> Sequences:
+        """Freshly drawn."""
+        generator = torch.Generator().manual_seed(seed)
+        symbols = 2 + torch.randint(self.symbols, (count, self.told), generator=generator)
+        places = torch.rand(count, self.length, generator=generator).argsort(1)[:, : self.told].sort(1).values
+        told = torch.zeros(count, self.length, dtype=torch.long).scatter(1, places, symbols)
+        sign, unasked = torch.ones(count, 1, dtype=torch.long), torch.full((count, self.length + 1), IGNORED)
+        return Sequences(torch.cat([told, sign, symbols], 1), torch.cat([unasked, symbols], 1))

@@ -1,0 +1,187 @@
+"""One training run of a Mamba in a study: what is cut or grown when, what is measured meanwhile, how long it takes."""
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import MambaConfig, MambaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
+from hf_compressm.history import save_history
+from hf_compressm.layouts import state_sizes
+from hf_compressm.monitor import StateMonitor
+from hf_compressm.surgery import grow_state
+
+from .tasks import Sequences, collate
+
+OBSERVATIONS = 10  # in each run: after every tenth of the steps
+RANKING_BATCHES = 8  # two draws of four
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is trained, in numbers and names only.
+
+    Attributes:
+        reduction, schedule: options of CompreSSMConfig and CompreSSMSchedule, or nothing is cut.
+        grown: (fraction of the run, size) at which the states are made more again.
+    """
+
+    state_size: int
+    learning_rate: float
+    steps: int
+    reduction: dict | None = None
+    schedule: dict = field(default_factory=dict)
+    grown: tuple[float, int] | None = None
+
+
+class StudyTrainer(Trainer):
+    """Trainer without weight decay on the state space parameters."""
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.model, self.args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=(0.9, 0.95))
+        return self.optimizer
+
+
+class Stopwatch(TrainerCallback):
+    """Times training steps by state size, whatever callbacks do left out. Comes before those that cut."""
+
+    def __init__(self):
+        self.steps: dict[int, list[float]] = defaultdict(list)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.size, self.started = max(state_sizes(model).values()), time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps[self.size].append(time.perf_counter() - self.started)
+
+    @property
+    def seconds_per_step(self) -> dict[int, float]:
+        return {size: median(times) for size, times in self.steps.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, each as long as the median one at its size."""
+        return sum(len(self.steps[size]) * seconds for size, seconds in self.seconds_per_step.items())
+
+
+class Observer(TrainerCallback):
+    """Measures, after every tenth of the run, what the model can do and how its states rank. Comes after the cuts.
+
+    Args:
+        measure: model → numbers by name.
+        batches: on which states are ranked, always the same.
+        stopwatch: of the same run.
+    """
+
+    def __init__(self, measure, batches: list[dict], stopwatch: Stopwatch):
+        self.measure, self.batches, self.stopwatch = measure, batches, stopwatch
+        self.monitor, self.curve = StateMonitor(), []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % max(1, state.max_steps // OBSERVATIONS):
+            return
+        config = CompreSSMConfig(tolerance=0.5, calibration_batches=len(self.batches))
+        seen = self.monitor.observe(model, self.batches, config, state.global_step, draws=2)
+        self.curve.append(
+            {
+                "step": state.global_step,
+                "seconds": self.stopwatch.seconds,
+                "state_sizes": seen.state_sizes,
+                "energies": [layer.tolist() for layer in seen.energies],
+                "hankel_singular_values": [layer.tolist() for layer in seen.hankel_singular_values],
+                "rank_noise": seen.rank_noise,
+            }
+            | self.measure(model)
+        )
+
+
+class Regrowth(TrainerCallback):
+    """Gives every layer states that can learn, once. Comes after the cuts."""
+
+    def __init__(self, fraction: float, size: int, seed: int):
+        self.fraction, self.size, self.generator = fraction, size, torch.Generator().manual_seed(seed)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == round(self.fraction * state.max_steps):
+            grow_state(model, self.size, optimizer, self.generator)
+
+
+def trained(
+    recipe: Recipe, training: dict, model: MambaForCausalLM, data: Sequences, measure, seed: int, folder: Path
+) -> dict:
+    """Train the model as the recipe says; what came out, as JSON types.
+
+    Args:
+        training: options of TrainingArguments, the same for all runs of a study.
+        measure: model → numbers by name.
+    """
+    install_scan()
+    stopwatch = Stopwatch()
+    batches = data.batches(training["per_device_train_batch_size"])[:RANKING_BATCHES]
+    observer, shrink = Observer(measure, batches, stopwatch), None
+    callbacks = [stopwatch]
+    if recipe.reduction is not None:
+        config = CompreSSMConfig(**recipe.reduction, calibration_seed=seed)
+        callbacks.append(shrink := CompreSSMCallback(config, schedule_of(recipe)))
+    if recipe.grown is not None:
+        callbacks.append(Regrowth(*recipe.grown, seed))
+    trainer = StudyTrainer(
+        model=model,
+        args=arguments_of(recipe, training, seed, folder),
+        train_dataset=data,
+        data_collator=collate,
+        callbacks=[*callbacks, observer],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    events = shrink.history.events if shrink else []
+    if shrink and recipe.grown is None:  # what has grown since, the record of cuts knows nothing of
+        model.save_pretrained(folder / "model")
+        save_history(shrink.history, folder / "model")
+    cutting = sum(event.seconds for event in events)
+    return {
+        "state_sizes": list(state_sizes(model).values()),
+        "seconds": stopwatch.seconds + cutting,
+        "cutting_seconds": cutting,
+        "seconds_per_step": stopwatch.seconds_per_step,
+        "cuts": [
+            {"step": e.step, "state_sizes": e.state_sizes_after, "rise": e.loss_after - e.loss_before} for e in events
+        ],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "curve": observer.curve,
+    }
+
+
+def build(recipe: Recipe, architecture: dict) -> MambaForCausalLM:
+    """The model at the start of a run."""
+    return MambaForCausalLM(MambaConfig(**architecture, state_size=recipe.state_size))
+
+
+def schedule_of(recipe: Recipe) -> CompreSSMSchedule:
+    """Singular values are measured by the observer; the trigger "settled" measures for itself, 40 times a run."""
+    waits = {"monitor_steps": max(1, recipe.steps // 40)} if recipe.schedule.get("trigger") == "settled" else {}
+    return CompreSSMSchedule(**recipe.schedule, **waits)
+
+
+def arguments_of(recipe: Recipe, training: dict, seed: int, folder: Path) -> TrainingArguments:
+    """Warm-up over a twentieth of the steps, then a cosine to zero, whatever their number."""
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.1,
+        seed=seed,
+        save_strategy="no",
+        logging_steps=max(1, recipe.steps // 20),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **training,
+    )
