@@ -13,7 +13,7 @@ Where a task has a range of difficulties, one run for each and for each size com
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +26,6 @@ from .text import EnglishText
 from .training import Recipe, build, trained
 
 TUNING_SEED = 100  # of what comes before the comparison
-WINDOWS = (0.10, 0.25, 0.50, 0.80)
 MIDDLE = 0.50  # when the ablations are cut
 SETTLED = {"trigger": "settled", "start": 0.05, "end": 0.9}
 ABLATIONS = {
@@ -63,6 +62,7 @@ class Study:
         sizes: the full N, then those it is cut to, descending.
         learning_rates: the grid.
         difficulties: of the task, for the sweep that comes first.
+        windows: fractions of the run at which it is cut; one of them is `MIDDLE`.
         ablations: whether the smallest size is also reached in all the other ways.
     """
 
@@ -73,6 +73,7 @@ class Study:
     sizes: tuple[int, ...]
     learning_rates: tuple[float, ...]
     difficulties: tuple[Task, ...] = ()
+    windows: tuple[float, ...] = (0.10, 0.25, 0.50, 0.80)
     ablations: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -152,7 +153,7 @@ class Study:
         cuts = {}
         for size in targets:
             goal = {"target_state_size": size}
-            for end in WINDOWS:
+            for end in self.windows:
                 cuts[cut_at(end, full, size)] = {"reduction": goal, "schedule": once(end)}
             cuts[f"{full} → {size} when settled"] = {"reduction": goal, "schedule": SETTLED}
         middle = cut_at(MIDDLE, full, size)
@@ -195,37 +196,38 @@ def cut_at(end: float, full: int, size: int) -> str:
     return f"{full} → {size} at {round(100 * end)} %"
 
 
-RECALL = AssociativeRecall(pairs=32, queries=32, keys=32, values=32)
-COPYING = SelectiveCopying(told=16, length=32, symbols=16)
-LM = EnglishText(vocab_size=4096, length=512, validation_sequences=64)
+RECALL = AssociativeRecall(pairs=8, queries=16, keys=16, values=16)
+COPYING = SelectiveCopying(told=12, length=24, symbols=16)
+ONE_BLOCK = {"hidden_size": 64, "num_hidden_layers": 1}
 
 STUDIES = {
     "recall": Study(
         task=RECALL,
-        architecture={"hidden_size": 64, "num_hidden_layers": 1},
+        architecture=ONE_BLOCK,
         training={"per_device_train_batch_size": 64},
         steps=1000,
-        sizes=(64, 8, 4),
+        sizes=(64, 4, 2),
         learning_rates=(2e-3, 4e-3, 8e-3),
-        difficulties=(AssociativeRecall(8, 8, 32, 32), AssociativeRecall(16, 16, 16, 16), RECALL),
+        difficulties=(replace(RECALL, pairs=4), replace(RECALL, pairs=16), replace(RECALL, keys=32, values=32)),
     ),
     "copying": Study(
         task=COPYING,
-        architecture={"hidden_size": 64, "num_hidden_layers": 1},
+        architecture=ONE_BLOCK,
         training={"per_device_train_batch_size": 64},
         steps=1000,
         sizes=(64, 8, 4),
-        learning_rates=(2e-3, 4e-3, 8e-3),
-        difficulties=(SelectiveCopying(8, 24, 16), COPYING),
+        learning_rates=(4e-3, 8e-3),
+        difficulties=(replace(COPYING, told=8), replace(COPYING, told=16, length=32)),
         ablations=False,
     ),
     "lm": Study(
-        task=LM,
-        architecture={"hidden_size": 128, "num_hidden_layers": 3},
+        task=EnglishText(vocab_size=2048, length=512, validation_sequences=32),
+        architecture={"hidden_size": 64, "num_hidden_layers": 2},
         training={"per_device_train_batch_size": 2},
-        steps=600,
+        steps=1000,
         sizes=(64, 8),
-        learning_rates=(3e-3,),
+        learning_rates=(4e-3, 8e-3),
+        windows=(0.1, 0.5, 0.8),
         ablations=False,
     ),
     "lm-large": Study(
