@@ -1,10 +1,13 @@
 """The studies and benchmarks as a user runs them, on a few steps: every arm, every table, every picture."""
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -42,6 +45,123 @@ def test_a_finished_study_is_not_run_again_but_reported(study):
     assert tables[0] == tables[1] and len(tables[0]) == 18
     other = reproduce(folder, "--max_steps", "41", "--seeds", "0", check=False)
     assert other.returncode != 0 and "was made with other settings" in other.stderr
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """The module `studies.tasks`, as the scripts import it."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import studies.tasks
+
+        yield studies.tasks
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+def test_recall_asks_for_the_value_that_a_key_came_with(tasks):
+    ids, labels = vars(tasks.AssociativeRecall(pairs=3, queries=5, keys=6, values=4).sequences(200, seed=1)).values()
+    assert ids.shape == labels.shape == (200, 2 * 3 + 5 + 1)
+    assert (labels[:, :7] == tasks.IGNORED).all()
+    for sequence, answers in zip(ids.tolist(), labels.tolist(), strict=True):
+        told = dict(zip(sequence[0:6:2], sequence[1:6:2], strict=True))
+        assert len(told) == 3 and max(told) < 6 <= min(told.values()) and max(told.values()) < 10
+        # The answer to the key at position k is the label at k + 1.
+        assert [told[key] for key in sequence[6:11]] == answers[7:]
+
+
+def test_copying_asks_for_the_symbols_in_order(tasks):
+    ids, labels = vars(tasks.SelectiveCopying(told=4, length=9, symbols=5).sequences(200, seed=1)).values()
+    assert ids.shape == labels.shape == (200, 9 + 1 + 4)
+    for sequence, answers in zip(ids.tolist(), labels.tolist(), strict=True):
+        symbols = [token for token in sequence[:9] if token]
+        assert sequence[9] == 1 and symbols == sequence[10:] == answers[10:] and len(symbols) == 4 and min(symbols) > 1
+    assert (labels[:, :10] == tasks.IGNORED).all() and len({tuple(row[:9]) for row in ids.tolist()}) > 190
+
+
+@pytest.mark.parametrize("name", ["AssociativeRecall(3, 5, 6, 4)", "SelectiveCopying(4, 9, 5)"])
+def test_a_task_is_drawn_from_its_seed_alone(tasks, name):
+    task = eval(name, vars(tasks))
+    first, again, other = (task.sequences(8, seed).input_ids for seed in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_answers_are_judged_where_they_are_asked_for(tasks):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=4, hidden_size=8, state_size=2, num_hidden_layers=1))
+    data = tasks.SelectiveCopying(told=2, length=3, symbols=2).sequences(6, seed=0)
+    measured = tasks.answered(model, data, batch_size=4)
+    with torch.no_grad():
+        outputs = model(data.input_ids, labels=data.labels)
+    guesses = outputs.logits[:, 3:5].argmax(-1)
+    assert measured["loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+    assert measured["accuracy"] == pytest.approx((guesses == data.labels[:, 4:]).float().mean().item())
+
+
+SMALL_STUDY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from studies.language import STUDIES
+from studies.text import EnglishText
+
+name, folder = sys.argv[1:]
+study = STUDIES[name]
+small = {"hidden_size": 8, "num_hidden_layers": 2}
+study = replace(study, steps=20, sizes=(8, 2), learning_rates=(1e-2,), architecture=small)
+study = replace(study, difficulties=study.difficulties[:1], training={"per_device_train_batch_size": 8})
+if name == "lm":
+    study = replace(study, windows=(0.5,), task=EnglishText(300, 32, 4, packages=("anarchism",)))
+study.carry_out([0], Path(folder), 1)
+study.report(Path(folder))
+"""
+
+
+def small_study(name, folder, **environment) -> str:
+    """What a study of Mamba prints, of a tiny model."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")} | environment
+    command = [sys.executable, "-c", SMALL_STUDY, name, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def test_recall_is_studied_in_every_arm_and_told_from_the_results_alone(tmp_path):
+    output = small_study("recall", tmp_path)
+    results = {result["arm"]: result for result in map(json.loads, (f.read_text() for f in tmp_path.glob("*/*.json")))}
+    sizes = {arm: result["state_sizes"] for arm, result in results.items()}
+    assert sizes["N = 8 throughout"] == [8, 8] and sizes["N = 2 from scratch"] == [2, 2]
+    reached = [arm for arm in results if arm.startswith("8 → 2")]
+    assert len(reached) == 11 and all(sizes[arm] == [2, 2] for arm in reached)
+    assert results["8 → 1 at 10 %, grown to 2 at 50 %"]["state_sizes"] == [2, 2]
+    cut = results["8 → 2 at 25 %"]
+    assert [c["step"] for c in cut["cuts"]] == [5]
+    assert [point["state_sizes"] for point in cut["curve"]] == [[8, 8]] * 2 + [[2, 2]] * 8
+    longer = results["N = 2 from scratch, as long as 8 → 2 at 50 %"]["settings"]["recipe"]["steps"]
+    shorter = results["N = 8 throughout, as long as 8 → 2 at 50 %"]["settings"]["recipe"]["steps"]
+    expected = results["8 → 2 at 50 %"]["seconds"] / results["8 → 2 at 50 %"]["seconds_per_step"]["2"]
+    assert longer == round(expected) and shorter > 0
+    assert all(f"| {arm} |" in output for arm in results if not arm.startswith(("difficulty", "rate")))
+    assert (tmp_path / "tables.md").read_text() in output
+    pictures = {name: tmp_path / f"{name}.png" for name in ("sizes", "time", "stability", "spectra")}
+    assert all(picture.stat().st_size > 10_000 for picture in pictures.values())
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/result.json")}
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "recall", "--report_only"]
+    command += ["--output_dir", str(tmp_path)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+
+
+def test_a_language_model_is_studied_on_text_of_a_debian_package(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    markdown = tmp_path / "debian" / "usr/share/doc/anarchism/markdown"
+    markdown.mkdir(parents=True)
+    for part in range(4):
+        (markdown / f"{part}.md.gz").write_bytes(gzip.compress(text.encode()))
+    output = small_study("lm", tmp_path / "study", ENGLISH_TEXT=str(tmp_path / "debian"))
+    assert "recall loss, nats" in output and "| 8 → 2 at 50 %, refitted |" in output
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        small_study("lm", tmp_path / "other", ENGLISH_TEXT=str(tmp_path))
+    assert "apt-get install anarchism" in failure.value.stderr
 
 
 def test_the_cost_of_the_theory_is_measured(tmp_path):
