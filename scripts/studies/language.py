@@ -196,7 +196,7 @@ def cut_at(end: float, full: int, size: int) -> str:
     return f"{full} → {size} at {round(100 * end)} %"
 
 
-RECALL = AssociativeRecall(pairs=8, queries=16, keys=32, values=32)
+RECALL = AssociativeRecall(pairs=16, queries=16, keys=32, values=32)
 COPYING = SelectiveCopying(told=12, length=24, symbols=16)
 ONE_BLOCK = {"hidden_size": 64, "num_hidden_layers": 1}
 
@@ -206,9 +206,9 @@ STUDIES = {
         architecture=ONE_BLOCK,
         training={"per_device_train_batch_size": 64},
         steps=1000,
-        sizes=(64, 8, 4),
-        learning_rates=(4e-3, 8e-3, 1.6e-2),
-        difficulties=(replace(RECALL, keys=16, values=16), replace(RECALL, pairs=16)),
+        sizes=(64, 4),
+        learning_rates=(8e-3, 1.6e-2, 3.2e-2),
+        difficulties=(replace(RECALL, pairs=8, keys=16, values=16), replace(RECALL, pairs=8)),
     ),
     "copying": Study(
         task=COPYING,
