@@ -215,9 +215,9 @@ STUDIES = {
         architecture=ONE_BLOCK,
         training={"per_device_train_batch_size": 64},
         steps=1000,
-        sizes=(64, 8, 4),
-        learning_rates=(4e-3, 8e-3),
-        difficulties=(replace(COPYING, told=8), replace(COPYING, told=16, length=32)),
+        sizes=(64, 4),
+        learning_rates=(8e-3, 1.6e-2),
+        difficulties=(replace(COPYING, told=16, length=32),),
         ablations=False,
     ),
     "lm": Study(
