@@ -95,7 +95,7 @@ class History:
             "library_version": self.library_version,
             "criterion": cuts[-1].criterion,
             "compensate": cuts[-1].compensate,
-            "refit": cuts[-1].refit,
+            "refit": any(cut.refit for cut in cuts),
             "goals": [cut.goal for cut in cuts],
             "steps": [cut.step for cut in cuts],
             "state_sizes_before": cuts[0].state_sizes_before,

@@ -142,6 +142,7 @@ def _cuts(history: History) -> dict:
         "in_training": any(cut.step is not None for cut in cuts),
         "compensate": any(cut.compensate for cut in cuts),
         "refit": any(cut.refit for cut in cuts),
+        "recalls": any(cut.recall_before is not None for cut in cuts),
         "loss_before": _loss_text(cuts[0].loss_before) if cuts else None,
         "loss_after": _loss_text(cuts[-1].loss_after) if cuts else None,
     }
@@ -154,6 +155,7 @@ def _cut_row(cut: ReductionEvent) -> dict:
         "sizes": f"{sizes_text(cut.state_sizes_before)} → {sizes_text(cut.state_sizes_after)}",
         "energy_kept": f"{1 - max(cut.energy_discarded):.1%}",
         "losses": f"{_loss_text(cut.loss_before)} → {_loss_text(cut.loss_after)}" if measured else "not measured",
+        "recall": _recall_text(cut),
     }
 
 
@@ -168,6 +170,13 @@ def _results(details: CardDetails, history: History) -> dict:
         "evaluation_loss": _loss_text(losses[-1]) if losses else None,
         "tokens_per_second": [f"{before[0]:,.0f}", f"{after[-1]:,.0f}"] if before and after else None,
     }
+
+
+def _recall_text(cut: ReductionEvent) -> str:
+    """Loss and accuracy in recalling random pairs, before and after."""
+    if cut.recall_before is None:
+        return "not measured"
+    return " → ".join(f"{told['loss']:.3f} ({told['accuracy']:.0%})" for told in (cut.recall_before, cut.recall_after))
 
 
 def _loss_text(loss: float | None) -> str | None:

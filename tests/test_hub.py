@@ -1,5 +1,6 @@
 """Sharing on the Hub: what is pushed, by hand or by Trainer, comes back whole; what fails loses nothing."""
 
+import copy
 import json
 import os
 import subprocess
@@ -204,6 +205,18 @@ def test_the_card_counts_what_is_there(hub, reduced):
     cut = history.events[0]
     losses = f"{cut.loss_before:.4f} → {cut.loss_after:.4f}"
     assert f"| after training | 16 → 8-16 | {1 - max(cut.energy_discarded):.1%} | {losses} |" in text
+
+
+def test_the_card_tells_what_was_recalled(hub, reduced):
+    model, history = reduced["uniform"]
+    push_compressed(model, NAME, history)
+    assert "recall of random pairs" not in hub.files(NAME)[CARD].decode()
+    history = copy.deepcopy(history)
+    history.events[0].recall_before = {"loss": 1.5, "accuracy": 0.75}
+    history.events[0].recall_after = {"loss": 2.0, "accuracy": 0.5}
+    push_compressed(model, NAME, history)
+    text = hub.files(NAME)[CARD].decode()
+    assert "| recall of random pairs, nats (accuracy) |" in text and "| 1.500 (75%) → 2.000 (50%) |" in text
 
 
 def test_where_a_push_goes(hub, reduced):
