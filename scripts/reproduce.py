@@ -13,7 +13,8 @@
 
 The arms of each are described in `studies/time_invariant.py` and `studies/language.py`. Each run leaves a JSON; a run
 that has one is not repeated, so a study that was interrupted goes on, and the tables and the figures come from the
-JSONs alone.
+JSONs alone. They are gathered in `results.json`, which is enough for the report, too: so
+`python scripts/reproduce.py recall --report_only --output_dir model_cards/recall` makes what is told there.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 from studies import language, time_invariant
-from studies.running import all_results
+from studies.running import all_results, gather
 
 STUDIES = time_invariant.STUDIES | language.STUDIES
 
@@ -43,6 +44,7 @@ def main() -> None:
         study.carry_out(options.seeds or list(study.seeds), root, options.jobs)
     if not all_results(root):
         sys.exit(f"no results in {root}.")
+    gather(root)
     study.report(root)
 
 

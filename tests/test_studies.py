@@ -142,13 +142,18 @@ def test_recall_is_studied_in_every_arm_and_told_from_the_results_alone(tmp_path
     assert longer == round(expected) and shorter > 0
     assert all(f"| {arm} |" in output for arm in results if not arm.startswith(("difficulty", "rate")))
     assert (tmp_path / "tables.md").read_text() in output
-    pictures = {name: tmp_path / f"{name}.png" for name in ("sizes", "time", "stability", "spectra")}
+    pictures = {name: tmp_path / f"{name}.png" for name in ("moments", "time", "stability", "spectra")}
     assert all(picture.stat().st_size > 10_000 for picture in pictures.values())
     times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/result.json")}
-    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "recall", "--report_only"]
-    command += ["--output_dir", str(tmp_path)]
-    subprocess.run(command, capture_output=True, text=True, check=True)
+    again = tmp_path / "again"
+    for folder in (tmp_path, again):
+        command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "recall", "--report_only"]
+        subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True, check=True)
+        again.mkdir(exist_ok=True)
+        (again / "results.json").write_text((tmp_path / "results.json").read_text())
     assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert (tmp_path / "tables.md").read_text().count("| N = 8 throughout |") == 1
+    assert (again / "tables.md").read_text() == (tmp_path / "tables.md").read_text()
 
 
 def test_a_language_model_is_studied_on_text_of_a_debian_package(tmp_path):

@@ -29,17 +29,6 @@ class ImageSequences(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_values": self.input_values[index], "labels": self.labels[index]}
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """A batch at once: what `collate` returns untouched."""
-        return [{"input_values": self.input_values[indices], "labels": self.labels[indices]}]
-
-
-def collate(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The batch that `__getitems__` has put together already, or examples one by one."""
-    if len(batches) == 1 and batches[0]["labels"].ndim == 1:
-        return batches[0]
-    return {name: torch.stack([example[name] for example in batches]) for name in batches[0]}
-
 
 Splits = tuple[ImageSequences, ImageSequences]
 

@@ -110,7 +110,7 @@ class Study:
 
     def report(self, root: Path) -> None:
         """Print the tables, and put them and the figures beside the runs."""
-        report(root, self.sizes)
+        report(root)
 
     def sweep(self) -> Iterator[Run]:
         """Every difficulty at every size."""

@@ -16,20 +16,22 @@ from hf_compressm.settling import rank_correlation
 from .running import all_results
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
+MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))
 BEFORE_COMPARISON = ("difficulty", "rate")  # how the arms of the runs begin that only prepare the comparison
 
 
-def report(root: Path, sizes: tuple[int, ...]) -> None:
+def report(root: Path) -> None:
     """Print the tables, and put them and the figures beside the runs."""
     arms: Arms = {}
     for result in all_results(root):
         arms.setdefault(result["arm"], []).append(result)
     compared = {arm: results for arm, results in arms.items() if not arm.startswith(BEFORE_COMPARISON)}
+    sizes = sizes_in(arms)
     sections = [preparation(arms, kind, sizes) for kind in BEFORE_COMPARISON]
     full = compared.get(throughout(sizes))
     if full:
         sections += [comparison(compared, full), stability(full)]
-        save_figure(figure_of_sizes(compared, sizes), root / "sizes.png")
+        save_figure(figure_of_moments(compared, sizes), root / "moments.png")
         save_figure(figure_of_time(compared, sizes), root / "time.png")
         save_figure(figure_of_stability(full), root / "stability.png")
         save_figure(figure_of_spectra(compared, sizes), root / "spectra.png")
@@ -37,6 +39,12 @@ def report(root: Path, sizes: tuple[int, ...]) -> None:
     write_aside(root / "tables.md", lambda path: path.write_text(text))
     print(text)
     print(", ".join(str(file) for file in sorted([*root.glob("*.png"), *root.glob("*.md")])))
+
+
+def sizes_in(arms: Arms) -> tuple[int, ...]:
+    """The sizes that models were built with, descending: the full one first."""
+    built = {result["settings"]["recipe"]["state_size"] for results in arms.values() for result in results}
+    return tuple(sorted(built, reverse=True))
 
 
 def preparation(arms: Arms, kind: str, sizes: tuple[int, ...]) -> str:
@@ -99,27 +107,39 @@ def stability_of(full: list[dict]) -> list[tuple[float, float]]:
     return moments
 
 
-def figure_of_sizes(arms: Arms, sizes: tuple[int, ...]) -> Figure:
-    """Loss, and accuracy, against the size at the end, a line for each way to get there."""
-    full = sizes[0]
-    ways = {"from scratch": "N = {} from scratch", "when settled": f"{full} → {{}} when settled"}
-    ways |= {f"cut at {at} %": f"{full} → {{}} at {at} %" for at in (10, 25, 50, 80)}
+def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
+    """Against the moment of the cut, from scratch to never, a line for each size; and against the size at the end."""
+    full, name, scale, label = sizes[0], *chief_measure(arms)
     figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
-    for axes, (name, scale, label) in zip(figure.subplots(1, 2), MEASURES, strict=True):
-        reference = [scale * result[name] for result in arms[throughout(sizes)]]
-        axes.axhspan(min(reference), max(reference), color="0.85", label=f"N = {full} throughout: range")
-        for i, (way, pattern) in enumerate(ways.items()):
-            found = {size: arms[pattern.format(size)] for size in sizes[1:] if pattern.format(size) in arms}
-            places = [size * 2 ** ((i - len(ways) / 2) / 25) for size in found]
-            values = [[scale * result[name] for result in results] for results in found.values()]
-            middles, deviations = [statistics.mean(v) for v in values], [deviation(v) for v in values]
-            style = {"marker": "osD^vP"[i], "markersize": 5, "capsize": 2.5, "label": way, "color": f"C{i}"}
-            axes.errorbar(places, middles, deviations, **style)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes[1:], [str(size) for size in sizes[1:]])
-        axes.set(xlabel="state size N at the end", ylabel=label)
-    axes.legend(frameon=False, fontsize=8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, size in enumerate(sizes[1:]):
+        found = {0: arms.get(f"N = {size} from scratch"), 100: arms[throughout(sizes)]}
+        found |= {int(at): arms.get(f"{full} → {size} at {at} %") for at in ("10", "25", "50", "80")}
+        found = {at: [scale * result[name] for result in found[at]] for at in sorted(found) if found[at]}
+        left.plot(list(found), list(map(statistics.mean, found.values())), color=f"C{i}", label=f"{full} → {size}")
+        for at, values in found.items():
+            left.plot([at] * len(values), values, "o", color=f"C{i}", markersize=4, alpha=0.6)
+    left.set_xticks([0, 10, 25, 50, 80, 100], ["scratch", "10", "25", "50", "80", "never"], fontsize=8)
+    left.set(xlabel="cut after this share of the steps, %", ylabel=label)
+    left.legend(frameon=False, fontsize=8)
+    ways = ["throughout", "from scratch", "at 10 %", "at 25 %", "at 50 %", "at 80 %", "when settled"]
+    for i, way in enumerate(ways):
+        runs = [
+            result for arm, results in arms.items() if arm.endswith(way) and "long" not in arm for result in results
+        ]
+        places = [statistics.mean(run["state_sizes"]) * 2 ** ((i - 3) / 12) for run in runs]
+        right.plot(places, [scale * run[name] for run in runs], "osD^vP*"[i], color=f"C{i}", markersize=5, label=way)
+    right.set_xscale("log", base=2)
+    right.set_xticks(ticks := [1, *reversed(sizes)], list(map(str, ticks)))
+    right.set(xlabel="state size N at the end (points of one size side by side)")
+    right.legend(frameon=False, fontsize=7)
     return figure
+
+
+def chief_measure(arms: Arms) -> tuple[str, float, str]:
+    """(name, scale, label): accuracy where all answers are asked for, otherwise the loss."""
+    is_text = any("recall_loss" in result for results in arms.values() for result in results)
+    return MEASURES[1 if is_text else 0]
 
 
 def figure_of_time(arms: Arms, sizes: tuple[int, ...]) -> Figure:
@@ -175,9 +195,6 @@ def figure_of_spectra(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     figure.axes[0].set_ylabel("Hankel singular values of layer 0")
     floor_at(figure.axes, 1e-8)
     return figure
-
-
-MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))
 
 
 def floor_at(panels: list[Axes], share: float) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from hf_compressm.files import write_json
+from hf_compressm.files import write_aside, write_json
+
+GATHERED = "results.json"  # of all runs
 
 
 def carry_out_all(study, runs: Sequence, root: Path, jobs: int) -> dict[str, dict]:
@@ -66,9 +68,22 @@ def result_file(folder: Path) -> Path:
 
 
 def all_results(root: Path) -> list[dict]:
-    """What there is, in order of arms and seeds."""
+    """What there is, in order of arms and seeds: of the runs, or where these are not kept, of what was gathered."""
     results = [json.loads(file.read_text()) for file in root.glob(f"*/{result_file(Path()).name}")]
+    if not results and (root / GATHERED).exists():
+        results = json.loads((root / GATHERED).read_text())
     return sorted(results, key=lambda result: (result["arm"], result["seed"]))
+
+
+def gather(root: Path) -> None:
+    """Put all results into one file, a line each, of which the report can be made again without the runs."""
+    lines = [json.dumps(json.loads(json.dumps(result), parse_float=rounded)) for result in all_results(root)]
+    write_aside(root / GATHERED, lambda path: path.write_text("[\n" + ",\n".join(lines) + "\n]\n"))
+
+
+def rounded(number: str) -> float:
+    """To six significant digits, which is more than any figure shows."""
+    return float(f"{float(number):.6g}")
 
 
 def name_of(arm: str, seed: int) -> str:

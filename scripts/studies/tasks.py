@@ -24,23 +24,12 @@ class Sequences(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | Tensor) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """A batch at once: what `collate` returns untouched."""
-        return [{"input_ids": self.input_ids[indices], "labels": self.labels[indices]}]
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """All of them in order, `size` at a time."""
-        return [self.__getitems__(part)[0] for part in torch.arange(len(self)).split(size)]
-
-
-def collate(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The batch that `__getitems__` has put together already, or examples one by one."""
-    if len(batches) == 1 and batches[0]["labels"].ndim == 2:
-        return batches[0]
-    return {name: torch.stack([example[name] for example in batches]) for name in batches[0]}
+        return [self[part] for part in torch.arange(len(self)).split(size)]
 
 
 @torch.no_grad()

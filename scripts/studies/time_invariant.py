@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_compressm import (
@@ -213,7 +213,7 @@ def train(study: Study, run: Run, folder: Path) -> dict:
         model=model,
         args=arguments,
         train_dataset=train_set,
-        data_collator=image_sequences.collate,
+        data_collator=default_data_collator,
         callbacks=[callback] if callback else None,
     )
     trainer.remove_callback(PrinterCallback)

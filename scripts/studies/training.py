@@ -7,7 +7,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import MambaConfig, MambaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
 from hf_compressm.history import save_history
@@ -15,7 +23,7 @@ from hf_compressm.layouts import state_sizes
 from hf_compressm.monitor import StateMonitor
 from hf_compressm.surgery import grow_state
 
-from .tasks import Sequences, collate
+from .tasks import Sequences
 
 OBSERVATIONS = 10  # in each run: after every tenth of the steps
 RANKING_BATCHES = 8  # two draws of four
@@ -134,7 +142,7 @@ def trained(
         model=model,
         args=arguments_of(recipe, training, seed, folder),
         train_dataset=data,
-        data_collator=collate,
+        data_collator=default_data_collator,
         callbacks=[*callbacks, observer],
     )
     trainer.remove_callback(PrinterCallback)
