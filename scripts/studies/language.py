@@ -6,7 +6,8 @@ Arms, for the full size N and the smaller sizes r of a study:
   small grid for all sizes); what is cut trains at the rate of N;
 - N → r after 10, 25, 50 and 80 % of the steps, with compensation (the default), and when the rankings have settled;
 - at the smallest r also: with a refit, without compensation, random and magnitude instead of `output`, in four stages,
-  cut to half of r and grown back to r; and sizes found by a tolerance and by a loss budget;
+  cut to half of r and grown back to r; sizes found by a tolerance and by a loss budget; and cut at 10 % with random
+  states, or with what a model from scratch has at its start, to tell what an early cut suffers from;
 - at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %.
 
 Where a task has a range of difficulties, one run for each and for each size comes first: it shows where N decides.
@@ -34,6 +35,12 @@ ABLATIONS = {
     "random states": {"selection": "random"},
     "random states, not compensated": {"selection": "random", "compensate": False},
     "magnitude, not compensated": {"criterion": "magnitude", "compensate": False},
+}
+EARLY = {
+    "random states": {"reduction": {"selection": "random"}},
+    "decay rates afresh": {"afresh": ("decay rates",)},
+    "decay rates and maps afresh": {"afresh": ("decay rates", "maps")},
+    "decay rates, maps and moments afresh": {"afresh": ("decay rates", "maps", "moments")},
 }
 Task = AssociativeRecall | SelectiveCopying | EnglishText
 
@@ -164,6 +171,9 @@ class Study:
             cuts[f"{full} → {size} in four stages to 50 %"] = {"reduction": goal, "schedule": stages}
             regrown = {"reduction": {"target_state_size": size // 2}, "schedule": once(0.1), "grown": (MIDDLE, size)}
             cuts[f"{full} → {size // 2} at 10 %, grown to {size} at 50 %"] = regrown
+            for name, options in EARLY.items():
+                early = options | {"reduction": goal | options.get("reduction", {}), "schedule": once(0.1)}
+                cuts[f"{cut_at(0.1, full, size)}, {name}"] = early
             for end in (0.1, MIDDLE):
                 for goal, name in (("tolerance", "τ = 0.1"), ("loss_budget", "loss budget 0.01")):
                     value = float(name.split()[-1])
@@ -206,7 +216,7 @@ STUDIES = {
         architecture=ONE_BLOCK,
         training={"per_device_train_batch_size": 64},
         steps=1000,
-        sizes=(64, 4),
+        sizes=(64, 16, 4),
         learning_rates=(8e-3, 1.6e-2, 3.2e-2),
         difficulties=(replace(RECALL, pairs=8, keys=16, values=16), replace(RECALL, pairs=8)),
     ),

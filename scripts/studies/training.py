@@ -19,14 +19,15 @@ from transformers import (
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
 from hf_compressm.history import save_history
-from hf_compressm.layouts import state_sizes
+from hf_compressm.layouts import layout_of, state_layers, state_sizes
 from hf_compressm.monitor import StateMonitor
-from hf_compressm.surgery import grow_state
+from hf_compressm.surgery import grow_state, maps_in
 
 from .tasks import Sequences
 
 OBSERVATIONS = 10  # in each run: after every tenth of the steps
 RANKING_BATCHES = 8  # two draws of four
+AFRESH = ("decay rates", "maps", "moments")  # A_log; rows of B and C; all that the optimizer remembers
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Recipe:
     Attributes:
         reduction, schedule: options of CompreSSMConfig and CompreSSMSchedule, or nothing is cut.
         grown: (fraction of the run, size) at which the states are made more again.
+        afresh: what starts anew after the cut, to find out what it suffers from: of `AFRESH`.
     """
 
     state_size: int
@@ -44,6 +46,7 @@ class Recipe:
     reduction: dict | None = None
     schedule: dict = field(default_factory=dict)
     grown: tuple[float, int] | None = None
+    afresh: tuple[str, ...] = ()
 
 
 class StudyTrainer(Trainer):
@@ -119,6 +122,31 @@ class Regrowth(TrainerCallback):
             grow_state(model, self.size, optimizer, self.generator)
 
 
+class Afresh(TrainerCallback):
+    """Starts parts anew, as a model of the small size would, after the first cut. Comes after the cuts."""
+
+    def __init__(self, parts: tuple[str, ...], seed: int):
+        self.parts, self.generator, self.size = parts, torch.Generator().manual_seed(seed), None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.size = max(state_sizes(model).values())
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        size = max(state_sizes(model).values())
+        if size == self.size:
+            return
+        for mixer in state_layers(model).values():
+            maps = maps_in(dict(mixer.named_parameters()), mixer, layout_of(model))
+            if "decay rates" in self.parts:
+                maps.A_log.copy_(torch.arange(1, size + 1).log().expand_as(maps.A_log))
+            if "maps" in self.parts:
+                for rows in (maps.B_rows, maps.C_rows):
+                    rows.normal_(0, model.config.initializer_range, generator=self.generator)
+        if "moments" in self.parts:
+            optimizer.state.clear()
+
+
 def trained(
     recipe: Recipe, training: dict, model: MambaForCausalLM, data: Sequences, measure, seed: int, folder: Path
 ) -> dict:
@@ -138,6 +166,8 @@ def trained(
         callbacks.append(shrink := CompreSSMCallback(config, schedule_of(recipe)))
     if recipe.grown is not None:
         callbacks.append(Regrowth(*recipe.grown, seed))
+    if recipe.afresh:
+        callbacks.append(Afresh(recipe.afresh, seed))
     trainer = StudyTrainer(
         model=model,
         args=arguments_of(recipe, training, seed, folder),
