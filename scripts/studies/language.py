@@ -8,6 +8,7 @@ Arms, for the full size N and the smaller sizes r of a study:
 - at the smallest r also: with a refit, without compensation, random and magnitude instead of `output`, in four stages,
   cut to half of r and grown back to r; sizes found by a tolerance and by a loss budget; and cut at 10 % with random
   states, or with what a model from scratch has at its start, to tell what an early cut suffers from;
+- with two cycles of the learning rate: N, r from scratch and the cut at 50 %, where the second cycle starts;
 - at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %.
 
 Where a task has a range of difficulties, one run for each and for each size comes first: it shows where N decides.
@@ -151,6 +152,10 @@ class Study:
                 recipes[f"N = {size} from scratch"] = Recipe(size, rates[size], self.steps)
             for arm, cut in self.cuts().items():
                 recipes[arm] = Recipe(full, rates[full], self.steps, **cut)
+            if self.ablations:
+                restarted = [f"N = {full} throughout", *(f"N = {size} from scratch" for size in targets)]
+                restarted += [cut_at(MIDDLE, full, size) for size in targets]
+                recipes |= {f"{arm}, two cycles": replace(recipes[arm], cycles=2) for arm in restarted}
             for arm, recipe in recipes.items():
                 yield Run(arm, seed, recipe, self.task)
 
@@ -234,10 +239,10 @@ STUDIES = {
         task=EnglishText(vocab_size=2048, length=512, validation_sequences=32),
         architecture={"hidden_size": 64, "num_hidden_layers": 2},
         training={"per_device_train_batch_size": 2},
-        steps=1000,
+        steps=600,
         sizes=(64, 8),
         learning_rates=(4e-3, 8e-3),
-        windows=(0.1, 0.5, 0.8),
+        windows=(0.1, 0.5),
         ablations=False,
     ),
     "lm-large": Study(

@@ -38,6 +38,7 @@ class Recipe:
         reduction, schedule: options of CompreSSMConfig and CompreSSMSchedule, or nothing is cut.
         grown: (fraction of the run, size) at which the states are made more again.
         afresh: what starts anew after the cut, to find out what it suffers from: of `AFRESH`.
+        cycles: of the learning rate: with two it starts again from its peak in the middle of the run.
     """
 
     state_size: int
@@ -47,6 +48,7 @@ class Recipe:
     schedule: dict = field(default_factory=dict)
     grown: tuple[float, int] | None = None
     afresh: tuple[str, ...] = ()
+    cycles: int = 1
 
 
 class StudyTrainer(Trainer):
@@ -207,12 +209,13 @@ def schedule_of(recipe: Recipe) -> CompreSSMSchedule:
 
 
 def arguments_of(recipe: Recipe, training: dict, seed: int, folder: Path) -> TrainingArguments:
-    """Warm-up over a twentieth of the steps, then a cosine to zero, whatever their number."""
+    """Warm-up over a twentieth of the steps, then a cosine to zero, whatever their number, or several."""
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=recipe.steps,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine_with_restarts",
+        lr_scheduler_kwargs={"num_cycles": recipe.cycles},
         warmup_steps=0.05,
         weight_decay=0.1,
         seed=seed,
