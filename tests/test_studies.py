@@ -99,6 +99,32 @@ def test_answers_are_judged_where_they_are_asked_for(tasks):
     assert measured["accuracy"] == pytest.approx((guesses == data.labels[:, 4:]).float().mean().item())
 
 
+def test_parts_start_afresh_once_after_a_cut(tasks):
+    from studies.training import AFRESH, Afresh, Recipe, build
+
+    from hf_compressm.layouts import state_layers
+    from hf_compressm.surgery import Selection, shrink_state
+
+    architecture = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
+    for parts in ([], AFRESH[:1], AFRESH[:2], AFRESH):
+        model = build(Recipe(8, 1e-3, 10), architecture)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+        optimizer.step()
+        callback, (mixer,) = Afresh(parts, seed=0), state_layers(model).values()
+        callback.on_step_begin(None, None, None, model=model)
+        callback.on_step_end(None, None, None, model=model, optimizer=optimizer)
+        assert mixer.A_log.shape[1] == 8 and optimizer.state  # nothing was cut yet
+        shrink_state(model, {0: Selection(torch.tensor([2, 5]))}, optimizer)
+        kept = mixer.x_proj.weight.clone()
+        callback.on_step_end(None, None, None, model=model, optimizer=optimizer)
+        rates = torch.tensor([1.0, 2.0] if "decay rates" in parts else [3.0, 6.0])
+        assert torch.allclose(mixer.A_log.exp().mean(0), rates, atol=0.02)
+        changed = (mixer.x_proj.weight != kept).any(1)
+        assert changed.tolist() == [False] * mixer.time_step_rank + ["maps" in parts] * 4
+        assert bool(optimizer.state) == ("moments" not in parts)
+
+
 SMALL_STUDY = """
 import sys
 from dataclasses import replace
@@ -131,7 +157,7 @@ def test_recall_is_studied_in_every_arm_and_told_from_the_results_alone(tmp_path
     sizes = {arm: result["state_sizes"] for arm, result in results.items()}
     assert sizes["N = 8 throughout"] == [8, 8] and sizes["N = 2 from scratch"] == [2, 2]
     reached = [arm for arm in results if arm.startswith("8 → 2")]
-    assert len(reached) == 11 and all(sizes[arm] == [2, 2] for arm in reached)
+    assert len(reached) == 16 and all(sizes[arm] == [2, 2] for arm in reached)
     assert results["8 → 1 at 10 %, grown to 2 at 50 %"]["state_sizes"] == [2, 2]
     cut = results["8 → 2 at 25 %"]
     assert [c["step"] for c in cut["cuts"]] == [5]
