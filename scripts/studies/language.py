@@ -7,8 +7,10 @@ Arms, for the full size N and the smaller sizes r of a study:
 - N → r after 10, 25, 50 and 80 % of the steps, with compensation (the default), and when the rankings have settled;
 - at the smallest r also: with a refit, without compensation, random and magnitude instead of `output`, in four stages,
   cut to half of r and grown back to r; sizes found by a tolerance and by a loss budget; and cut at 10 % with random
-  states, or with what a model from scratch has at its start, to tell what an early cut suffers from;
-- with two cycles of the learning rate: N, r from scratch and the cut at 50 %, where the second cycle starts;
+  states, or with what a model from scratch has at its start, to tell what an early cut suffers from
+  (maps and moments with the first seed only);
+- with two cycles of the learning rate: N, r from scratch and the cut at 50 %, where the second cycle starts
+  (the first seed only);
 - at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %.
 
 Where a task has a range of difficulties, one run for each and for each size comes first: it shows where N decides.
@@ -150,16 +152,16 @@ class Study:
             recipes = {f"N = {full} throughout": Recipe(full, rates[full], self.steps)}
             for size in targets:
                 recipes[f"N = {size} from scratch"] = Recipe(size, rates[size], self.steps)
-            for arm, cut in self.cuts().items():
+            for arm, cut in self.cuts(seed == seeds[0]).items():
                 recipes[arm] = Recipe(full, rates[full], self.steps, **cut)
-            if self.ablations:
+            if self.ablations and seed == seeds[0]:
                 restarted = [f"N = {full} throughout", *(f"N = {size} from scratch" for size in targets)]
                 restarted += [cut_at(MIDDLE, full, size) for size in targets]
                 recipes |= {f"{arm}, two cycles": replace(recipes[arm], cycles=2) for arm in restarted}
             for arm, recipe in recipes.items():
                 yield Run(arm, seed, recipe, self.task)
 
-    def cuts(self) -> dict[str, dict]:
+    def cuts(self, is_first_seed: bool) -> dict[str, dict]:
         """Arm → how the full model is reduced, as a `Recipe` has it."""
         full, *targets = self.sizes
         cuts = {}
@@ -176,7 +178,7 @@ class Study:
             cuts[f"{full} → {size} in four stages to 50 %"] = {"reduction": goal, "schedule": stages}
             regrown = {"reduction": {"target_state_size": size // 2}, "schedule": once(0.1), "grown": (MIDDLE, size)}
             cuts[f"{full} → {size // 2} at 10 %, grown to {size} at 50 %"] = regrown
-            for name, options in EARLY.items():
+            for name, options in EARLY.items() if is_first_seed else list(EARLY.items())[:2]:
                 early = options | {"reduction": goal | options.get("reduction", {}), "schedule": once(0.1)}
                 cuts[f"{cut_at(0.1, full, size)}, {name}"] = early
             for end in (0.1, MIDDLE):
