@@ -17,6 +17,7 @@ from .running import all_results
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
 MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))
+SCRATCH = -12  # where models from scratch stand on an axis of cuts in % of the steps
 BEFORE_COMPARISON = ("difficulty", "rate")  # how the arms of the runs begin that only prepare the comparison
 
 
@@ -62,7 +63,8 @@ def preparation(arms: Arms, kind: str, sizes: tuple[int, ...]) -> str:
 def comparison(arms: Arms, full: list[dict]) -> str:
     """Every arm: what it came to, how long it took and what its cut cost at once. Times are relative to the full N."""
     recalls = "recall_accuracy" in full[0]
-    whole = statistics.mean(result["seconds"] for result in full)
+    clock = clock_of(arms)
+    whole = statistics.mean(seconds_of(result, clock) for result in full)
     header = ["arm", "N", "steps", "time", "accuracy, %", "loss, nats", "rise at the cut, nats", "seeds"]
     header += ["recall loss, nats"] * recalls
     rows = []
@@ -73,7 +75,7 @@ def comparison(arms: Arms, full: list[dict]) -> str:
                 arm,
                 f"{statistics.mean(statistics.mean(result['state_sizes']) for result in results):.3g}",
                 str(round(statistics.mean(result["settings"]["recipe"]["steps"] for result in results))),
-                f"{mean(results, 'seconds') / whole:.2f}",
+                f"{statistics.mean(seconds_of(result, clock) for result in results) / whole:.2f}",
                 spread([100 * result["accuracy"] for result in results], 1),
                 spread([result["loss"] for result in results], 3),
                 spread(rises, 3) if rises else "",
@@ -113,19 +115,19 @@ def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for i, size in enumerate(sizes[1:]):
-        found = {0: arms.get(f"N = {size} from scratch"), 100: arms[throughout(sizes)]}
+        found = {SCRATCH: arms.get(f"N = {size} from scratch"), 100: arms[throughout(sizes)]}
         found |= {int(at): arms.get(f"{full} → {size} at {at} %") for at in ("10", "25", "50", "80")}
         found = {at: [scale * result[name] for result in found[at]] for at in sorted(found) if found[at]}
         left.plot(list(found), list(map(statistics.mean, found.values())), color=f"C{i}", label=f"{full} → {size}")
         for at, values in found.items():
             left.plot([at] * len(values), values, "o", color=f"C{i}", markersize=4, alpha=0.6)
-    left.set_xticks([0, 10, 25, 50, 80, 100], ["scratch", "10", "25", "50", "80", "never"], fontsize=8)
+    left.set_xticks([SCRATCH, 10, 25, 50, 80, 100], ["scratch", "10", "25", "50", "80", "never"], fontsize=8)
     left.set(xlabel="cut after this share of the steps, %", ylabel=label)
     left.legend(frameon=False, fontsize=8)
     ways = ["throughout", "from scratch", "at 10 %", "at 25 %", "at 50 %", "at 80 %", "when settled"]
     for i, way in enumerate(ways):
         runs = [
-            result for arm, results in arms.items() if arm.endswith(way) and "long" not in arm for result in results
+            result for arm, results in arms.items() if arm.endswith(way) and "grown" not in arm for result in results
         ]
         places = [statistics.mean(run["state_sizes"]) * 2 ** ((i - 3) / 12) for run in runs]
         right.plot(places, [scale * run[name] for run in runs], "osD^vP*"[i], color=f"C{i}", markersize=5, label=way)
@@ -134,6 +136,29 @@ def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     right.set(xlabel="state size N at the end (points of one size side by side)")
     right.legend(frameon=False, fontsize=7)
     return figure
+
+
+def clock_of(arms: Arms) -> dict[str, float]:
+    """Size → seconds of a step, the median over all runs; other work on the machine disturbs single ones."""
+    times: dict[str, list[float]] = {}
+    for results in arms.values():
+        for result in results:
+            for size, seconds in result["seconds_per_step"].items():
+                times.setdefault(size, []).append(seconds)
+    return {size: statistics.median(seconds) for size, seconds in times.items()}
+
+
+def seconds_of(result: dict, clock: dict[str, float], end: int | None = None) -> float:
+    """Time of a run up to a step, or of all: its steps at each size by the clock, and the cuts."""
+    recipe = result["settings"]["recipe"]
+    changes = [(0, recipe["state_size"]), *((cut["step"], max(cut["state_sizes"])) for cut in result["cuts"])]
+    if recipe["grown"]:
+        changes.append((round(recipe["grown"][0] * recipe["steps"]), recipe["grown"][1]))
+    end = recipe["steps"] if end is None else end
+    ends = [min(step, end) for step, _ in changes[1:]] + [end]
+    steps = [(max(0, last - first), size) for (first, size), last in zip(changes, ends, strict=True)]
+    cutting = result["cutting_seconds"] if any(cut["step"] <= end for cut in result["cuts"]) else 0.0
+    return cutting + sum(count * clock[str(size)] for count, size in steps if count)
 
 
 def chief_measure(arms: Arms) -> tuple[str, float, str]:
@@ -148,14 +173,15 @@ def figure_of_time(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     shown = [throughout(sizes), f"N = {small} from scratch", *(f"{full} → {small} at {at} %" for at in (10, 50, 80))]
     shown += [arm for arm in arms if arm.endswith(f", as long as {full} → {small} at 50 %")]
     figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
+    clock = clock_of(arms)
     for axes, (name, scale, label) in zip(figure.subplots(1, 2), MEASURES, strict=True):
         for i, arm in enumerate(arm for arm in shown if arm in arms):
             places = range(min(len(result["curve"]) for result in arms[arm]))
-            seconds = [statistics.mean(r["curve"][place]["seconds"] for r in arms[arm]) for place in places]
+            seconds = [statistics.mean(seconds_of(r, clock, r["curve"][p]["step"]) for r in arms[arm]) for p in places]
             values = [statistics.mean(scale * r["curve"][place][name] for r in arms[arm]) for place in places]
             style = {"linestyle": "--"} if "as long" in arm else {}
             axes.plot(seconds, values, marker="o", markersize=3, color=f"C{i}", label=arm, **style)
-        axes.set(xlabel="training time, s (median steps)", ylabel=label)
+        axes.set(xlabel="training time, s", ylabel=label)
     axes.legend(frameon=False, fontsize=7)
     return figure
 
