@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaForCausalLM
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, uninstall_scan
+from hf_compressm import callback as callback_module
 from hf_compressm.adoption import adopt_checkpoint_sizes
 from hf_compressm.history import load_history
 
@@ -42,6 +43,17 @@ def test_a_callback_that_never_cuts_leaves_the_run_bit_identical(tmp_path, datas
     assert [event.is_cut for event in callback.history.events] == [False, False]
     assert losses_of(watched) == losses_of(plain)
     assert_identical(weights_of(watched.model), weights_of(plain.model))
+
+
+@pytest.mark.parametrize("goal, start, warned", [("loss_budget", 0, 1), ("loss_budget", 0.3, 0), ("tolerance", 0, 0)])
+def test_an_early_loss_budget_is_warned_of(tmp_path, dataset, monkeypatch, goal, start, warned):
+    """The README's study of recall: what is not learned yet costs nothing, and the budget takes it all."""
+    warnings = []
+    monkeypatch.setattr(callback_module.logger, "warning", lambda text, *args: warnings.append(text))
+    schedule = CompreSSMSchedule(start=start, end=start + 0.2, events=1)  # of 20 steps
+    callback = CompreSSMCallback(CompreSSMConfig(**{goal: 1e-9}), schedule)
+    build_trainer(tmp_path, dataset, [callback]).train()
+    assert ["A loss budget may be spent from step 4 of 20" in text for text in warnings] == [True] * warned
 
 
 def test_a_run_cuts_at_its_steps_and_says_so(tmp_path, dataset, capsys):
