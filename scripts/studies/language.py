@@ -4,8 +4,8 @@ Arms, for the full size N and the smaller sizes r of a study:
 
 - N throughout, and r from scratch, each at the learning rate that served its size best (one seed of its own, the same
   small grid for all sizes); what is cut trains at the rate of N;
-- N → r after 10, 25, 50 and 80 % of the steps, with compensation (the default), and when the rankings have settled;
-- at the smallest r also: with a refit, without compensation, random and magnitude instead of `output`, in four stages,
+- N → r after 10, 25, 50 and 80 % of the steps, with compensation (the default), and at 50 % with a refit;
+- where a study has ablations, also when the rankings have settled, and at the smallest r with a refit, without compensation, random and magnitude instead of `output`, in four stages,
   cut to half of r and grown back to r; sizes found by a tolerance and by a loss budget; and cut at 10 % with random
   states, or with what a model from scratch has at its start, to tell what an early cut suffers from
   (maps and moments with the first seed only);
@@ -169,7 +169,8 @@ class Study:
             goal = {"target_state_size": size}
             for end in self.windows:
                 cuts[cut_at(end, full, size)] = {"reduction": goal, "schedule": once(end)}
-            cuts[f"{full} → {size} when settled"] = {"reduction": goal, "schedule": SETTLED}
+            if self.ablations:
+                cuts[f"{full} → {size} when settled"] = {"reduction": goal, "schedule": SETTLED}
         middle = cut_at(MIDDLE, full, size)
         for name, options in ABLATIONS.items() if self.ablations else [("refitted", ABLATIONS["refitted"])]:
             cuts[f"{middle}, {name}"] = {"reduction": goal | options, "schedule": once(MIDDLE)}
