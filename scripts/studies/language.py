@@ -4,11 +4,12 @@ Arms, for the full size N and the smaller sizes r of a study:
 
 - N throughout, and r from scratch, each at the learning rate that served its size best (one seed of its own, the same
   small grid for all sizes); what is cut trains at the rate of N;
-- N → r after 10, 25, 50 and 80 % of the steps, with compensation (the default), and at 50 % with a refit;
-- where a study has ablations, also when the rankings have settled, and at the smallest r with a refit, without compensation, random and magnitude instead of `output`, in four stages,
-  cut to half of r and grown back to r; sizes found by a tolerance and by a loss budget; and cut at 10 % with random
-  states, or with what a model from scratch has at its start, to tell what an early cut suffers from
-  (maps and moments with the first seed only);
+- N → r after 10, 25, 50 and 80 % of the steps, with compensation (the default), and when the rankings have settled;
+- at the smallest r with a refit; and also without compensation, with random states and by magnitude instead of
+  `output`, in four stages, and cut to half of r and grown back to r;
+- sizes found by a tolerance and by a loss budget;
+- cut at 10 % with random states, or with what a model from scratch has at its start, to tell what an early cut suffers
+  from (maps and moments with the first seed only);
 - with two cycles of the learning rate: N, r from scratch and the cut at 50 %, where the second cycle starts
   (the first seed only);
 - at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %.
