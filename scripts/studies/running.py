@@ -68,16 +68,17 @@ def result_file(folder: Path) -> Path:
 
 
 def all_results(root: Path) -> list[dict]:
-    """What there is, in order of arms and seeds: of the runs, or where these are not kept, of what was gathered."""
-    results = [json.loads(file.read_text()) for file in root.glob(f"*/{result_file(Path()).name}")]
-    if not results and (root / GATHERED).exists():
-        results = json.loads((root / GATHERED).read_text())
+    """What there is, rounded, in order of arms and seeds: of the runs, or where there are none, of what was gathered."""
+    texts = [file.read_text() for file in root.glob(f"*/{result_file(Path()).name}")]
+    if not texts and (root / GATHERED).exists():
+        return json.loads((root / GATHERED).read_text())
+    results = [json.loads(text, parse_float=rounded) for text in texts]
     return sorted(results, key=lambda result: (result["arm"], result["seed"]))
 
 
 def gather(root: Path) -> None:
     """Put all results into one file, a line each, of which the report can be made again without the runs."""
-    lines = [json.dumps(json.loads(json.dumps(result), parse_float=rounded)) for result in all_results(root)]
+    lines = map(json.dumps, all_results(root))
     write_aside(root / GATHERED, lambda path: path.write_text("[\n" + ",\n".join(lines) + "\n]\n"))
 
 
