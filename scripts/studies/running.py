@@ -68,7 +68,7 @@ def result_file(folder: Path) -> Path:
 
 
 def all_results(root: Path) -> list[dict]:
-    """What there is, rounded, in order of arms and seeds: of the runs, or where there are none, of what was gathered."""
+    """What there is, rounded, by arms and seeds: of the runs, or where there are none, of what was gathered."""
     texts = [file.read_text() for file in root.glob(f"*/{result_file(Path()).name}")]
     if not texts and (root / GATHERED).exists():
         return json.loads((root / GATHERED).read_text())
