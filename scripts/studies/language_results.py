@@ -128,6 +128,8 @@ def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     for i, way in enumerate(ways):
         shown = [arm for arm in arms if arm.endswith(way) and "grown" not in arm and "as long as" not in arm]
         runs = [result for arm in shown for result in arms[arm]]
+        if not runs:
+            continue
         places = [statistics.mean(run["state_sizes"]) * 2 ** ((i - 3) / 12) for run in runs]
         right.plot(places, [scale * run[name] for run in runs], "osD^vP*"[i], color=f"C{i}", markersize=5, label=way)
     right.set_xscale("log", base=2)
