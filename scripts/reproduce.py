@@ -1,7 +1,7 @@
 """Does starting large and shrinking beat starting small? One command per study.
 
     python scripts/reproduce.py recall      # Mamba: multi-query associative recall; an hour on two CPU cores
-    python scripts/reproduce.py copying     # Mamba: selective copying; an hour on two CPU cores
+    python scripts/reproduce.py copying     # Mamba: selective copying, generated
     python scripts/reproduce.py lm          # Mamba: a language model on English from Debian packages
     python scripts/reproduce.py lm-large    # the same, about 30 M parameters, N = 128, bf16: for a GPU
 
@@ -42,10 +42,11 @@ def main() -> None:
     study = replace(study, steps=options.max_steps or study.steps)
     if not options.report_only:
         study.carry_out(options.seeds or list(study.seeds), root, options.jobs)
-    if not all_results(root):
+    results = all_results(root)
+    if not results:
         sys.exit(f"no results in {root}.")
-    gather(root)
-    study.report(root)
+    gather(root, results)
+    study.report(root, results)
 
 
 if __name__ == "__main__":

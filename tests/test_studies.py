@@ -130,6 +130,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from studies.language import STUDIES
+from studies.running import all_results
 from studies.text import EnglishText
 
 name, folder = sys.argv[1:]
@@ -140,7 +141,7 @@ study = replace(study, difficulties=study.difficulties[:1], training={"per_devic
 if name == "lm":
     study = replace(study, windows=(0.5,), task=EnglishText(300, 32, 4, packages=("anarchism",)))
 study.carry_out([0], Path(folder), 1)
-study.report(Path(folder))
+study.report(Path(folder), all_results(Path(folder)))
 """
 
 

@@ -103,7 +103,7 @@ class Study:
         data = run.task.training(
             run.recipe.steps * self.training["per_device_train_batch_size"], run.seed, folder.parent
         )
-        model = build(run.recipe, self.architecture | run.task.architecture(folder.parent))
+        model = build(run.recipe, self.architecture | run.task.architecture())
         measure = run.task.measure(folder.parent)
         result = trained(run.recipe, self.training, model, data, measure, run.seed, folder)
         return result | measure(model)
@@ -119,9 +119,9 @@ class Study:
         """What came out of a run."""
         return f"accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f} at N = {result['state_sizes'][0]}"
 
-    def report(self, root: Path) -> None:
+    def report(self, root: Path, results: list[dict]) -> None:
         """Print the tables, and put them and the figures beside the runs."""
-        report(root)
+        report(root, results)
 
     def sweep(self) -> Iterator[Run]:
         """Every difficulty at every size."""

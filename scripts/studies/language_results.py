@@ -2,18 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from benchmarks.measuring import table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from reduction_results import doubling_ticks
 
 from hf_compressm.files import write_aside
 from hf_compressm.plotting import save_figure
 from hf_compressm.settling import rank_correlation
-
-from .running import all_results
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
 MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))
@@ -21,10 +20,10 @@ SCRATCH = -12  # where models from scratch stand on an axis of cuts in % of the 
 BEFORE_COMPARISON = ("difficulty", "rate")  # how the arms of the runs begin that only prepare the comparison
 
 
-def report(root: Path) -> None:
+def report(root: Path, results: list[dict]) -> None:
     """Print the tables, and put them and the figures beside the runs."""
     arms: Arms = {}
-    for result in all_results(root):
+    for result in results:
         arms.setdefault(result["arm"], []).append(result)
     compared = {arm: results for arm, results in arms.items() if not arm.startswith(BEFORE_COMPARISON)}
     sizes = sizes_in(arms)
@@ -88,16 +87,17 @@ def comparison(arms: Arms, full: list[dict]) -> str:
 
 def stability(full: list[dict]) -> str:
     """How the ranking of states at a time correlates with that at the end of training, for models that are not cut."""
-    rows = []
-    for place, (start, end) in enumerate(ranges := stability_of(full)):
-        noise = statistics.mean(statistics.mean(result["curve"][place]["rank_noise"]) for result in full)
-        rows.append([f"{(place + 1) / len(ranges):.0%}", f"{start:.2f}", f"{end:.2f}", f"{noise:.2f}"])
+    moments = stability_of(full)
+    rows = [
+        [f"{(place + 1) / len(moments):.0%}", *(f"{number:.2f}" for number in moment)]
+        for place, moment in enumerate(moments)
+    ]
     header = ["of the steps", "Kendall's τ_b with the end, mean", "lowest layer or seed", "of two draws at that time"]
     return table(header, rows)
 
 
-def stability_of(full: list[dict]) -> list[tuple[float, float]]:
-    """By observation (mean, minimum) over layers and seeds of τ_b with the last one."""
+def stability_of(full: list[dict]) -> list[tuple[float, float, float]]:
+    """By observation, over layers and seeds: mean and minimum of τ_b with the last one, mean of that of two draws."""
     moments = []
     for place in range(min(len(result["curve"]) for result in full)):
         correlations = [
@@ -105,7 +105,8 @@ def stability_of(full: list[dict]) -> list[tuple[float, float]]:
             for result in full
             for then, last in zip(result["curve"][place]["energies"], result["curve"][-1]["energies"], strict=True)
         ]
-        moments.append((statistics.mean(correlations), min(correlations)))
+        noise = statistics.mean(statistics.mean(result["curve"][place]["rank_noise"]) for result in full)
+        moments.append((statistics.mean(correlations), min(correlations), noise))
     return moments
 
 
@@ -132,8 +133,7 @@ def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
             continue
         places = [statistics.mean(run["state_sizes"]) * 2 ** ((i - 3) / 12) for run in runs]
         right.plot(places, [scale * run[name] for run in runs], "osD^vP*"[i], color=f"C{i}", markersize=5, label=way)
-    right.set_xscale("log", base=2)
-    right.set_xticks(ticks := [1, *reversed(sizes)], list(map(str, ticks)))
+    doubling_ticks(right, [1, *reversed(sizes)])
     right.set(xlabel="state size N at the end (points of one size side by side)")
     right.legend(frameon=False, fontsize=7)
     return figure
@@ -192,9 +192,9 @@ def figure_of_stability(full: list[dict]) -> Figure:
     figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
     axes, moments = figure.subplots(), stability_of(full)
     times = [100 * (place + 1) / len(moments) for place in range(len(moments))]
-    noise = [statistics.mean(statistics.mean(r["curve"][p]["rank_noise"]) for r in full) for p in range(len(moments))]
-    axes.plot(times, [average for average, _ in moments], "o-", markersize=4, label="with the end of training, mean")
-    axes.plot(times, [lowest for _, lowest in moments], "C0:", label="the layer or seed with the lowest")
+    means, lowest, noise = zip(*moments, strict=True)
+    axes.plot(times, means, "o-", markersize=4, label="with the end of training, mean")
+    axes.plot(times, lowest, "C0:", label="the layer or seed with the lowest")
     axes.plot(times, noise, "C1--", label="two calibration draws at that time")
     axes.set(xlabel="of the training steps, %", ylabel="Kendall's $\\tau_b$ of the states", ylim=(None, 1.02))
     axes.legend(frameon=False, fontsize=8)
@@ -258,9 +258,3 @@ def percent(share: float) -> str:
 def is_number(word: str) -> bool:
     """Whether a word can be sorted as a number."""
     return word.replace(".", "", 1).replace("e-", "", 1).isdigit()
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """In Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

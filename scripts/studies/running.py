@@ -76,9 +76,9 @@ def all_results(root: Path) -> list[dict]:
     return sorted(results, key=lambda result: (result["arm"], result["seed"]))
 
 
-def gather(root: Path) -> None:
-    """Put all results into one file, a line each, of which the report can be made again without the runs."""
-    lines = map(json.dumps, all_results(root))
+def gather(root: Path, results: list[dict]) -> None:
+    """Put the results into one file, a line each, of which the report can be made again without the runs."""
+    lines = map(json.dumps, results)
     write_aside(root / GATHERED, lambda path: path.write_text("[\n" + ",\n".join(lines) + "\n]\n"))
 
 

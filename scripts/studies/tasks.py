@@ -57,7 +57,7 @@ class GeneratedTask:
         """`count` sequences, none of them twice."""
         return self.sequences(count, 1000 + seed)
 
-    def architecture(self, root: Path) -> dict:
+    def architecture(self) -> dict:
         """What the model has to know of the task."""
         return {"vocab_size": self.vocab_size}
 

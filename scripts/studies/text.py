@@ -79,7 +79,7 @@ class EnglishText:
         chosen = blocks[order].long()
         return Sequences(chosen, chosen)
 
-    def architecture(self, root: Path) -> dict:
+    def architecture(self) -> dict:
         """What the model has to know of the text."""
         return {"vocab_size": self.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 

@@ -34,7 +34,7 @@ from hf_compressm.layouts import state_layers
 from hf_compressm.plotting import plot_accuracy, plot_trajectories, save_figure
 
 from . import image_sequences
-from .running import all_results, carry_out_all, name_of, result_file
+from .running import carry_out_all, name_of, result_file
 
 OBSERVATIONS = 50  # of the singular values, in each run that is reduced
 
@@ -77,9 +77,9 @@ class Study:
         """What came out of a run."""
         return f"accuracy {result['accuracy']:.1%} at N = {statistics.mean(result['state_sizes']):g}"
 
-    def report(self, root: Path) -> None:
+    def report(self, root: Path, results: list[dict]) -> None:
         """Print the table, and put it and the figures beside the runs."""
-        report(root)
+        report(root, results)
 
 
 ONE_BLOCK = dict(num_hidden_layers=1, hidden_size=8, r_min=0.9, r_max=0.999, hidden_dropout_prob=0.1, num_labels=10)
@@ -345,9 +345,8 @@ def series(rows: list[dict]) -> list[dict]:
     return [row | {"arm": row["arm"].split(", τ")[0].split(", as τ")[0].split(", truncated as τ")[0]} for row in rows]
 
 
-def report(root: Path) -> None:
+def report(root: Path, results: list[dict]) -> None:
     """Print the table, and put it and the figures beside the runs."""
-    results = all_results(root)
     rows = summarise(results)
     print(table(rows))
     write_aside(root / "table.md", lambda path: path.write_text(table(rows) + "\n"))

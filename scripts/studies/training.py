@@ -88,11 +88,10 @@ class Observer(TrainerCallback):
     Args:
         measure: model → numbers by name.
         batches: on which states are ranked, always the same.
-        stopwatch: of the same run.
     """
 
-    def __init__(self, measure, batches: list[dict], stopwatch: Stopwatch):
-        self.measure, self.batches, self.stopwatch = measure, batches, stopwatch
+    def __init__(self, measure, batches: list[dict]):
+        self.measure, self.batches = measure, batches
         self.monitor, self.curve = StateMonitor(), []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -103,7 +102,6 @@ class Observer(TrainerCallback):
         self.curve.append(
             {
                 "step": state.global_step,
-                "seconds": self.stopwatch.seconds,
                 "state_sizes": seen.state_sizes,
                 "energies": [layer.tolist() for layer in seen.energies],
                 "hankel_singular_values": [layer.tolist() for layer in seen.hankel_singular_values],
@@ -161,7 +159,7 @@ def trained(
     install_scan()
     stopwatch = Stopwatch()
     batches = data.batches(training["per_device_train_batch_size"])[:RANKING_BATCHES]
-    observer, shrink = Observer(measure, batches, stopwatch), None
+    observer, shrink = Observer(measure, batches), None
     callbacks = [stopwatch]
     if recipe.reduction is not None:
         config = CompreSSMConfig(**recipe.reduction, calibration_seed=seed)
