@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_fsdp_enabled:  # whatever the checkpoints were, the model is saved whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    trainer.accelerator.end_training()  # a process group that is left at exit may abort a process
     if not trainer.is_world_process_zero():
         return
     save_history(shrink.history, training_args.output_dir)
