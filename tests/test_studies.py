@@ -125,6 +125,37 @@ def test_parts_start_afresh_once_after_a_cut(tasks):
         assert bool(optimizer.state) == ("moments" not in parts)
 
 
+def test_states_grow_when_none_is_to_spare(tasks):
+    from studies.training import WHEN_FLAT, Recipe, Regrowth, build, effective_number
+    from transformers import TrainerState
+
+    from hf_compressm.layouts import layout_of, state_layers, state_sizes
+    from hf_compressm.surgery import maps_in
+
+    assert effective_number(torch.tensor([3.0, 3.0, 3.0])) == pytest.approx(3)
+    assert effective_number(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
+    model = build(Recipe(2, 1e-3, 20), {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1})
+    (mixer,) = state_layers(model).values()
+    maps = maps_in(dict(mixer.named_parameters()), mixer, layout_of(model))
+    with torch.no_grad():
+        maps.A_log[:] = maps.A_log[:, :1]  # both states the same, but the second hardly seen
+        maps.B_rows[:] = maps.B_rows[:1]
+        maps.C_rows[:] = maps.C_rows[:1] * torch.tensor([[1.0], [0.01]])
+    batches = [{"input_ids": torch.arange(9)[None]}] * 2
+    callback = Regrowth((WHEN_FLAT, 3), batches, {"end": 0.1}, seed=0)
+
+    def size_after(step: int) -> int:
+        callback.on_step_end(None, TrainerState(global_step=step, max_steps=20), None, model=model)
+        return state_sizes(model)[0]
+
+    assert size_after(4) == 2
+    with torch.no_grad():
+        maps.C_rows[1] = maps.C_rows[0]
+    assert size_after(2) == 2  # not before the cuts are over
+    assert size_after(5) == 3  # doubled, but to no more than was said
+    assert size_after(6) == 3 and callback.growths == [{"step": 5, "state_size": 3}]
+
+
 SMALL_STUDY = """
 import sys
 from dataclasses import replace
@@ -158,7 +189,7 @@ def test_recall_is_studied_in_every_arm_and_told_from_the_results_alone(tmp_path
     sizes = {arm: result["state_sizes"] for arm, result in results.items()}
     assert sizes["N = 8 throughout"] == [8, 8] and sizes["N = 2 from scratch"] == [2, 2]
     reached = [arm for arm in results if arm.startswith("8 → 2")]
-    assert len(reached) == 16 and all(sizes[arm] == [2, 2] for arm in reached)
+    assert len(reached) == 17 and all(sizes[arm] == [2, 2] for arm in reached if "flat" not in arm)
     assert results["8 → 1 at 10 %, grown to 2 at 50 %"]["state_sizes"] == [2, 2]
     cut = results["8 → 2 at 25 %"]
     assert [c["step"] for c in cut["cuts"]] == [5]

@@ -8,6 +8,8 @@ Arms, for the full size N and the smaller sizes r of a study:
 - at the smallest r with a refit; and also without compensation, with random states and by magnitude instead of
   `output`, in four stages, and cut to half of r and grown back to r;
 - sizes found by a tolerance and by a loss budget;
+- cut at 10 %, or as small from the start, and doubled whenever the energies of the states are flat, up to four times
+  as many;
 - cut at 10 % with random states, or with what a model from scratch has at its start, to tell what an early cut suffers
   from (maps and moments with the first seed only);
 - with two cycles of the learning rate: N, r from scratch and the cut at 50 %, where the second cycle starts
@@ -24,14 +26,16 @@ from statistics import median
 
 from transformers import set_seed
 
+from .arms import as_long_as, cut_at, difficulty_trial, from_scratch, rate_trial, throughout
 from .language_results import report
 from .running import carry_out_all, name_of
 from .tasks import AssociativeRecall, SelectiveCopying
 from .text import EnglishText
-from .training import Recipe, build, trained
+from .training import WHEN_FLAT, Recipe, build, trained
 
 TUNING_SEED = 100  # of what comes before the comparison
 MIDDLE = 0.50  # when the ablations are cut
+GROWTH = 4  # times as many states as after the cut, at most, where they grow when they are flat
 SETTLED = {"trigger": "settled", "start": 0.05, "end": 0.9}
 ABLATIONS = {
     "refitted": {"refit": True, "calibration_batches": 6},
@@ -127,8 +131,8 @@ class Study:
         """Every difficulty at every size."""
         for task in self.difficulties:
             for size in self.sizes:
-                recipe = Recipe(size, self.learning_rates[len(self.learning_rates) // 2], self.steps)
-                yield Run(f"difficulty {task.difficulty}, N = {size}", TUNING_SEED, recipe, task)
+                recipe = Recipe(size, self.learning_rates[(len(self.learning_rates) - 1) // 2], self.steps)
+                yield Run(difficulty_trial(task.difficulty, size), TUNING_SEED, recipe, task)
 
     def tuning(self) -> Iterator[Run]:
         """Every learning rate at every size."""
@@ -137,7 +141,7 @@ class Study:
                 yield self.tried(size, rate)
 
     def tried(self, size: int, rate: float) -> Run:
-        return Run(f"rate {rate:g}, N = {size}", TUNING_SEED, Recipe(size, rate, self.steps), self.task)
+        return Run(rate_trial(rate, size), TUNING_SEED, Recipe(size, rate, self.steps), self.task)
 
     def best_rates(self, results: dict[str, dict]) -> dict[int, float]:
         """Size → the learning rate at which its loss was lowest."""
@@ -150,13 +154,16 @@ class Study:
         """The arms at equal tokens."""
         full, *targets = self.sizes
         for seed in seeds:
-            recipes = {f"N = {full} throughout": Recipe(full, rates[full], self.steps)}
+            recipes = {throughout(full): Recipe(full, rates[full], self.steps)}
             for size in targets:
-                recipes[f"N = {size} from scratch"] = Recipe(size, rates[size], self.steps)
+                recipes[from_scratch(size)] = Recipe(size, rates[size], self.steps)
             for arm, cut in self.cuts(seed == seeds[0]).items():
                 recipes[arm] = Recipe(full, rates[full], self.steps, **cut)
+            if self.ablations:
+                growing = replace(recipes[from_scratch(size)], grown=(WHEN_FLAT, GROWTH * size))
+                recipes[f"{from_scratch(size)}, {grown(size)}"] = growing
             if self.ablations and seed == seeds[0]:
-                restarted = [f"N = {full} throughout", *(f"N = {size} from scratch" for size in targets)]
+                restarted = [throughout(full), *map(from_scratch, targets)]
                 restarted += [cut_at(MIDDLE, full, size) for size in targets]
                 recipes |= {f"{arm}, two cycles": replace(recipes[arm], cycles=2) for arm in restarted}
             for arm, recipe in recipes.items():
@@ -187,6 +194,8 @@ class Study:
                 for goal, name in (("tolerance", "τ = 0.1"), ("loss_budget", "loss budget 0.01")):
                     value = float(name.split()[-1])
                     cuts[f"{name} at {round(100 * end)} %"] = {"reduction": {goal: value}, "schedule": once(end)}
+            for arm in (cut_at(0.1, full, size), "loss budget 0.01 at 10 %"):
+                cuts[f"{arm}, {grown(size)}"] = cuts[arm] | {"grown": (WHEN_FLAT, GROWTH * size)}
         return cuts
 
     def equally_long(self, rates: dict[int, float], seeds: list[int], results: dict[str, dict]) -> Iterator[Run]:
@@ -201,8 +210,8 @@ class Study:
                 steps = round(seconds / median(per_step))
                 for seed in seeds:
                     recipe = Recipe(chosen, rates[chosen], steps)
-                    kind = f"N = {chosen}" + (" throughout" if chosen == full else " from scratch")
-                    yield Run(f"{kind}, as long as {arm}", seed, recipe, self.task)
+                    kind = throughout(full) if chosen == full else from_scratch(chosen)
+                    yield Run(as_long_as(kind, arm), seed, recipe, self.task)
 
 
 def once(end: float) -> dict:
@@ -210,9 +219,9 @@ def once(end: float) -> dict:
     return {"start": 0.0, "end": end, "events": 1}
 
 
-def cut_at(end: float, full: int, size: int) -> str:
-    """Name of the arm."""
-    return f"{full} → {size} at {round(100 * end)} %"
+def grown(size: int) -> str:
+    """What is added to the name of an arm whose states grow when they are flat."""
+    return f"grown to {GROWTH * size} when flat"
 
 
 RECALL = AssociativeRecall(pairs=16, queries=16, keys=32, values=32)
@@ -234,19 +243,18 @@ STUDIES = {
         architecture=ONE_BLOCK,
         training={"per_device_train_batch_size": 64},
         steps=1000,
-        sizes=(64, 4),
-        learning_rates=(8e-3, 1.6e-2),
+        sizes=(64, 16, 4),
+        learning_rates=(8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
         difficulties=(replace(COPYING, told=16, length=32),),
         ablations=False,
     ),
     "lm": Study(
-        task=EnglishText(vocab_size=2048, length=512, validation_sequences=32),
+        task=EnglishText(vocab_size=257, length=512, validation_sequences=64),  # bytes, and the end of a text
         architecture={"hidden_size": 64, "num_hidden_layers": 2},
-        training={"per_device_train_batch_size": 2},
-        steps=600,
-        sizes=(64, 8),
-        learning_rates=(4e-3, 8e-3),
-        windows=(0.1, 0.5),
+        training={"per_device_train_batch_size": 4},
+        steps=2000,
+        sizes=(64, 16, 4),
+        learning_rates=(8e-3, 1.6e-2, 3.2e-2),
         ablations=False,
     ),
     "lm-large": Study(

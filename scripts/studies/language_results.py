@@ -14,6 +14,8 @@ from hf_compressm.files import write_aside
 from hf_compressm.plotting import save_figure
 from hf_compressm.settling import rank_correlation
 
+from .arms import as_long_as, cut_at, from_scratch, throughout
+
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
 MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))
 SCRATCH = -12  # where models from scratch stand on an axis of cuts in % of the steps
@@ -28,7 +30,7 @@ def report(root: Path, results: list[dict]) -> None:
     compared = {arm: results for arm, results in arms.items() if not arm.startswith(BEFORE_COMPARISON)}
     sizes = sizes_in(arms)
     sections = [preparation(arms, kind, sizes) for kind in BEFORE_COMPARISON]
-    full = compared.get(throughout(sizes))
+    full = compared.get(throughout(sizes[0]))
     if full:
         sections += [comparison(compared, full), stability(full)]
         save_figure(figure_of_moments(compared, sizes), root / "moments.png")
@@ -116,8 +118,8 @@ def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for i, size in enumerate(sizes[1:]):
-        found = {SCRATCH: arms.get(f"N = {size} from scratch"), 100: arms[throughout(sizes)]}
-        found |= {int(at): arms.get(f"{full} → {size} at {at} %") for at in ("10", "25", "50", "80")}
+        found = {SCRATCH: arms.get(from_scratch(size)), 100: arms[throughout(full)]}
+        found |= {at: arms.get(cut_at(at / 100, full, size)) for at in (10, 25, 50, 80)}
         found = {at: [scale * result[name] for result in found[at]] for at in sorted(found) if found[at]}
         left.plot(list(found), list(map(statistics.mean, found.values())), color=f"C{i}", label=f"{full} → {size}")
         for at, values in found.items():
@@ -153,8 +155,7 @@ def seconds_of(result: dict, clock: dict[str, float], end: int | None = None) ->
     """Time of a run up to a step, or of all: its steps at each size by the clock, and the cuts."""
     recipe = result["settings"]["recipe"]
     changes = [(0, recipe["state_size"]), *((cut["step"], max(cut["state_sizes"])) for cut in result["cuts"])]
-    if recipe["grown"]:
-        changes.append((round(recipe["grown"][0] * recipe["steps"]), recipe["grown"][1]))
+    changes += [(growth["step"], growth["state_size"]) for growth in result.get("growths", [])]
     end = recipe["steps"] if end is None else end
     ends = [min(step, end) for step, _ in changes[1:]] + [end]
     steps = [(max(0, last - first), size) for (first, size), last in zip(changes, ends, strict=True)]
@@ -171,8 +172,9 @@ def chief_measure(arms: Arms) -> tuple[str, float, str]:
 def figure_of_time(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     """Loss along the time of training, of the smallest size; and where runs that last as long end."""
     full, small = sizes[0], sizes[-1]
-    shown = [throughout(sizes), f"N = {small} from scratch", *(f"{full} → {small} at {at} %" for at in (10, 50, 80))]
-    shown += [arm for arm in arms if arm.endswith(f", as long as {full} → {small} at 50 %")]
+    cuts = [cut_at(end, full, small) for end in (0.1, 0.5, 0.8)]
+    shown = [throughout(full), from_scratch(small), *cuts]
+    shown += [as_long_as(arm, cut_at(0.5, full, small)) for arm in (from_scratch(small), throughout(full))]
     figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
     clock = clock_of(arms)
     for axes, (name, scale, label) in zip(figure.subplots(1, 2), MEASURES, strict=True):
@@ -204,7 +206,7 @@ def figure_of_stability(full: list[dict]) -> Figure:
 def figure_of_spectra(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     """Hankel singular values of the first layer's surrogate along the first seed's training, with and without cuts."""
     full, small = sizes[0], sizes[-1]
-    shown = [throughout(sizes), *(f"{full} → {small} at {at} %" for at in (10, 50)), f"N = {small} from scratch"]
+    shown = [throughout(full), *(cut_at(end, full, small) for end in (0.1, 0.5)), from_scratch(small)]
     shown = [arm for arm in shown if arm in arms]
     figure = Figure(figsize=(2.6 * len(shown), 3.4), dpi=130, layout="constrained")
     for axes, arm in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
@@ -228,11 +230,6 @@ def floor_at(panels: list[Axes], share: float) -> None:
     """Cut off what is below this share of the largest value: round-off."""
     top = max(axes.dataLim.y1 for axes in panels)
     panels[0].set_ylim(share * top, 2 * top)
-
-
-def throughout(sizes: tuple[int, ...]) -> str:
-    """Name of the arm that is never cut."""
-    return f"N = {sizes[0]} throughout"
 
 
 def mean(results: list[dict], name: str) -> float:

@@ -1,4 +1,4 @@
-"""Runs of a study, each in a process of its own: one that left its result is not repeated.
+"""Runs of a study, each in a process of its own: one with a result, in its folder or gathered, is not repeated.
 
 A study is anything with `perform(run, folder) -> dict`, `settings(run) -> dict` and `line(result) -> str`; a run has
 an `arm`, a `seed` and a `name` for its folder. All that a result depends on is written beside it and compared.
@@ -22,15 +22,22 @@ GATHERED = "results.json"  # of all runs
 
 
 def carry_out_all(study, runs: Sequence, root: Path, jobs: int) -> dict[str, dict]:
-    """Name → result of all runs, `jobs` at a time, with a line for each that is done.
+    """Name → result of all runs; those without one are performed, `jobs` at a time, with a line for each that is done.
 
     Raises:
-        ValueError: there is a result, but of other settings.
+        ValueError: there is a result, but of other settings; before anything is performed.
     """
-    results, started = {}, time.perf_counter()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    there_are = {name_of(result["arm"], result["seed"]): result for result in all_results(root)}
+    results = {run.name: there_are[run.name] for run in runs if run.name in there_are}
+    for run in runs:
+        if run.name in results and results[run.name]["settings"] != as_json(study.settings(run), rounded):
+            raise ValueError(
+                f"the result of {run.name} in {root} was made with other settings: give another --output_dir, or "
+                f"delete the folder of the run, and its line in {GATHERED}."
+            )
+    started, threads = time.perf_counter(), max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(carry_out, study, run, root, threads) for run in runs]
+        futures = [pool.submit(carry_out, study, run, root, threads) for run in runs if run.name not in results]
         try:
             for future in as_completed(futures):
                 run, result = future.result()
@@ -44,22 +51,16 @@ def carry_out_all(study, runs: Sequence, root: Path, jobs: int) -> dict[str, dic
 
 
 def carry_out(study, run, root: Path, threads: int) -> tuple:
-    """(run, result): from its file where there is one, otherwise performed, with a log of its own."""
+    """(run, result), the result left in its folder, beside a log."""
     torch.set_num_threads(threads)
+    disable_progress_bar()
     folder = root / run.name
-    if not result_file(folder).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        disable_progress_bar()
-        with open(folder / "log.txt", "a") as log, redirect_stdout(log):
-            result = study.perform(run, folder)
-        described = {"arm": run.arm, "seed": run.seed, "settings": as_json(study.settings(run))}
-        write_json(result_file(folder), described | result)
-    result = json.loads(result_file(folder).read_text())
-    if result["settings"] != as_json(study.settings(run)):
-        raise ValueError(
-            f"{result_file(folder)} was made with other settings: give another --output_dir, or delete {folder}."
-        )
-    return run, result
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log, redirect_stdout(log):
+        result = study.perform(run, folder)
+    described = {"arm": run.arm, "seed": run.seed, "settings": as_json(study.settings(run))} | as_json(result)
+    write_json(result_file(folder), described)
+    return run, described
 
 
 def result_file(folder: Path) -> Path:
@@ -68,12 +69,13 @@ def result_file(folder: Path) -> Path:
 
 
 def all_results(root: Path) -> list[dict]:
-    """What there is, rounded, by arms and seeds: of the runs, or where there are none, of what was gathered."""
-    texts = [file.read_text() for file in root.glob(f"*/{result_file(Path()).name}")]
-    if not texts and (root / GATHERED).exists():
-        return json.loads((root / GATHERED).read_text())
-    results = [json.loads(text, parse_float=rounded) for text in texts]
-    return sorted(results, key=lambda result: (result["arm"], result["seed"]))
+    """What there is, rounded, by arms and seeds: of the runs, and what was gathered of others before."""
+    gathered = json.loads((root / GATHERED).read_text()) if (root / GATHERED).exists() else []
+    of_runs = [
+        json.loads(file.read_text(), parse_float=rounded) for file in root.glob(f"*/{result_file(Path()).name}")
+    ]
+    results = {(result["arm"], result["seed"]): result for result in [*gathered, *of_runs]}
+    return [results[key] for key in sorted(results)]
 
 
 def gather(root: Path, results: list[dict]) -> None:
@@ -92,6 +94,6 @@ def name_of(arm: str, seed: int) -> str:
     return f"{arm} seed {seed}".replace(" ", "_").replace("/", "-")
 
 
-def as_json(content):
+def as_json(content, parse_float=None):
     """What would be read after writing: tuples as lists."""
-    return json.loads(json.dumps(content))
+    return json.loads(json.dumps(content), parse_float=parse_float)

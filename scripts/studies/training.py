@@ -27,6 +27,8 @@ from .tasks import Sequences
 
 OBSERVATIONS = 10  # in each run: after every tenth of the steps
 RANKING_BATCHES = 8  # two draws of four
+WHEN_FLAT = "flat"
+FLAT = 0.8  # the share of the states that the energies amount to, from which on they are flat
 AFRESH = ("decay rates", "maps", "moments")  # A_log; rows of B and C; all that the optimizer remembers
 
 
@@ -36,7 +38,8 @@ class Recipe:
 
     Attributes:
         reduction, schedule: options of CompreSSMConfig and CompreSSMSchedule, or nothing is cut.
-        grown: (fraction of the run, size) at which the states are made more again.
+        grown: (moment, size) at which the states are made more again: a fraction of the run, or `WHEN_FLAT`, which
+            doubles them whenever the energies of all layers are, until there are as many.
         afresh: what starts anew after the cut, to find out what it suffers from: of `AFRESH`.
         cycles: of the learning rate: with two it starts again from its peak in the middle of the run.
     """
@@ -46,7 +49,7 @@ class Recipe:
     steps: int
     reduction: dict | None = None
     schedule: dict = field(default_factory=dict)
-    grown: tuple[float, int] | None = None
+    grown: tuple[float | str, int] | None = None
     afresh: tuple[str, ...] = ()
     cycles: int = 1
 
@@ -112,14 +115,40 @@ class Observer(TrainerCallback):
 
 
 class Regrowth(TrainerCallback):
-    """Gives every layer states that can learn, once. Comes after the cuts."""
+    """Gives every layer more states, which can learn, as `Recipe.grown` says. Comes after the cuts.
 
-    def __init__(self, fraction: float, size: int, seed: int):
-        self.fraction, self.size, self.generator = fraction, size, torch.Generator().manual_seed(seed)
+    Args:
+        batches: on which energies are measured.
+        schedule: of the cuts, before whose end nothing is grown.
+    """
+
+    def __init__(self, grown: tuple[float | str, int], batches: list[dict], schedule: dict, seed: int):
+        self.moment, self.size = grown
+        self.batches, self.start = batches, schedule.get("end", 0.0)
+        self.monitor, self.generator, self.growths = StateMonitor(), torch.Generator().manual_seed(seed), []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step == round(self.fraction * state.max_steps):
-            grow_state(model, self.size, optimizer, self.generator)
+        size = max(state_sizes(model).values())
+        if self.moment != WHEN_FLAT:
+            target = self.size if state.global_step == round(self.moment * state.max_steps) else size
+        else:
+            is_time = state.global_step % max(1, state.max_steps // (2 * OBSERVATIONS)) == 0
+            is_after = state.global_step > round(self.start * state.max_steps)
+            target = min(2 * size, self.size) if is_time and is_after and self.is_flat(model) else size
+        if target > size:
+            grow_state(model, target, optimizer, self.generator)
+            self.growths.append({"step": state.global_step, "state_size": target})
+
+    def is_flat(self, model) -> bool:
+        """Whether no layer has states to spare: exp of the entropy of its energies comes near their number."""
+        config = CompreSSMConfig(tolerance=0.5, calibration_batches=len(self.batches))
+        energies = self.monitor.observe(model, self.batches, config, 0, draws=1).energies
+        return all(effective_number(layer) >= FLAT * len(layer) for layer in energies)
+
+
+def effective_number(energies: torch.Tensor) -> float:
+    """How many equal ones would have the entropy of these; between 1 and (N,)."""
+    return float(torch.distributions.Categorical(energies.double()).entropy().exp())
 
 
 class Afresh(TrainerCallback):
@@ -159,13 +188,13 @@ def trained(
     install_scan()
     stopwatch = Stopwatch()
     batches = data.batches(training["per_device_train_batch_size"])[:RANKING_BATCHES]
-    observer, shrink = Observer(measure, batches), None
+    observer, shrink, regrowth = Observer(measure, batches), None, None
     callbacks = [stopwatch]
     if recipe.reduction is not None:
         config = CompreSSMConfig(**recipe.reduction, calibration_seed=seed)
         callbacks.append(shrink := CompreSSMCallback(config, schedule_of(recipe)))
     if recipe.grown is not None:
-        callbacks.append(Regrowth(*recipe.grown, seed))
+        callbacks.append(regrowth := Regrowth(recipe.grown, batches, recipe.schedule, seed))
     if recipe.afresh:
         callbacks.append(Afresh(recipe.afresh, seed))
     trainer = StudyTrainer(
@@ -190,6 +219,7 @@ def trained(
         "cuts": [
             {"step": e.step, "state_sizes": e.state_sizes_after, "rise": e.loss_after - e.loss_before} for e in events
         ],
+        "growths": regrowth.growths if regrowth else [],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "curve": observer.curve,
     }

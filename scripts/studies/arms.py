@@ -1,0 +1,31 @@
+"""What the arms of a study of Mamba are called: their names are all that its tables and figures know them by."""
+
+
+def throughout(full: int) -> str:
+    """The arm that is never cut."""
+    return f"N = {full} throughout"
+
+
+def from_scratch(size: int) -> str:
+    """The arm that is as small from the start."""
+    return f"N = {size} from scratch"
+
+
+def cut_at(end: float, full: int, size: int) -> str:
+    """The arm that is cut once, after this fraction of the steps."""
+    return f"{full} → {size} at {round(100 * end)} %"
+
+
+def as_long_as(arm: str, other: str) -> str:
+    """An arm with as many steps as fit into the time of another."""
+    return f"{arm}, as long as {other}"
+
+
+def difficulty_trial(name: str, size: int) -> str:
+    """A run that shows what a size can do, of a task as hard as this."""
+    return f"difficulty {name}, N = {size}"
+
+
+def rate_trial(rate: float, size: int) -> str:
+    """A run that shows how well a learning rate serves a size."""
+    return f"rate {rate:g}, N = {size}"
