@@ -62,11 +62,16 @@ def preparation(arms: Arms, kind: str, sizes: tuple[int, ...]) -> str:
 
 
 def comparison(arms: Arms, full: list[dict]) -> str:
-    """Every arm: what it came to, how long it took and what its cut cost at once. Times are relative to the full N."""
+    """Every arm: what it came to, how long it took and what its cut cost at once. Times are relative to the full N.
+
+    An arm is compared with that from scratch of its size, seed by seed: those with the same seed see the same data.
+    """
     recalls = "recall_accuracy" in full[0]
     clock = clock_of(arms)
     whole = statistics.mean(seconds_of(result, clock) for result in full)
-    header = ["arm", "N", "steps", "time", "accuracy, %", "loss, nats", "rise at the cut, nats", "seeds"]
+    name, scale, label = chief_measure(arms)
+    header = ["arm", "N", "steps", "time", "accuracy, %", "loss, nats", f"{label}: more than from scratch"]
+    header += ["rise at the cut, nats", "seeds"]
     header += ["recall loss, nats"] * recalls
     rows = []
     for arm, results in sorted(arms.items(), key=lambda entry: mean(entry[1], "loss")):
@@ -79,12 +84,21 @@ def comparison(arms: Arms, full: list[dict]) -> str:
                 f"{statistics.mean(seconds_of(result, clock) for result in results) / whole:.2f}",
                 spread([100 * result["accuracy"] for result in results], 1),
                 spread([result["loss"] for result in results], 3),
-                spread(rises, 3) if rises else "",
+                spread([scale * each for each in differences(results, arms, name)], 1 if scale > 1 else 3, "+"),
+                spread(rises, 3),
                 str(len(results)),
             ]
             + ([spread([result["recall_loss"] for result in results], 2)] if recalls else [])
         )
     return table(header, rows)
+
+
+def differences(results: list[dict], arms: Arms, name: str) -> list[float]:
+    """By seed: a measure less that of the model as small from the start, where that is another arm."""
+    size = {size for result in results for size in result["state_sizes"]}
+    scratch = arms.get(from_scratch(size.pop()), []) if len(size) == 1 else []
+    of_seed = {result["seed"]: result[name] for result in scratch if scratch is not results}
+    return [result[name] - of_seed[result["seed"]] for result in results if result["seed"] in of_seed]
 
 
 def stability(full: list[dict]) -> str:
@@ -242,9 +256,11 @@ def deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation."""
-    told = f"{statistics.mean(values):.{digits}f}"
+def spread(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean ± standard deviation; empty where there are no values."""
+    if not values:
+        return ""
+    told = f"{statistics.mean(values):{sign}.{digits}f}"
     return told if len(values) < 2 else f"{told} ± {deviation(values):.{digits}f}"
 
 
