@@ -247,6 +247,7 @@ STUDIES = {
         learning_rates=(8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
         difficulties=(replace(COPYING, told=16, length=32),),
         ablations=False,
+        seeds=(0, 1, 2, 3, 4),
     ),
     "lm": Study(
         task=EnglishText(vocab_size=257, length=512, validation_sequences=64),  # bytes, and the end of a text
@@ -254,7 +255,7 @@ STUDIES = {
         training={"per_device_train_batch_size": 4},
         steps=2000,
         sizes=(64, 16, 4),
-        learning_rates=(8e-3, 1.6e-2, 3.2e-2),
+        learning_rates=(8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
         ablations=False,
     ),
     "lm-large": Study(
