@@ -1,4 +1,4 @@
-"""Pictures of the singular values, of a run, and of results: `pip install hf_compressm[plot]`.
+"""Pictures of the singular values, of a run, and of results: they need matplotlib.
 
 Every function returns a matplotlib `Figure`, which `save_figure` writes. No pyplot: no global state, no backend.
 

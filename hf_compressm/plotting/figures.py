@@ -37,7 +37,7 @@ def load_matplotlib():
         import matplotlib.patheffects
         import matplotlib.transforms
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install hf_compressm[plot].") from error
+        raise ImportError("pictures need matplotlib: pip install matplotlib.") from error
     return matplotlib
 
 

@@ -21,6 +21,11 @@ def as_long_as(arm: str, other: str) -> str:
     return f"{arm}, as long as {other}"
 
 
+def grown_to(arm: str, size: int) -> str:
+    """An arm whose states are doubled whenever they are flat, up to this size."""
+    return f"{arm}, grown to {size} when flat"
+
+
 def difficulty_trial(name: str, size: int) -> str:
     """A run that shows what a size can do, of a task as hard as this."""
     return f"difficulty {name}, N = {size}"

@@ -8,13 +8,14 @@ Arms, for the full size N and the smaller sizes r of a study:
 - at the smallest r with a refit; and also without compensation, with random states and by magnitude instead of
   `output`, in four stages, and cut to half of r and grown back to r;
 - sizes found by a tolerance and by a loss budget;
-- cut at 10 %, or as small from the start, and doubled whenever the energies of the states are flat, up to four times
-  as many;
+- cut at 10 % to the smallest r or by a loss budget, or as small as r from the start, and doubled whenever the energies
+  of the states are flat, up to four times the smallest r;
 - cut at 10 % with random states, or with what a model from scratch has at its start, to tell what an early cut suffers
   from (maps and moments with the first seed only);
-- with two cycles of the learning rate: N, r from scratch and the cut at 50 %, where the second cycle starts
+- with two cycles of the learning rate: N, r from scratch and the cut at 50 %, soon after which the second cycle starts
   (the first seed only);
-- at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %.
+- at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %; of
+  seeds that are added later as many as of those before.
 
 Where a task has a range of difficulties, one run for each and for each size comes first: it shows where N decides.
 """
@@ -22,20 +23,20 @@ Where a task has a range of difficulties, one run for each and for each size com
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean
 
 from transformers import set_seed
 
-from .arms import as_long_as, cut_at, difficulty_trial, from_scratch, rate_trial, throughout
-from .language_results import report
-from .running import carry_out_all, name_of
+from .arms import as_long_as, cut_at, difficulty_trial, from_scratch, grown_to, rate_trial, throughout
+from .language_results import by_arm, clock_of, report, seconds_of, steps_of
+from .running import all_results, carry_out_all, name_of
 from .tasks import AssociativeRecall, SelectiveCopying
 from .text import EnglishText
 from .training import WHEN_FLAT, Recipe, build, trained
 
 TUNING_SEED = 100  # of what comes before the comparison
 MIDDLE = 0.50  # when the ablations are cut
-GROWTH = 4  # times as many states as after the cut, at most, where they grow when they are flat
+GROWTH = 4  # times the smallest size, at most, where states grow when they are flat
 SETTLED = {"trigger": "settled", "start": 0.05, "end": 0.9}
 ABLATIONS = {
     "refitted": {"refit": True, "calibration_batches": 6},
@@ -99,7 +100,7 @@ class Study:
         rates = self.best_rates(before)
         compared = list(self.compared(rates, seeds))
         results = carry_out_all(self, compared, root, jobs)
-        carry_out_all(self, list(self.equally_long(rates, seeds, results)), root, jobs)
+        carry_out_all(self, list(self.equally_long(rates, seeds, results, root)), root, jobs)
 
     def perform(self, run: Run, folder: Path) -> dict:
         """Train, measuring on the way."""
@@ -160,8 +161,8 @@ class Study:
             for arm, cut in self.cuts(seed == seeds[0]).items():
                 recipes[arm] = Recipe(full, rates[full], self.steps, **cut)
             if self.ablations:
-                growing = replace(recipes[from_scratch(size)], grown=(WHEN_FLAT, GROWTH * size))
-                recipes[f"{from_scratch(size)}, {grown(size)}"] = growing
+                small, limit = from_scratch(targets[-1]), GROWTH * targets[-1]
+                recipes[grown_to(small, limit)] = replace(recipes[small], grown=(WHEN_FLAT, limit))
             if self.ablations and seed == seeds[0]:
                 restarted = [throughout(full), *map(from_scratch, targets)]
                 restarted += [cut_at(MIDDLE, full, size) for size in targets]
@@ -179,49 +180,48 @@ class Study:
                 cuts[cut_at(end, full, size)] = {"reduction": goal, "schedule": once(end)}
             if self.ablations:
                 cuts[f"{full} → {size} when settled"] = {"reduction": goal, "schedule": SETTLED}
-        middle = cut_at(MIDDLE, full, size)
+        smallest = targets[-1]
+        goal, middle = {"target_state_size": smallest}, cut_at(MIDDLE, full, smallest)
         for name, options in ABLATIONS.items() if self.ablations else [("refitted", ABLATIONS["refitted"])]:
             cuts[f"{middle}, {name}"] = {"reduction": goal | options, "schedule": once(MIDDLE)}
         if self.ablations:
             stages = {"start": 0.1, "end": MIDDLE, "events": 4}
-            cuts[f"{full} → {size} in four stages to 50 %"] = {"reduction": goal, "schedule": stages}
-            regrown = {"reduction": {"target_state_size": size // 2}, "schedule": once(0.1), "grown": (MIDDLE, size)}
-            cuts[f"{full} → {size // 2} at 10 %, grown to {size} at 50 %"] = regrown
+            cuts[f"{full} → {smallest} in four stages to 50 %"] = {"reduction": goal, "schedule": stages}
+            half = smallest // 2
+            regrown = {"reduction": {"target_state_size": half}, "schedule": once(0.1), "grown": (MIDDLE, smallest)}
+            cuts[f"{full} → {half} at 10 %, grown to {smallest} at 50 %"] = regrown
             for name, options in EARLY.items() if is_first_seed else list(EARLY.items())[:2]:
                 early = options | {"reduction": goal | options.get("reduction", {}), "schedule": once(0.1)}
-                cuts[f"{cut_at(0.1, full, size)}, {name}"] = early
+                cuts[f"{cut_at(0.1, full, smallest)}, {name}"] = early
             for end in (0.1, MIDDLE):
-                for goal, name in (("tolerance", "τ = 0.1"), ("loss_budget", "loss budget 0.01")):
-                    value = float(name.split()[-1])
-                    cuts[f"{name} at {round(100 * end)} %"] = {"reduction": {goal: value}, "schedule": once(end)}
-            for arm in (cut_at(0.1, full, size), "loss budget 0.01 at 10 %"):
-                cuts[f"{arm}, {grown(size)}"] = cuts[arm] | {"grown": (WHEN_FLAT, GROWTH * size)}
+                for found_by, name in (({"tolerance": 0.1}, "τ = 0.1"), ({"loss_budget": 0.01}, "loss budget 0.01")):
+                    cuts[f"{name} at {round(100 * end)} %"] = {"reduction": found_by, "schedule": once(end)}
+            limit = GROWTH * smallest
+            for arm in (cut_at(0.1, full, smallest), "loss budget 0.01 at 10 %"):
+                cuts[grown_to(arm, limit)] = cuts[arm] | {"grown": (WHEN_FLAT, limit)}
         return cuts
 
-    def equally_long(self, rates: dict[int, float], seeds: list[int], results: dict[str, dict]) -> Iterator[Run]:
+    def equally_long(
+        self, rates: dict[int, float], seeds: list[int], results: dict[str, dict], root: Path
+    ) -> Iterator[Run]:
         """N with fewer steps and r with more, to last as long as the run that is cut in the middle."""
         full, *targets = self.sizes
+        compared = by_arm(results.values())
+        clock = clock_of(compared)
+        steps_before = {arm: steps_of(of_arm[0]) for arm, of_arm in by_arm(all_results(root)).items()}
         for size in targets:
-            arm = cut_at(MIDDLE, full, size)
-            of_arm = [result for result in results.values() if result["arm"] == arm]
-            seconds = median(result["seconds"] for result in of_arm)
-            for chosen in (full, size):
-                per_step = [result["seconds_per_step"].get(str(chosen)) for result in of_arm]
-                steps = round(seconds / median(per_step))
+            cut = cut_at(MIDDLE, full, size)
+            seconds = mean(seconds_of(result, clock) for result in compared[cut])
+            for arm, chosen in ((throughout(full), full), (from_scratch(size), size)):
+                arm = as_long_as(arm, cut)
+                steps = steps_before.get(arm, round(seconds / clock[str(chosen)]))
                 for seed in seeds:
-                    recipe = Recipe(chosen, rates[chosen], steps)
-                    kind = throughout(full) if chosen == full else from_scratch(chosen)
-                    yield Run(as_long_as(kind, arm), seed, recipe, self.task)
+                    yield Run(arm, seed, Recipe(chosen, rates[chosen], steps), self.task)
 
 
 def once(end: float) -> dict:
     """One cut, after this fraction of the steps."""
     return {"start": 0.0, "end": end, "events": 1}
-
-
-def grown(size: int) -> str:
-    """What is added to the name of an arm whose states grow when they are flat."""
-    return f"grown to {GROWTH * size} when flat"
 
 
 RECALL = AssociativeRecall(pairs=16, queries=16, keys=32, values=32)

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,9 +25,7 @@ BEFORE_COMPARISON = ("difficulty", "rate")  # how the arms of the runs begin tha
 
 def report(root: Path, results: list[dict]) -> None:
     """Print the tables, and put them and the figures beside the runs."""
-    arms: Arms = {}
-    for result in results:
-        arms.setdefault(result["arm"], []).append(result)
+    arms = by_arm(results)
     compared = {arm: results for arm, results in arms.items() if not arm.startswith(BEFORE_COMPARISON)}
     sizes = sizes_in(arms)
     sections = [preparation(arms, kind, sizes) for kind in BEFORE_COMPARISON]
@@ -41,6 +40,14 @@ def report(root: Path, results: list[dict]) -> None:
     write_aside(root / "tables.md", lambda path: path.write_text(text))
     print(text)
     print(", ".join(str(file) for file in sorted([*root.glob("*.png"), *root.glob("*.md")])))
+
+
+def by_arm(results: Iterable[dict]) -> Arms:
+    """The results of each arm."""
+    arms: Arms = {}
+    for result in results:
+        arms.setdefault(result["arm"], []).append(result)
+    return arms
 
 
 def sizes_in(arms: Arms) -> tuple[int, ...]:
@@ -64,7 +71,8 @@ def preparation(arms: Arms, kind: str, sizes: tuple[int, ...]) -> str:
 def comparison(arms: Arms, full: list[dict]) -> str:
     """Every arm: what it came to, how long it took and what its cut cost at once. Times are relative to the full N.
 
-    An arm is compared with that from scratch of its size, seed by seed: those with the same seed see the same data.
+    An arm is compared with that from scratch of its size, seed by seed: with the same seed, and as many steps, they
+    see the same data.
     """
     recalls = "recall_accuracy" in full[0]
     clock = clock_of(arms)
@@ -80,7 +88,7 @@ def comparison(arms: Arms, full: list[dict]) -> str:
             [
                 arm,
                 f"{statistics.mean(statistics.mean(result['state_sizes']) for result in results):.3g}",
-                str(round(statistics.mean(result["settings"]["recipe"]["steps"] for result in results))),
+                str(round(statistics.mean(map(steps_of, results)))),
                 f"{statistics.mean(seconds_of(result, clock) for result in results) / whole:.2f}",
                 spread([100 * result["accuracy"] for result in results], 1),
                 spread([result["loss"] for result in results], 3),
@@ -167,14 +175,21 @@ def clock_of(arms: Arms) -> dict[str, float]:
 
 def seconds_of(result: dict, clock: dict[str, float], end: int | None = None) -> float:
     """Time of a run up to a step, or of all: its steps at each size by the clock, and the cuts."""
-    recipe = result["settings"]["recipe"]
-    changes = [(0, recipe["state_size"]), *((cut["step"], max(cut["state_sizes"])) for cut in result["cuts"])]
+    changes = [
+        (0, result["settings"]["recipe"]["state_size"]),
+        *((cut["step"], max(cut["state_sizes"])) for cut in result["cuts"]),
+    ]
     changes += [(growth["step"], growth["state_size"]) for growth in result.get("growths", [])]
-    end = recipe["steps"] if end is None else end
+    end = steps_of(result) if end is None else end
     ends = [min(step, end) for step, _ in changes[1:]] + [end]
     steps = [(max(0, last - first), size) for (first, size), last in zip(changes, ends, strict=True)]
     cutting = result["cutting_seconds"] if any(cut["step"] <= end for cut in result["cuts"]) else 0.0
     return cutting + sum(count * clock[str(size)] for count, size in steps if count)
+
+
+def steps_of(result: dict) -> int:
+    """Of the whole run."""
+    return result["settings"]["recipe"]["steps"]
 
 
 def chief_measure(arms: Arms) -> tuple[str, float, str]:

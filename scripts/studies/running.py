@@ -33,7 +33,7 @@ def carry_out_all(study, runs: Sequence, root: Path, jobs: int) -> dict[str, dic
         if run.name in results and results[run.name]["settings"] != as_json(study.settings(run), rounded):
             raise ValueError(
                 f"the result of {run.name} in {root} was made with other settings: give another --output_dir, or "
-                f"delete the folder of the run, and its line in {GATHERED}."
+                f"delete the folder of the run, and {GATHERED}."
             )
     started, threads = time.perf_counter(), max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -58,9 +58,9 @@ def carry_out(study, run, root: Path, threads: int) -> tuple:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, redirect_stdout(log):
         result = study.perform(run, folder)
-    described = {"arm": run.arm, "seed": run.seed, "settings": as_json(study.settings(run))} | as_json(result)
-    write_json(result_file(folder), described)
-    return run, described
+    described = {"arm": run.arm, "seed": run.seed, "settings": study.settings(run)} | result
+    write_json(result_file(folder), as_json(described))
+    return run, as_json(described, rounded)
 
 
 def result_file(folder: Path) -> Path:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_compressm import (
     CompreSSMCallback,
@@ -27,6 +26,7 @@ from hf_compressm import (
     compress,
     parameter_groups,
 )
+from hf_compressm.checkpoint import last_complete_checkpoint
 from hf_compressm.files import write_aside
 from hf_compressm.hankel import hankel_nuclear_norm
 from hf_compressm.history import load_history, save_history
@@ -218,7 +218,7 @@ def train(study: Study, run: Run, folder: Path) -> dict:
     )
     trainer.remove_callback(PrinterCallback)
     checkpoints = folder / "checkpoints"
-    resumed = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    resumed = last_complete_checkpoint(checkpoints)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resumed)
     seconds = None if resumed else time.perf_counter() - started  # of an interrupted run it is not known

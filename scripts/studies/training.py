@@ -41,7 +41,7 @@ class Recipe:
         grown: (moment, size) at which the states are made more again: a fraction of the run, or `WHEN_FLAT`, which
             doubles them whenever the energies of all layers are, until there are as many.
         afresh: what starts anew after the cut, to find out what it suffers from: of `AFRESH`.
-        cycles: of the learning rate: with two it starts again from its peak in the middle of the run.
+        cycles: of the learning rate: with two it starts again from its peak in the middle of what follows the warm-up.
     """
 
     state_size: int
@@ -152,7 +152,7 @@ def effective_number(energies: torch.Tensor) -> float:
 
 
 class Afresh(TrainerCallback):
-    """Starts parts anew, as a model of the small size would, after the first cut. Comes after the cuts."""
+    """Starts parts anew, as a model of the small size would, after every cut. Comes after the cuts."""
 
     def __init__(self, parts: tuple[str, ...], seed: int):
         self.parts, self.generator, self.size = parts, torch.Generator().manual_seed(seed), None
@@ -165,13 +165,14 @@ class Afresh(TrainerCallback):
         size = max(state_sizes(model).values())
         if size == self.size:
             return
+        std = model.config.initializer_range
         for mixer in state_layers(model).values():
             maps = maps_in(dict(mixer.named_parameters()), mixer, layout_of(model))
             if "decay rates" in self.parts:
                 maps.A_log.copy_(torch.arange(1, size + 1).log().expand_as(maps.A_log))
             if "maps" in self.parts:
                 for rows in (maps.B_rows, maps.C_rows):
-                    rows.normal_(0, model.config.initializer_range, generator=self.generator)
+                    rows.copy_(torch.empty(rows.shape).normal_(0, std, generator=self.generator))
         if "moments" in self.parts:
             optimizer.state.clear()
 
@@ -187,7 +188,8 @@ def trained(
     """
     install_scan()
     stopwatch = Stopwatch()
-    batches = data.batches(training["per_device_train_batch_size"])[:RANKING_BATCHES]
+    size = training["per_device_train_batch_size"]
+    batches = Sequences(**data[: RANKING_BATCHES * size]).batches(size)
     observer, shrink, regrowth = Observer(measure, batches), None, None
     callbacks = [stopwatch]
     if recipe.reduction is not None:
