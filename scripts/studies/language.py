@@ -212,7 +212,7 @@ class Study:
         for size in targets:
             cut = cut_at(MIDDLE, full, size)
             seconds = mean(seconds_of(result, clock) for result in compared[cut])
-            for arm, chosen in ((throughout(full), full), (from_scratch(size), size)):
+            for arm, chosen in ((from_scratch(size), size), (throughout(full), full)):
                 arm = as_long_as(arm, cut)
                 steps = steps_before.get(arm, round(seconds / clock[str(chosen)]))
                 for seed in seeds:
@@ -256,6 +256,7 @@ STUDIES = {
         steps=2000,
         sizes=(64, 16, 4),
         learning_rates=(8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+        windows=(0.10, 0.50, 0.80),
         ablations=False,
     ),
     "lm-large": Study(
