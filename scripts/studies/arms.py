@@ -16,6 +16,11 @@ def cut_at(end: float, full: int, size: int) -> str:
     return f"{full} → {size} at {round(100 * end)} %"
 
 
+def refitted(arm: str) -> str:
+    """The same with a refit."""
+    return f"{arm}, refitted"
+
+
 def as_long_as(arm: str, other: str) -> str:
     """An arm with as many steps as fit into the time of another."""
     return f"{arm}, as long as {other}"

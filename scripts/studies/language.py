@@ -5,8 +5,9 @@ Arms, for the full size N and the smaller sizes r of a study:
 - N throughout, and r from scratch, each at the learning rate that served its size best (one seed of its own, the same
   small grid for all sizes); what is cut trains at the rate of N;
 - N → r after 10, 25, 50 and 80 % of the steps, with compensation (the default), and when the rankings have settled;
-- at the smallest r with a refit; and also without compensation, with random states and by magnitude instead of
-  `output`, in four stages, and cut to half of r and grown back to r;
+  at 25 and 50 % also with a refit;
+- at the smallest r also without compensation, with random states and by magnitude instead of `output`, in four stages,
+  and cut to half of r and grown back to r;
 - sizes found by a tolerance and by a loss budget;
 - cut at 10 % to the smallest r or by a loss budget, or as small as r from the start, and doubled whenever the energies
   of the states are flat, up to four times the smallest r;
@@ -27,7 +28,7 @@ from statistics import mean
 
 from transformers import set_seed
 
-from .arms import as_long_as, cut_at, difficulty_trial, from_scratch, grown_to, rate_trial, throughout
+from .arms import as_long_as, cut_at, difficulty_trial, from_scratch, grown_to, rate_trial, refitted, throughout
 from .language_results import by_arm, clock_of, report, seconds_of, steps_of
 from .running import all_results, carry_out_all, name_of
 from .tasks import AssociativeRecall, SelectiveCopying
@@ -36,10 +37,11 @@ from .training import WHEN_FLAT, Recipe, build, trained
 
 TUNING_SEED = 100  # of what comes before the comparison
 MIDDLE = 0.50  # when the ablations are cut
+REFITTED = (0.25, MIDDLE)  # when cuts are made with a refit, too
 GROWTH = 4  # times the smallest size, at most, where states grow when they are flat
 SETTLED = {"trigger": "settled", "start": 0.05, "end": 0.9}
+REFIT = {"refit": True, "calibration_batches": 6}
 ABLATIONS = {
-    "refitted": {"refit": True, "calibration_batches": 6},
     "not compensated": {"compensate": False},
     "random states": {"selection": "random"},
     "random states, not compensated": {"selection": "random", "compensate": False},
@@ -178,13 +180,15 @@ class Study:
             goal = {"target_state_size": size}
             for end in self.windows:
                 cuts[cut_at(end, full, size)] = {"reduction": goal, "schedule": once(end)}
+            for end in set(REFITTED).intersection(self.windows):
+                cuts[refitted(cut_at(end, full, size))] = {"reduction": goal | REFIT, "schedule": once(end)}
             if self.ablations:
                 cuts[f"{full} → {size} when settled"] = {"reduction": goal, "schedule": SETTLED}
-        smallest = targets[-1]
-        goal, middle = {"target_state_size": smallest}, cut_at(MIDDLE, full, smallest)
-        for name, options in ABLATIONS.items() if self.ablations else [("refitted", ABLATIONS["refitted"])]:
-            cuts[f"{middle}, {name}"] = {"reduction": goal | options, "schedule": once(MIDDLE)}
         if self.ablations:
+            smallest = targets[-1]
+            goal, middle = {"target_state_size": smallest}, cut_at(MIDDLE, full, smallest)
+            for name, options in ABLATIONS.items():
+                cuts[f"{middle}, {name}"] = {"reduction": goal | options, "schedule": once(MIDDLE)}
             stages = {"start": 0.1, "end": MIDDLE, "events": 4}
             cuts[f"{full} → {smallest} in four stages to 50 %"] = {"reduction": goal, "schedule": stages}
             half = smallest // 2
@@ -209,14 +213,15 @@ class Study:
         compared = by_arm(results.values())
         clock = clock_of(compared)
         steps_before = {arm: steps_of(of_arm[0]) for arm, of_arm in by_arm(all_results(root)).items()}
-        for size in targets:
-            cut = cut_at(MIDDLE, full, size)
-            seconds = mean(seconds_of(result, clock) for result in compared[cut])
-            for arm, chosen in ((from_scratch(size), size), (throughout(full), full)):
+        for is_full in (False, True):
+            for size in targets:
+                cut = cut_at(MIDDLE, full, size)
+                chosen, arm = (full, throughout(full)) if is_full else (size, from_scratch(size))
                 arm = as_long_as(arm, cut)
-                steps = steps_before.get(arm, round(seconds / clock[str(chosen)]))
+                fitting = mean(seconds_of(result, clock) for result in compared[cut]) / clock[str(chosen)]
+                recipe = Recipe(chosen, rates[chosen], steps_before.get(arm, round(fitting)))
                 for seed in seeds:
-                    yield Run(arm, seed, Recipe(chosen, rates[chosen], steps), self.task)
+                    yield Run(arm, seed, recipe, self.task)
 
 
 def once(end: float) -> dict:
