@@ -15,7 +15,7 @@ from hf_compressm.files import write_aside
 from hf_compressm.plotting import save_figure
 from hf_compressm.settling import rank_correlation
 
-from .arms import as_long_as, cut_at, from_scratch, throughout
+from .arms import as_long_as, cut_at, from_scratch, refitted, throughout
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
 MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))
@@ -146,6 +146,9 @@ def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
         left.plot(list(found), list(map(statistics.mean, found.values())), color=f"C{i}", label=f"{full} → {size}")
         for at, values in found.items():
             left.plot([at] * len(values), values, "o", color=f"C{i}", markersize=4, alpha=0.6)
+        refits = {at: arms.get(refitted(cut_at(at / 100, full, size))) for at in (25, 50)}
+        refits = {at: statistics.mean(scale * result[name] for result in each) for at, each in refits.items() if each}
+        left.plot(list(refits), list(refits.values()), f"C{i}D--", markersize=4, label=f"{full} → {size}, refitted")
     left.set_xticks([SCRATCH, 10, 25, 50, 80, 100], ["scratch", "10", "25", "50", "80", "never"], fontsize=8)
     left.set(xlabel="cut after this share of the steps, %", ylabel=label)
     left.legend(frameon=False, fontsize=8)
@@ -204,7 +207,7 @@ def figure_of_time(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     cuts = [cut_at(end, full, small) for end in (0.1, 0.5, 0.8)]
     shown = [throughout(full), from_scratch(small), *cuts]
     shown += [as_long_as(arm, cut_at(0.5, full, small)) for arm in (from_scratch(small), throughout(full))]
-    figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
+    figure = Figure(figsize=(9.6, 4.2), dpi=130, layout="constrained")
     clock = clock_of(arms)
     for axes, (name, scale, label) in zip(figure.subplots(1, 2), MEASURES, strict=True):
         for i, arm in enumerate(arm for arm in shown if arm in arms):
@@ -214,7 +217,8 @@ def figure_of_time(arms: Arms, sizes: tuple[int, ...]) -> Figure:
             style = {"linestyle": "--"} if "as long" in arm else {}
             axes.plot(seconds, values, marker="o", markersize=3, color=f"C{i}", label=arm, **style)
         axes.set(xlabel="training time, s", ylabel=label)
-    axes.legend(frameon=False, fontsize=7)
+    told = axes.get_legend_handles_labels()
+    figure.legend(*told, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return figure
 
 
