@@ -172,7 +172,7 @@ study = replace(study, steps=20, sizes=(8, 2), learning_rates=(1e-2,), architect
 study = replace(study, difficulties=study.difficulties[:1], training={"per_device_train_batch_size": 8})
 if name == "lm":
     study = replace(study, windows=(0.5,), task=EnglishText(300, 32, 4, packages=("anarchism",)))
-study.carry_out([0], Path(folder), 1)
+study.carry_out([0], Path(folder), 2)
 study.report(Path(folder), all_results(Path(folder)))
 """
 
