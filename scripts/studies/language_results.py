@@ -261,8 +261,8 @@ def figure_of_spectra(arms: Arms, sizes: tuple[int, ...]) -> Figure:
 
 def floor_at(panels: list[Axes], share: float) -> None:
     """Cut off what is below this share of the largest value: round-off."""
-    top = max(axes.dataLim.y1 for axes in panels)
-    panels[0].set_ylim(share * top, 2 * top)
+    top, bottom = max(axes.dataLim.y1 for axes in panels), min(axes.dataLim.y0 for axes in panels)
+    panels[0].set_ylim(max(share * top, bottom / 2), 2 * top)
 
 
 def mean(results: list[dict], name: str) -> float:
