@@ -29,8 +29,8 @@ from statistics import mean
 from transformers import set_seed
 
 from .arms import as_long_as, cut_at, difficulty_trial, from_scratch, grown_to, rate_trial, refitted, throughout
-from .language_results import by_arm, clock_of, report, seconds_of, steps_of
-from .running import all_results, carry_out_all, name_of
+from .language_results import clock_of, report, seconds_of, steps_of
+from .running import all_results, by_arm, carry_out_all, name_of
 from .tasks import AssociativeRecall, SelectiveCopying
 from .text import EnglishText
 from .training import WHEN_FLAT, Recipe, build, trained

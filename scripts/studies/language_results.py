@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from hf_compressm.plotting import save_figure
 from hf_compressm.settling import rank_correlation
 
 from .arms import as_long_as, cut_at, from_scratch, refitted, throughout
+from .running import by_arm
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
 MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))
@@ -40,14 +40,6 @@ def report(root: Path, results: list[dict]) -> None:
     write_aside(root / "tables.md", lambda path: path.write_text(text))
     print(text)
     print(", ".join(str(file) for file in sorted([*root.glob("*.png"), *root.glob("*.md")])))
-
-
-def by_arm(results: Iterable[dict]) -> Arms:
-    """The results of each arm."""
-    arms: Arms = {}
-    for result in results:
-        arms.setdefault(result["arm"], []).append(result)
-    return arms
 
 
 def sizes_in(arms: Arms) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -30,7 +30,7 @@ def carry_out_all(study, runs: Sequence, root: Path, jobs: int) -> dict[str, dic
     there_are = {name_of(result["arm"], result["seed"]): result for result in all_results(root)}
     results = {run.name: there_are[run.name] for run in runs if run.name in there_are}
     for run in runs:
-        if run.name in results and results[run.name]["settings"] != as_json(study.settings(run), rounded):
+        if run.name in results and results[run.name]["settings"] != as_read(study.settings(run)):
             raise ValueError(
                 f"the result of {run.name} in {root} was made with other settings: give another --output_dir, or "
                 f"delete the folder of the run, and {GATHERED}."
@@ -59,8 +59,8 @@ def carry_out(study, run, root: Path, threads: int) -> tuple:
     with open(folder / "log.txt", "a") as log, redirect_stdout(log):
         result = study.perform(run, folder)
     described = {"arm": run.arm, "seed": run.seed, "settings": study.settings(run)} | result
-    write_json(result_file(folder), as_json(described))
-    return run, as_json(described, rounded)
+    write_json(result_file(folder), described)
+    return run, as_read(described)
 
 
 def result_file(folder: Path) -> Path:
@@ -76,6 +76,14 @@ def all_results(root: Path) -> list[dict]:
     ]
     results = {(result["arm"], result["seed"]): result for result in [*gathered, *of_runs]}
     return [results[key] for key in sorted(results)]
+
+
+def by_arm(results: Iterable[dict]) -> dict[str, list[dict]]:
+    """The results of each arm, in their order."""
+    arms: dict[str, list[dict]] = {}
+    for result in results:
+        arms.setdefault(result["arm"], []).append(result)
+    return arms
 
 
 def gather(root: Path, results: list[dict]) -> None:
@@ -94,6 +102,6 @@ def name_of(arm: str, seed: int) -> str:
     return f"{arm} seed {seed}".replace(" ", "_").replace("/", "-")
 
 
-def as_json(content, parse_float=None):
-    """What would be read after writing: tuples as lists."""
-    return json.loads(json.dumps(content), parse_float=parse_float)
+def as_read(content):
+    """What `all_results` would read after writing: tuples as lists, rounded."""
+    return json.loads(json.dumps(content), parse_float=rounded)

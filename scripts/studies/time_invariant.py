@@ -34,7 +34,7 @@ from hf_compressm.layouts import state_layers
 from hf_compressm.plotting import plot_accuracy, plot_trajectories, save_figure
 
 from . import image_sequences
-from .running import carry_out_all, name_of, result_file
+from .running import by_arm, carry_out_all, name_of, result_file
 
 OBSERVATIONS = 50  # of the singular values, in each run that is reduced
 
@@ -310,9 +310,7 @@ def middle(tolerances: tuple[float, ...]) -> float:
 
 def summarise(results: list[dict]) -> list[dict]:
     """A row for each arm: sizes, accuracies and times over the seeds, in order of size."""
-    arms = {}
-    for result in sorted(results, key=lambda result: result["seed"]):
-        arms.setdefault(result["arm"], []).append(result)
+    arms = by_arm(sorted(results, key=lambda result: result["seed"]))
     rows = [
         {
             "arm": arm,

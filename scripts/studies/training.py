@@ -129,15 +129,18 @@ class Regrowth(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         size = max(state_sizes(model).values())
-        if self.moment != WHEN_FLAT:
-            target = self.size if state.global_step == round(self.moment * state.max_steps) else size
-        else:
-            is_time = state.global_step % max(1, state.max_steps // (2 * OBSERVATIONS)) == 0
-            is_after = state.global_step > round(self.start * state.max_steps)
-            target = min(2 * size, self.size) if is_time and is_after and self.is_flat(model) else size
-        if target > size:
+        target = min(2 * size, self.size) if self.moment == WHEN_FLAT else self.size
+        if target > size and self.is_due(state, model):
             grow_state(model, target, optimizer, self.generator)
             self.growths.append({"step": state.global_step, "state_size": target})
+
+    def is_due(self, state, model) -> bool:
+        """Whether this is the moment; flatness is measured 20 times a run at most."""
+        if self.moment != WHEN_FLAT:
+            return state.global_step == round(self.moment * state.max_steps)
+        is_time = state.global_step % max(1, state.max_steps // (2 * OBSERVATIONS)) == 0
+        is_after = state.global_step > round(self.start * state.max_steps)
+        return is_time and is_after and self.is_flat(model)
 
     def is_flat(self, model) -> bool:
         """Whether no layer has states to spare: exp of the entropy of its energies comes near their number."""
