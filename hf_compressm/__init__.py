@@ -1,19 +1,22 @@
 """Pretrain Mamba language models that start with a large state and shrink it while they learn."""
 
+import sys
 from importlib.metadata import version
 
-from .callback import CompreSSMCallback
+from .architectures.lru import LRUConfig, LRUForSequenceClassification, LRUModel
+from .architectures.mamba_scan import install_scan, uninstall_scan
 from .config import CompreSSMConfig
-from .environment import env_report
-from .hub import push_compressed
-from .kernels import install_scan, uninstall_scan
-from .lru import LRUConfig, LRUForSequenceClassification, LRUModel
-from .model_card import CardDetails
-from .optimizers import parameter_groups
+from .console.environment import env_report
 from .reduction import analyze, compress
-from .schedule import CompreSSMSchedule
+from .sharing.hub import push_compressed
+from .sharing.model_card import CardDetails
+from .surgery.optimizer_state import parameter_groups
+from .theory import hankel
+from .training.callback import CompreSSMCallback
+from .training.schedule import CompreSSMSchedule
 
 __version__ = version("hf_compressm")
+sys.modules[f"{__name__}.hankel"] = hankel  # it is public under this name, wherever its file lies
 
 __all__ = [
     "CardDetails",
@@ -26,6 +29,7 @@ __all__ = [
     "analyze",
     "compress",
     "env_report",
+    "hankel",
     "install_scan",
     "parameter_groups",
     "push_compressed",

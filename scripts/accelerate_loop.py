@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator, get_cosine_schedule_with_warmup, set_seed
 
 from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress, install_scan, parameter_groups
-from hf_compressm.analysis import reducible_size
-from hf_compressm.calibration import draw_batches
-from hf_compressm.history import History, load_history, save_history
-from hf_compressm.surgery import set_state_sizes
+from hf_compressm.analysis.calibration import draw_batches
+from hf_compressm.analysis.checks import reducible_size
+from hf_compressm.storage.history import History, load_history, save_history
+from hf_compressm.surgery.shrink_and_grow import set_state_sizes
 
 
 @dataclass

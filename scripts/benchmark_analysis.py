@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, analyze, compress
-from hf_compressm.hankel import diagonal_gramians, hankel_nuclear_norm
-from hf_compressm.history import write_aside
-from hf_compressm.layouts import state_layers
+from hf_compressm.architectures.family import state_layers
 from hf_compressm.plotting import save_figure
+from hf_compressm.storage.files import write_aside
+from hf_compressm.theory.hankel import diagonal_gramians, hankel_nuclear_norm
 
 WEIGHT = 1e-3  # of the regulariser; its cost does not depend on it
 

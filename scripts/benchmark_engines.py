@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser, MambaConfig, MambaForCausalLM, set_seed
 
 from hf_compressm import install_scan, parameter_groups
-from hf_compressm.layouts import state_sizes
-from hf_compressm.surgery import Selection, shrink_state
+from hf_compressm.architectures.family import state_sizes
+from hf_compressm.surgery.shrink_and_grow import shrink_state
+from hf_compressm.theory.plan import Selection
 
 MODELS = {
     "22M": dict(hidden_size=384, num_hidden_layers=12, vocab_size=24_000),

@@ -32,16 +32,16 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_compressm import CompreSSMConfig, analyze, install_scan
-from hf_compressm.calibration import undisturbed
-from hf_compressm.criteria import CRITERIA
-from hf_compressm.files import write_json
-from hf_compressm.layouts import state_sizes
-from hf_compressm.masking import masked_parameters
-from hf_compressm.measurement import mean_loss
-from hf_compressm.options import option
+from hf_compressm.analysis.calibration import undisturbed
+from hf_compressm.analysis.losses import mean_loss
+from hf_compressm.analysis.masking import masked_parameters
+from hf_compressm.analysis.recall import RecallProbe
+from hf_compressm.analysis.selective import SelectiveAnalysis
+from hf_compressm.architectures.family import state_sizes
+from hf_compressm.config import option
 from hf_compressm.plotting import save_figure
-from hf_compressm.recall import RecallProbe
-from hf_compressm.selective_analysis import SelectiveAnalysis
+from hf_compressm.storage.files import write_json
+from hf_compressm.theory.criteria import CRITERIA
 
 REMEDIES = {
     "none": {"compensate": False},

@@ -45,12 +45,12 @@ from transformers import (
 )
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
-from hf_compressm.announcements import sizes_text
-from hf_compressm.checkpoint import check_complete, last_complete_checkpoint
+from hf_compressm.architectures.family import state_sizes
 from hf_compressm.config import GOALS
 from hf_compressm.engines import from_first_process, unwrap
-from hf_compressm.history import save_history
-from hf_compressm.layouts import state_sizes
+from hf_compressm.storage.checkpoint import check_complete, last_complete_checkpoint
+from hf_compressm.storage.history import save_history
+from hf_compressm.storage.records import sizes_text
 
 EXAMPLE_GOAL = ["--target_state_size", "16"]
 END_OF_TEXT = "<|endoftext|>"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from more; two workers share two cores
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on a CPU; read when triton is imported
 
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
-from hf_compressm.history import History, save_history
+from hf_compressm.storage.history import History, save_history
 
 ROOT = Path(__file__).parent.parent
 LONGEST_FIRST = ("test_scripts.py", "test_distributed.py", "test_studies.py", "test_kill.py")  # a worker takes a file

@@ -12,29 +12,13 @@ from conftest import ROOT
 
 import hf_compressm
 
-# Imports run one way: a file may import from those before it.
-ORDER = """
-    hankel settling kernels.operators kernels.torch_scan selective criteria kernels.cpp_scan kernels.triton_scan
-    kernels.dispatch kernels.scan kernels.installation kernels state_fit layouts options config schedule files
-    engines.processes engines.sharded engines.wrappers engines.data_parallel engines.engine engines.training_arguments
-    engines optimizers per_layer.modeling_compressm_mamba per_layer recording resizing surgery
-    lru.linear_recurrence lru.configuration_lru lru.modeling_lru lru
-    calibration measurement recall masking activations refit selective_analysis time_invariant_analysis analysis
-    allocation records history reduction
-    monitor trigger adoption checkpoint snapshot safety_net announcements
-    plotting.figures plotting.spectra plotting.trajectories plotting.settling plotting.runs plotting.results plotting
-    mamba_ssm_format loading export pictures model_card hub publication attachment callback
-    environment text cli
+PACKAGE = ROOT / "hf_compressm"
+
+# Imports run one way: a room may import from those before it. The mathematics knows torch only.
+FLOORS = """
+    theory kernels engines config architectures surgery storage analysis report reduction plotting sharing training
+    console __init__
 """.split()
-MATHEMATICS = {
-    "hankel",
-    "settling",
-    "kernels.operators",
-    "kernels.torch_scan",
-    "selective",
-    "criteria",
-    "lru.linear_recurrence",
-}
 
 USE = """
     import sys, torch
@@ -42,9 +26,9 @@ USE = """
     assert hf_compressm.__file__.startswith(sys.argv[1]), hf_compressm.__file__
     from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
     from hf_compressm import CompreSSMConfig, analyze, compress
-    from hf_compressm.cli import main
-    from hf_compressm.history import History, load_history, save_history
-    from hf_compressm.model_card import write_model_card
+    from hf_compressm.console.cli import main
+    from hf_compressm.storage.history import History, load_history, save_history
+    from hf_compressm.sharing.model_card import write_model_card
 
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, state_size=16, num_hidden_layers=2))
     batches = [{"input_ids": torch.randint(0, 64, (2, 16))} for _ in range(8)]
@@ -77,43 +61,45 @@ def test_the_wheel_alone_analyses_compresses_saves_and_loads(tmp_path):
     assert used.endswith(f"used {hf_compressm.__version__}\n")
 
 
-def imports_of(module: str) -> set[str]:
-    """Names of our own modules, and of foreign packages, that a module imports."""
-    path = ROOT / "hf_compressm" / (module.replace(".", "/") + ".py")
-    path = path if path.exists() else ROOT / "hf_compressm" / module / "__init__.py"
-    package = module.split(".")[:-1] if path.name != "__init__.py" else module.split(".")
-    found = set()
+def room_of(path) -> str:
+    """A package or a file of the top floor: its name."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path) -> tuple[set[str], set[str]]:
+    """Our own rooms, and the foreign packages, that a file imports."""
+    own, foreign = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            target = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            found.add(target)
+            parents = path.relative_to(PACKAGE).parts[: -node.level]
+            names = [*parents, *(node.module or "").split(".")] if node.module or parents else []
+            own |= {names[0]} if names else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
+            foreign.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-    return found - {""}
+            foreign |= {alias.name.split(".")[0] for alias in node.names}
+    return own, foreign - set(sys.stdlib_module_names)
 
 
-def test_every_file_has_its_place():
-    files = {
-        str(path.relative_to(ROOT / "hf_compressm").with_suffix("")).replace("/", ".").removesuffix(".__init__")
-        for path in (ROOT / "hf_compressm").rglob("*.py")
+def test_the_house_has_few_rooms_and_short_files():
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 17, sorted(path.name for path in entries)
+    assert {room_of(path) for path in PACKAGE.rglob("*.py")} == set(FLOORS)
+    lengths = {
+        path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*") if path.suffix in (".py", ".cpp")
     }
-    assert files - {"__init__"} == set(ORDER)
+    assert not {str(path): length for path, length in lengths.items() if length > 400}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_run_one_way(module):
-    own = imports_of(module) & set(ORDER)
-    assert own <= set(ORDER[: ORDER.index(module)])
-
-
-@pytest.mark.parametrize("module", sorted(MATHEMATICS))
-def test_the_mathematics_knows_torch_only(module):
-    foreign = imports_of(module) - set(ORDER) - set(sys.stdlib_module_names)
-    assert foreign <= {"torch"}
-    assert imports_of(module) & set(ORDER) <= MATHEMATICS
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    own, foreign = imports_of(path)
+    floor = FLOORS.index(room_of(path))
+    assert own <= set(FLOORS[: floor + 1])
+    if room_of(path) == "theory":
+        assert foreign <= {"torch"}
+    if room_of(path) == "kernels":
+        assert "transformers" not in foreign
 
 
 def test_the_public_names_are_those_of_the_readme():
@@ -128,6 +114,7 @@ def test_the_public_names_are_those_of_the_readme():
         "analyze",
         "compress",
         "env_report",
+        "hankel",
         "install_scan",
         "parameter_groups",
         "push_compressed",

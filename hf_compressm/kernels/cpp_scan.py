@@ -6,6 +6,7 @@ Needs GCC. Where that is missing or fails, one warning says so and the scan in P
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import subprocess
@@ -14,11 +15,10 @@ from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
-from transformers.utils import logging
 
 from .operators import define_scan
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = "-std=c++20 -O3 -march=native -fopenmp -fPIC -shared -w".split()

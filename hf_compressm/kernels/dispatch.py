@@ -52,7 +52,7 @@ def choose_scan(device_type: str, dtype: torch.dtype, implementation: str | None
     if implementation and (name not in NAMES or name == "mamba_ssm" or not _serves(name, device_type, dtype)):
         raise ValueError(f"implementation = {name!r} does not compute on {device_type} in {dtype}; leave it out.")
     if name == "triton":
-        from .triton_scan import scan as triton_scan  # Triton is optional
+        from .triton_scan import scan as triton_scan
 
         return triton_scan
     return cpp_scan if name == "cpp" else torch_scan

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from ..files import write_aside
+from ..storage.files import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

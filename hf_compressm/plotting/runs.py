@@ -7,8 +7,8 @@ from operator import itemgetter
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from ..history import History
-from ..records import ReductionEvent
+from ..storage.history import History
+from ..storage.records import ReductionEvent
 from .figures import (
     AUXILIARY,
     COLORS,

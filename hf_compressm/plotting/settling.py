@@ -3,8 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
-from ..history import History
-from ..records import Observation
+from ..storage.history import History
+from ..storage.records import Observation
 from .figures import AUXILIARY, COLORS, SMALL, new_figure, whole_numbers
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..hankel import truncation_rank
+from ..theory.hankel import truncation_rank
 from .figures import (
     AUXILIARY,
     FLOOR,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..history import History
-from ..records import ReductionEvent
+from ..storage.history import History
+from ..storage.records import ReductionEvent
 from .figures import AUXILIARY, COLORS, FLOOR, SMALL, color_bar, color_scale, new_figure, size_change, whole_numbers
 from .spectra import shares_of_largest
 

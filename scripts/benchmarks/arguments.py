@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hf_compressm.options import option
+from hf_compressm.config import option
 
 
 @dataclass

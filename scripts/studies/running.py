@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from hf_compressm.files import write_aside, write_json
+from hf_compressm.storage.files import write_aside, write_json
 
 GATHERED = "results.json"  # of all runs
 

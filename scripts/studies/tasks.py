@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hf_compressm.calibration import undisturbed
+from hf_compressm.analysis.calibration import undisturbed
 
 IGNORED = -100  # positions without a label
 TEST_SEQUENCES, TEST_SEED = 1024, 7

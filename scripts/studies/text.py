@@ -18,14 +18,13 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from hf_compressm.tasks import Sequences, answered
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 
-from hf_compressm.files import write_aside
-from hf_compressm.recall import recall_probe
-
-from .tasks import Sequences, answered
+from hf_compressm.analysis.recall import recall_probe
+from hf_compressm.storage.files import write_aside
 
 ROOT = Path(os.environ.get("ENGLISH_TEXT", "/"))
 PACKAGES = {

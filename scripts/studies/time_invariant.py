@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from hf_compressm.running import by_arm, carry_out_all, name_of, result_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
@@ -24,17 +25,15 @@ from hf_compressm import (
     LRUForSequenceClassification,
     analyze,
     compress,
+    image_sequences,
     parameter_groups,
 )
-from hf_compressm.checkpoint import last_complete_checkpoint
-from hf_compressm.files import write_aside
-from hf_compressm.hankel import hankel_nuclear_norm
-from hf_compressm.history import load_history, save_history
-from hf_compressm.layouts import state_layers
+from hf_compressm.architectures.family import state_layers
 from hf_compressm.plotting import plot_accuracy, plot_trajectories, save_figure
-
-from . import image_sequences
-from .running import by_arm, carry_out_all, name_of, result_file
+from hf_compressm.storage.checkpoint import last_complete_checkpoint
+from hf_compressm.storage.files import write_aside
+from hf_compressm.storage.history import load_history, save_history
+from hf_compressm.theory.hankel import hankel_nuclear_norm
 
 OBSERVATIONS = 50  # of the singular values, in each run that is reduced
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from hf_compressm.tasks import Sequences
 from transformers import (
     MambaConfig,
     MambaForCausalLM,
@@ -18,12 +19,10 @@ from transformers import (
 )
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
-from hf_compressm.history import save_history
-from hf_compressm.layouts import layout_of, state_layers, state_sizes
-from hf_compressm.monitor import StateMonitor
-from hf_compressm.surgery import grow_state, maps_in
-
-from .tasks import Sequences
+from hf_compressm.architectures.family import layout_of, state_layers, state_sizes
+from hf_compressm.storage.history import save_history
+from hf_compressm.surgery.shrink_and_grow import grow_state, maps_in
+from hf_compressm.training.monitor import StateMonitor
 
 OBSERVATIONS = 10  # in each run: after every tenth of the steps
 RANKING_BATCHES = 8  # two draws of four

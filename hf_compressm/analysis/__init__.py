@@ -1,0 +1,1 @@
+"""What the states of a model do: measured on data or read off the weights, without disturbing the model."""

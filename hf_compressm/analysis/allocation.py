@@ -1,0 +1,236 @@
+"""How many states each layer keeps: from energies and measured losses to a size per layer. No model, no surgery.
+
+Sizes are allocated in one of three ways: `uniform`, one for all layers, the largest any layer asks for; `per_layer`,
+where the goal holds for every layer by itself; `global`, where it holds for all of them together, and states of
+different layers compete by the rise of the loss that dropping them is predicted to cause.
+"""
+
+import heapq
+from collections.abc import Callable
+from itertools import accumulate, pairwise, takewhile
+from statistics import mean
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..config import CompreSSMConfig
+from ..theory.hankel import truncation_rank
+
+Sizes = dict[int, int]
+PROBE = 1 / 8  # of its states a layer keeps where its sensitivity is measured
+
+
+def choose_sizes(
+    config: CompreSSMConfig,
+    energies: dict[int, Tensor],
+    allocation: str,
+    loss_of: Callable[[Sizes], float] | None = None,
+    errors: dict[int, Tensor] | None = None,
+) -> Sizes:
+    """Layer → N that the configuration asks for.
+
+    Args:
+        energies: layer → energy of each state, (N,), in any order.
+        allocation: "uniform", "per_layer" or "global".
+        loss_of: sizes → measured loss of the model cut to them; needed by a loss budget and a global allocation.
+        errors: layer → squared error in its output when its r strongest states are kept, r = 0 … N, (N + 1,); needed
+            by a global allocation.
+    """
+    uniform = allocation == "uniform"
+    sizes = {index: len(energy) for index, energy in energies.items()}
+    energies = {index: energy for index, energy in energies.items() if index not in config.skip_layers}
+    if allocation == "global":
+        changes = predicted_changes(config, {index: errors[index] for index in energies}, loss_of)
+        wanted = _from_the_pool(config, _Pool(config, changes), loss_of)
+    elif config.target_state_size is not None:
+        wanted = dict.fromkeys(sizes, config.target_state_size)
+    elif config.cut_fraction is not None:
+        largest = max(sizes.values())
+        wanted = {
+            index: config.round_up((largest if uniform else size) * (1 - config.cut_fraction))
+            for index, size in sizes.items()
+        }
+    elif config.loss_budget is not None:
+        wanted = _smallest_within_budget(config, _Candidates(config, energies, uniform), loss_of)
+    else:
+        wanted = _gated(config, sizes, _by_tolerance(config, energies, uniform, config.tolerance), uniform)
+    return sizes | {index: min(sizes[index], wanted[index]) for index in energies}
+
+
+def _by_tolerance(config: CompreSSMConfig, energies: dict[int, Tensor], uniform: bool, tolerance: float) -> Sizes:
+    """Each layer's rank, or the largest of them."""
+    ranks = {
+        index: min(config.round_up(truncation_rank(energy.sort(descending=True).values, tolerance, 0.0)), len(energy))
+        for index, energy in energies.items()
+    }
+    return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
+
+
+def _gated(config: CompreSSMConfig, sizes: Sizes, wanted: Sizes, uniform: bool) -> Sizes:
+    """A layer is cut only where enough of it goes; with one size for all, all are judged by the largest."""
+    largest = max(sizes.values())
+    return {
+        index: size if size < (1 - config.min_reduction) * (largest if uniform else sizes[index]) else sizes[index]
+        for index, size in wanted.items()
+    }
+
+
+class _Candidates:
+    """The sizes that a loss budget chooses from, behind the gate, smallest first; the last is the model as it is.
+
+    One size for all: every allowed N. A size per layer: those of one tolerance for all layers, from large to small.
+    """
+
+    def __init__(self, config: CompreSSMConfig, energies: dict[int, Tensor], uniform: bool):
+        self.config, self.uniform = config, uniform
+        self.whole = {index: len(energy) for index, energy in energies.items()}
+        if uniform:
+            self.steps = range(config.round_up(1), max(self.whole.values()), config.multiple_of)
+        else:
+            self.shares = {index: _tail_shares(energy) for index, energy in energies.items()}
+            self.steps = sorted({share for shares in self.shares.values() for share in shares[1:]}, reverse=True)
+
+    def __len__(self) -> int:
+        return len(self.steps) + 1
+
+    def __getitem__(self, position: int) -> Sizes:
+        if position == len(self.steps):
+            return self.whole
+        step = self.steps[position]
+        if self.uniform:
+            wanted = dict.fromkeys(self.whole, step)
+        else:
+            ranks = {index: sum(share > step for share in shares) for index, shares in self.shares.items()}
+            wanted = {index: self.config.round_up(rank) for index, rank in ranks.items()}
+        return _gated(self.config, self.whole, wanted, self.uniform)
+
+
+def _tail_shares(energy: Tensor) -> list[float]:
+    """The share of the energy that is lost by keeping r states, for r = 0 … N - 1, descending."""
+    tails = energy.sort().values.cumsum(0)
+    return (tails / tails[-1].clamp_min(1e-300)).flip(0).tolist()
+
+
+def _smallest_within_budget(
+    config: CompreSSMConfig, candidates: "_Candidates | _Pool", loss_of: Callable[[Sizes], float]
+) -> Sizes:
+    """Sizes whose measured loss keeps the budget while the next smaller ones break it (bisection), or the floor."""
+    allowed = loss_of(candidates.whole) + config.loss_budget
+    breaks, keeps = -1, len(candidates) - 1
+    while keeps - breaks > 1:
+        middle = (breaks + keeps) // 2
+        if loss_of(candidates[middle]) <= allowed:
+            keeps = middle
+        else:
+            breaks = middle
+    return candidates[keeps]
+
+
+def predicted_changes(
+    config: CompreSSMConfig, errors: dict[int, Tensor], loss_of: Callable[[Sizes], float]
+) -> dict[int, Tensor]:
+    """Layer → predicted rise of the loss when that layer keeps r states, r = 0 … N, nats per prediction, (N + 1,).
+
+    It is κ E, with the squared error E in the layer's output, to which a loss answers in proportion. How strongly it
+    does, κ, is measured: each layer alone is cut to an eighth of its states.
+
+    What is measured is a difference of two losses on the same few sequences, and that of one layer is often smaller
+    than its noise. Hence the deep cut, which moves the loss by more than that, and all held-out batches. Hence, too,
+    no layer is judged by its own measurement alone: with rise R_l and error E_l,
+
+        κ_l = (R_l + R̄) / (E_l + Ē),
+
+    as if the average layer, (R̄, Ē), had been measured along with it. A layer that was heard clearly keeps its own
+    sensitivity, a quiet one is taken for an average one, and none for insensitive, which would lose it all its states
+    to a chance. A rise below zero counts as none.
+
+    Args:
+        errors: layer → E, (N + 1,), descending to zero.
+    """
+    whole = {index: len(error) - 1 for index, error in errors.items()}
+    before, rises, measured = loss_of(whole), {}, {}
+    for index, size in whole.items():
+        probe = min(config.round_up(PROBE * size), size)
+        rises[index] = max(loss_of(whole | {index: probe}) - before, 0.0)
+        measured[index] = float(errors[index][probe])
+    mean_rise, mean_error = mean(rises.values()), mean(measured.values())
+    if mean_rise == 0:  # nothing was heard of any layer: their outputs are taken to matter alike
+        return errors
+    return {
+        index: error * (rises[index] + mean_rise) / (measured[index] + mean_error) for index, error in errors.items()
+    }
+
+
+class _Step(NamedTuple):
+    """A layer goes to its next smaller allowed size."""
+
+    layer: int
+    size: int
+    states: int  # that go
+    change: float  # of the loss, as predicted
+    rank: float  # where it stands among the steps of all layers
+
+
+class _Pool:
+    """The steps of all layers, those first that cost least for each state; what is chosen are the first so many.
+
+    To a loss budget its candidates, behind the gate, smallest first; the last is the model as it is.
+    """
+
+    def __init__(self, config: CompreSSMConfig, changes: dict[int, Tensor]):
+        self.config, self.whole = config, {index: len(change) - 1 for index, change in changes.items()}
+        self.states, self.change = sum(self.whole.values()), sum(float(change[0]) for change in changes.values())
+        ladders = [_ladder(config, index, change.tolist()) for index, change in changes.items()]
+        self.steps = list(heapq.merge(*ladders, key=lambda step: step.rank))
+
+    def __len__(self) -> int:
+        return len(self.steps) + 1
+
+    def __getitem__(self, position: int) -> Sizes:
+        return _gated(self.config, self.whole, self.after(len(self.steps) - position), False)
+
+    def after(self, count: int) -> Sizes:
+        """The sizes after the first `count` steps."""
+        return self.whole | {step.layer: step.size for step in self.steps[:count]}
+
+    def within(self, allowance: float, price: Callable[[_Step], float]) -> Sizes:
+        """The sizes after as many of the first steps as an allowance pays for."""
+        spent = accumulate(price(step) for step in self.steps)
+        return self.after(sum(1 for _ in takewhile(lambda total: total <= allowance * (1 + 1e-9), spent)))
+
+
+def _ladder(config: CompreSSMConfig, layer: int, change: list[float]) -> list[_Step]:
+    """The steps of one layer from all its states down to the smallest allowed size."""
+    whole = len(change) - 1
+    sizes = [whole, *reversed(range(config.round_up(1), whole, config.multiple_of))]
+    steps = list(pairwise(sizes))
+    ranks = _ascending([(change[smaller] - change[larger], larger - smaller) for larger, smaller in steps])
+    return [
+        _Step(layer, smaller, larger - smaller, change[smaller] - change[larger], rank)
+        for (larger, smaller), rank in zip(steps, ranks, strict=True)
+    ]
+
+
+def _ascending(steps: list[tuple[float, int]]) -> list[float]:
+    """The change per state of each step (change, states), ascending (by pooling adjacent violators).
+
+    A step that is followed by a cheaper one shares its price with it, since it buys the way there.
+    """
+    blocks: list[tuple[float, int, int]] = []  # change, states, steps
+    for change, states in steps:
+        blocks.append((change, states, 1))
+        while len(blocks) > 1 and blocks[-2][0] * blocks[-1][1] > blocks[-1][0] * blocks[-2][1]:
+            cheaper = blocks.pop()
+            blocks[-1] = tuple(map(sum, zip(blocks[-1], cheaper, strict=True)))
+    return [change / states for change, states, count in blocks for _ in range(count)]
+
+
+def _from_the_pool(config: CompreSSMConfig, pool: _Pool, loss_of: Callable[[Sizes], float]) -> Sizes:
+    """The goal, for all layers together."""
+    if config.loss_budget is not None:
+        return _smallest_within_budget(config, pool, loss_of)
+    if config.tolerance is not None:
+        return _gated(config, pool.whole, pool.within(config.tolerance * pool.change, lambda s: s.change), False)
+    if config.target_state_size is not None:
+        return pool.within(pool.states - config.target_state_size * len(pool.whole), lambda s: s.states)
+    return pool.within(config.cut_fraction * pool.states, lambda s: s.states)

@@ -1,0 +1,123 @@
+"""What a plan costs: the loss of the model as the plan would leave it, measured without touching the model."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..engines import forward_with, from_first_process, is_sharded, sum_over_processes, together
+from ..theory.plan import Plan
+from .calibration import Batch, prediction_count, predictions
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class LossMeter:
+    """Measures losses on held-out batches, with some parameters overridden; each process on its own, then averaged.
+
+    Args:
+        overrides: plan → parameter name → the value with which the model computes what it will after the cut.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Batch], overrides: Callable[[Plan], dict[str, Tensor]]):
+        self.model, self.batches, self.overrides, self.seconds = model, batches, overrides, 0.0
+        self._measured: dict[tuple[int, ...], float] = {}
+        self._of_sample: float | None = None
+
+    def of(self, plan: Plan) -> float:
+        """Mean loss over all batches, nats per prediction; plans of the same sizes are measured once."""
+        key = tuple(len(entry.keep) for entry in plan.values())
+        if key not in self._measured:
+            overrides = self.overrides(plan)
+            unchanged = plan and not overrides
+            self._measured[key] = self.of({}) if unchanged else self._mean_loss(self.batches, overrides)
+        return self._measured[key]
+
+    def change_by_one_layer(self, index: int, plan: Plan) -> float:
+        """Change of the loss when only this layer is cut; on so few sequences that all layers cost about one batch."""
+        overrides = self.overrides({index: plan[index]})
+        if not overrides:
+            return 0.0
+        sample = [_every_other_sequence(self.batches[0], len(plan))]
+        if self._of_sample is None:
+            self._of_sample = self._mean_loss(sample, {})
+        return self._mean_loss(sample, overrides) - self._of_sample
+
+    def _mean_loss(self, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
+        started = time.perf_counter()
+        loss = mean_loss(self.model, batches, overrides)
+        self.seconds += time.perf_counter() - started
+        return loss
+
+
+def mean_loss(model: nn.Module, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
+    """Mean over the predictions of these batches in all processes, nats, with some parameters overridden.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    with together():
+        losses = [forward(model, batch, overrides).loss.item() for batch in batches]
+        if not all(math.isfinite(loss) for loss in losses):
+            raise ValueError(
+                "the loss on the calibration batches is NaN or Inf: training has diverged. Nothing was changed."
+            )
+    counts = [prediction_count(batch) for batch in batches]
+    total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
+    sums = torch.tensor([total, sum(counts)], dtype=torch.float64, device=next(model.parameters()).device)
+    sum_over_processes([sums])
+    return from_first_process(float(sums[0] / sums[1]))  # all have to go on with the very same number
+
+
+def _every_other_sequence(batch: Batch, stride: int) -> Batch:
+    """One sequence in `stride`, of those with something to predict: several processes sample what one would."""
+    predicted = predictions(batch)
+    rows = predicted.reshape(len(predicted), -1).any(1).nonzero().squeeze(1)[::stride]
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def loss_gradients(model: nn.Module, batches: list[Batch], names: Iterable[str]) -> dict[str, Tensor]:
+    """Parameter name → gradient of the mean loss over the predictions in all processes, float64; none stays behind.
+
+    Raises:
+        ValueError: the model is sharded.
+    """
+    check_gradients(model)
+    weights = {name: model.get_parameter(name).detach() for name in names}
+    leaves = {name: (w.float() if w.dtype in HALVES else w).requires_grad_() for name, w in weights.items()}
+    gradients = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
+    count = next(iter(gradients.values())).new_tensor(sum(map(prediction_count, batches)))
+    with together(), torch.enable_grad():
+        for batch in batches:
+            total = forward(model, batch, leaves).loss * prediction_count(batch)  # a sum does not underflow in half
+            for name, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):
+                gradients[name] += gradient
+    sum_over_processes([*gradients.values(), count])
+    return {name: gradient / count for name, gradient in gradients.items()}
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Refuse a model of which no gradients can be had without disturbing its training.
+
+    Raises:
+        ValueError: FSDP2 holds its parameters, and reduces and keeps whatever gradients it meets.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            "a criterion that needs gradients, such as 'taylor', cannot have them under FSDP2. Use another criterion, "
+            "DistributedDataParallel or one process."
+        )
+
+
+def forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):
+    """One forward pass with some parameters overridden; half-precision weights are taken in float32."""
+    halves = {name: parameter.float() for name, parameter in model.named_parameters() if parameter.dtype in HALVES}
+    overrides = halves | {name: value.float() if name in halves else value for name, value in overrides.items()}
+    return forward_with(model, {**batch, "use_cache": False}, overrides)
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameter → its name in the whole model."""
+    return {parameter: name for name, parameter in model.named_parameters()}

@@ -1,0 +1,132 @@
+"""The kept states of a selective layer learn to give the output of all of them, on calibration data.
+
+With y the scan of all N states and y' that of the r kept ones, on the same u and Δ, gated by the same z,
+
+    minimise  Σ_t ‖W_out (silu(z_t) ⊙ (y'_t − y_t))‖²
+
+over the rows that make B and C, (r, D) each, and log(-A), (D, r). The sum is the error that the cut makes in what the
+layer adds to the residual stream, cross terms included. L-BFGS on all data needs no learning rate and draws nothing at
+random.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import selective_scan
+from ..theory.selective import StateMaps, well_posed
+
+ROUND, ROUNDS = 10, 6  # steps of L-BFGS between two looks at other data, and how often
+WORTHWHILE = 0.02  # the share of the error by which a round has to lower it, for another to follow
+PAIRS = 20  # of steps and gradients that L-BFGS remembers
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the scan of a layer is given.
+
+    Attributes:
+        u, time_step: input and effective Δ, (batch, D, L).
+        gate: z, (batch, D, L), or None.
+        mask: 1 for tokens that count, 0 for padding, (batch, L), or None.
+    """
+
+    u: Tensor
+    time_step: Tensor
+    gate: Tensor | None
+    mask: Tensor | None
+
+
+class OutputError:
+    """The error that the kept states make in a layer's output, as a share of the energy of the output of all.
+
+    Args:
+        whole: maps of all N states.
+        output_projection: W_out, (hidden, D).
+        data: inputs by batch.
+        summed: replaces tensors by their sums over all processes, in place.
+    """
+
+    def __init__(
+        self,
+        whole: StateMaps,
+        output_projection: Tensor,
+        data: list[LayerInputs],
+        summed: Callable[[list[Tensor]], None],
+    ):
+        self.output_projection, self.data, self.summed = output_projection.to(whole.A_log), data, summed
+        with torch.no_grad():
+            self.targets = [self._output(whole, inputs) for inputs in data]
+            self.energy = torch.stack([target.square().sum() for target in self.targets]).sum()
+            summed([self.energy])
+
+    @torch.no_grad()
+    def of(self, maps: StateMaps) -> float:
+        """The error with these maps of the kept states."""
+        pairs = zip(self.data, self.targets, strict=True)
+        error = torch.stack([(self._output(maps, inputs) - target).square().sum() for inputs, target in pairs]).sum()
+        self.summed([error])
+        return float(error / self.energy)
+
+    def backward(self, maps: StateMaps, leaves: list[Tensor]) -> Tensor:
+        """The error, (), of maps that are made of these leaves; its gradients become theirs."""
+        total = torch.zeros_like(self.energy)
+        for leaf in leaves:
+            leaf.grad = torch.zeros_like(leaf)
+        for inputs, target in zip(self.data, self.targets, strict=True):  # a batch at a time, to hold little
+            error = (self._output(maps, inputs) - target).square().sum() / self.energy
+            error.backward(inputs=leaves, retain_graph=True)
+            total += error.detach()
+        self.summed([total, *(leaf.grad for leaf in leaves)])
+        return total
+
+    def _output(self, maps: StateMaps, inputs: LayerInputs) -> Tensor:
+        """What these states add to the residual stream, (batch, hidden, L), in the dtype of the maps."""
+        with torch.autocast(inputs.u.device.type, enabled=False):
+            u, time_step = inputs.u.to(maps.A_log), inputs.time_step.to(maps.A_log)
+            B, C = (torch.einsum("nd,bdl->bnl", rows, u) for rows in (maps.B_rows, maps.C_rows))
+            y = selective_scan(u, time_step, -maps.A_log.exp(), B, C)
+            y = y if inputs.gate is None else y * F.silu(inputs.gate.to(y))
+            output = torch.einsum("hd,bdl->bhl", self.output_projection, y)
+            return output if inputs.mask is None else output * inputs.mask.unsqueeze(1)
+
+
+def fit_states(error: OutputError, judge: OutputError, start: StateMaps, covariance: Tensor) -> StateMaps:
+    """The maps that L-BFGS reaches from `start`, as long as they get better on other data; `start` if they do not.
+
+    Args:
+        error: on the data to fit to.
+        judge: on other data; every `ROUND` steps it decides whether to go on.
+        covariance: Π of the kept states, (r, r). Rows of C are fitted in the basis in which these are uncorrelated, so
+            that steps of one length change the output alike.
+    """
+    basis = torch.linalg.cholesky(well_posed(covariance)).mT.to(start.C_rows)  # Rᵀ of Π = R Rᵀ
+    values = start.B_rows, basis @ start.C_rows, start.A_log
+    sizes = (value.square().mean().sqrt().clamp_min(1e-12) for value in values[:2])
+    units = *sizes, torch.ones_like(values[2][0, 0])
+    leaves = [(value / unit).requires_grad_() for value, unit in zip(values, units, strict=True)]
+
+    def maps() -> StateMaps:
+        B_rows, C_rows, A_log = (leaf * unit for leaf, unit in zip(leaves, units, strict=True))
+        return StateMaps(B_rows, torch.linalg.solve_triangular(basis, C_rows, upper=True), A_log)
+
+    def evaluate() -> Tensor:
+        with torch.enable_grad():
+            return error.backward(maps(), leaves)
+
+    settings = {"max_iter": ROUND, "max_eval": ROUND * 5 // 4, "history_size": PAIRS}
+    optimizer = torch.optim.LBFGS(leaves, line_search_fn="strong_wolfe", **settings)
+    best, smallest = start, judge.of(start)
+    for _ in range(ROUNDS):
+        optimizer.step(evaluate)
+        with torch.no_grad():
+            reached = maps()
+        found = judge.of(reached)
+        best = reached if found < smallest else best
+        if not found < (1 - WORTHWHILE) * smallest:
+            break
+        smallest = found
+    return best

@@ -1,0 +1,137 @@
+"""The door between Transformers and the scans, through which statistics see what a scan is given.
+
+Transformers' `modeling_mamba` calls module-level functions: the mamba-ssm and causal-conv1d kernels where those
+packages are installed, else a reference in PyTorch. `install_scan` puts ours in their place. What runs then is decided
+by `dispatch`; CPU tensors never reach a CUDA kernel.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.models.mamba import modeling_mamba
+
+from ..kernels.cpp_scan import step as cpp_step
+from ..kernels.dispatch import mamba_ssm_serves, requested_scan, scan_name
+from ..kernels.scan import selective_scan
+
+# Runs a scan: of (u, time_step, A, B, C, D, gate, time_step_bias, softplus) to (y, last_state).
+Observer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+_originals: dict[str, Callable] = {}  # what install_scan replaced; empty when it is not installed
+_observer: Observer | None = None
+
+
+def install_scan() -> None:
+    """Let every `transformers` Mamba model in this process run this package's scan where mamba-ssm does not serve.
+
+    Explicit, global, reversible with `uninstall_scan`; a second call changes nothing.
+
+    Raises:
+        ValueError: HF_COMPRESSM_SCAN names no scan.
+    """
+    requested_scan()
+    if _originals:
+        return
+    replacements = {
+        "mamba_selective_scan": _scan,
+        "mamba_inner_fn": _fused_block,
+        "mamba_selective_state_update": _state_update(_cuda_kernel_or_reference("mamba_selective_state_update")),
+        "causal_conv1d_fn": _cuda_kernel_or_reference("causal_conv1d_fn"),
+        "causal_conv1d_update": _cuda_kernel_or_reference("causal_conv1d_update"),
+    }
+    for name, replacement in replacements.items():
+        _originals[name] = getattr(modeling_mamba, name)
+        setattr(modeling_mamba, name, replacement)
+
+
+def uninstall_scan() -> None:
+    """Put back what `install_scan` replaced; without it, change nothing."""
+    while _originals:
+        name, original = _originals.popitem()
+        setattr(modeling_mamba, name, original)
+
+
+def scan_is_installed() -> bool:
+    """Whether `install_scan` is in force."""
+    return bool(_originals)
+
+
+def reference_loop_would_run(device_type: str) -> bool:
+    """Whether a Mamba model on this kind of device would train with Transformers' loop, quadratic in L."""
+    return not scan_is_installed() and not mamba_ssm_serves(device_type)
+
+
+def scan_in_force(device_type: str) -> str:
+    """The scan that a Mamba model on this kind of device runs now, in words."""
+    if reference_loop_would_run(device_type):
+        return f"Transformers' loop (call install_scan() for '{scan_name(device_type)}')"
+    return scan_name(device_type) if scan_is_installed() else "mamba_ssm"
+
+
+@contextmanager
+def scan_installed() -> Iterator[None]:
+    """The scan installed within a `with` block, and as before afterwards."""
+    was_installed = scan_is_installed()
+    install_scan()
+    try:
+        yield
+    finally:
+        if not was_installed:
+            uninstall_scan()
+
+
+@contextmanager
+def observed_scan(observer: Observer) -> Iterator[None]:
+    """Within the block the observer runs every scan of a model in eval mode, and so sees what each is given."""
+    global _observer
+    with scan_installed():
+        previous, _observer = _observer, observer
+        try:
+            yield
+        finally:
+            _observer = previous
+
+
+def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **options):
+    """In the place of `modeling_mamba.mamba_selective_scan`, whose signature it has."""
+    if _observer is not None:
+        y, last_state = _observer(u, dt, A, B, C, D, z, delta_bias, delta_softplus)
+        return (y, last_state) if return_last_state else y
+    if scan_name(u.device.type) == "mamba_ssm":
+        original = _originals["mamba_selective_scan"]
+        return original(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
+    return selective_scan(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=return_last_state)
+
+
+def _fused_block(xz, *args, **kwargs):
+    """In the place of `mamba_inner_fn`: None is how the fused path says 'not me'."""
+    if scan_name(xz.device.type) != "mamba_ssm":
+        return None
+    return _originals["mamba_inner_fn"](xz, *args, **kwargs)
+
+
+def _state_update(others: Callable) -> Callable:
+    """In the place of `mamba_selective_state_update`, whose signature it has: a step of generation."""
+
+    def update(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **options):
+        by_kernel = scan_name(state.device.type, state.dtype) == "cpp" and state.is_contiguous()
+        if by_kernel and not torch.is_grad_enabled():
+            return cpp_step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        bias = {"dt_bias": dt_bias, "dt_softplus": dt_softplus}
+        return others(state, hidden_states, dt, A, B, C, D=D, z=z, **bias, **options)
+
+    return update
+
+
+def _cuda_kernel_or_reference(name: str) -> Callable:
+    original = getattr(modeling_mamba, name)
+
+    @functools.wraps(original)
+    def dispatch(tensor, *args, **kwargs):
+        function = original if tensor.is_cuda else inspect.unwrap(original)
+        return function(tensor, *args, **kwargs)
+
+    return dispatch

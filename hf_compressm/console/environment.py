@@ -1,0 +1,29 @@
+"""What a report of a problem should say of the machine it happened on."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from ..architectures.mamba_scan import scan_in_force
+
+PACKAGES = (
+    "hf_compressm torch transformers accelerate datasets safetensors huggingface_hub numpy matplotlib mamba-ssm "
+    "causal-conv1d"
+).split()
+
+
+def env_report() -> dict[str, str]:
+    """Versions, devices, and which scan a Mamba runs on each kind of device; names and texts."""
+    report = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            report[package] = version(package)
+        except PackageNotFoundError:
+            report[package] = "not installed"
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    report["CUDA devices"] = ", ".join(names) or "none"
+    report["CPU threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    return report | {f"scan on {device}": scan_in_force(device) for device in devices}

@@ -1,0 +1,189 @@
+"""The card of a reduced language model, from what lies in its folder; the text is in `templates/model_card.md`."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import CONFIG_NAME
+
+from ..architectures.family import LAYOUTS, SelectiveLayout
+from ..storage.checkpoint import check_checkpoint, weight_shapes
+from ..storage.files import read_json, write_aside
+from ..storage.history import History, load_history
+from ..storage.records import ReductionEvent, sizes_text
+from .pictures import PICTURES
+
+CARD = "README.md"
+TAGS = ("compressm", "mamba", "state-space-model")
+# What tells a card that nobody wrote by hand: ours, and Trainer's, which asks to remove this when it is completed.
+WRITTEN_BY = ("<!-- written by hf_compressm", "<!-- This model card has been generated automatically according to")
+
+
+@dataclass
+class CardDetails:
+    """What the files of a model do not say.
+
+    Attributes:
+        name: title; the repository's name by default.
+        license: identifier of the Hub, such as "apache-2.0".
+        base_model: the model that was reduced after its training, on the Hub.
+        datasets: names on the Hub of what it was trained on.
+        language: ISO codes.
+        tags: beside those of every reduced model.
+        eval_results: for the `model-index` of the card.
+        log_history: of the Trainer: loss, evaluation loss, tokens per second.
+    """
+
+    name: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    datasets: Sequence[str] = ()
+    language: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    eval_results: Sequence[EvalResult] = ()
+    log_history: Sequence[dict] = field(default=(), repr=False)
+
+    def __post_init__(self):
+        for name in ("datasets", "language", "tags"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+
+
+def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | None = None) -> ModelCard:
+    """Write `README.md` beside a reduced language model and its history.
+
+    Raises:
+        FileNotFoundError: no model or no history in the folder.
+        ValueError: not a language model, or a file that is damaged.
+    """
+    folder, details = Path(folder), details or CardDetails()
+    sizes, history = check_checkpoint(folder), load_history(folder)
+    check_language_model(folder)
+    template = files(__package__).joinpath("templates/model_card.md").read_text(encoding="utf-8")
+    name = details.name or repo_id.rpartition("/")[2]
+    facts = _facts(folder, sizes, history) | _results(details, history) | _cuts(history)
+    pictures = {f"has_{Path(picture).stem.split('_')[-1]}": (folder / picture).exists() for picture in PICTURES}
+    card = ModelCard.from_template(
+        _card_data(details, name), template_str=template, name=name, repo_id=repo_id, **facts, **pictures
+    )
+    write_aside(folder / CARD, card.save)
+    return card
+
+
+def check_language_model(folder: Path) -> None:
+    """Refuse a model for which there is no card.
+
+    Raises:
+        ValueError: not a language model.
+    """
+    model_type = read_json(folder / CONFIG_NAME)["model_type"]
+    if not isinstance(LAYOUTS[model_type], SelectiveLayout):
+        raise ValueError(f"{folder} holds a model of type '{model_type}'; cards are for language models.")
+
+
+def check_details(details: CardDetails) -> None:
+    """Let the Hub say whether it would take a card with these.
+
+    Raises:
+        ValueError: it would not; says why.
+    """
+    ModelCard(f"---\n{_card_data(details, details.name or 'model')}\n---\n").validate()
+
+
+def may_be_written(path: Path) -> bool:
+    """Whether a card may be written anew: there is none, or we or Trainer wrote it."""
+    return not path.exists() or any(mark in path.read_text("utf-8", "replace") for mark in WRITTEN_BY)
+
+
+def _card_data(details: CardDetails, name: str) -> ModelCardData:
+    return ModelCardData(
+        model_name=name if details.eval_results else None,
+        license=details.license,
+        base_model=details.base_model,
+        datasets=list(details.datasets) or None,
+        language=list(details.language) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([*TAGS, *details.tags])),
+        eval_results=list(details.eval_results) or None,
+    )
+
+
+def _facts(folder: Path, sizes: list[int], history: History) -> dict:
+    """Sizes, parameters and state, before and after."""
+    cuts = history.standing_cuts
+    before, live = (cuts[0].state_sizes_before, cuts[-1].state_sizes_after) if cuts else (sizes, sizes)
+    shapes = weight_shapes(folder)
+    channels = next(shape[0] for name, shape in shapes.items() if name.endswith(".A_log"))
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    per_state = 3 * channels  # a column of A_log, a row of B and one of C
+    return {
+        "sizes_before": sizes_text(before),
+        "sizes_after": sizes_text(live) + (f" (padded to {sizes_text(sizes)})" if sizes != live else ""),
+        "is_uniform": len(set(sizes)) == 1,
+        "parameters_before": f"{(parameters + per_state * (sum(before) - sum(sizes))) / 1e6:.2f} M",
+        "parameters_after": f"{parameters / 1e6:.2f} M",
+        "state_before": _bytes_text(4 * channels * sum(before)),
+        "state_after": _bytes_text(4 * channels * sum(sizes)),
+        "configuration": json.dumps({"config": history.config, "schedule": history.schedule}, indent=2),
+        "library_version": history.library_version,
+    }
+
+
+def _cuts(history: History) -> dict:
+    cuts = history.standing_cuts
+    return {
+        "cuts": [_cut_row(cut) for cut in cuts],
+        "in_training": any(cut.step is not None for cut in cuts),
+        "compensate": any(cut.compensate for cut in cuts),
+        "refit": any(cut.refit for cut in cuts),
+        "recalls": any(cut.recall_before is not None for cut in cuts),
+        "loss_before": _loss_text(cuts[0].loss_before) if cuts else None,
+        "loss_after": _loss_text(cuts[-1].loss_after) if cuts else None,
+    }
+
+
+def _cut_row(cut: ReductionEvent) -> dict:
+    measured = cut.loss_before is not None
+    return {
+        "step": "after training" if cut.step is None else cut.step,
+        "sizes": f"{sizes_text(cut.state_sizes_before)} → {sizes_text(cut.state_sizes_after)}",
+        "energy_kept": f"{1 - max(cut.energy_discarded):.1%}",
+        "losses": f"{_loss_text(cut.loss_before)} → {_loss_text(cut.loss_after)}" if measured else "not measured",
+        "recall": _recall_text(cut),
+    }
+
+
+def _results(details: CardDetails, history: History) -> dict:
+    """What a Trainer's log says: the last evaluation, and the speed up to the first cut and after the last one."""
+    losses = [entry["eval_loss"] for entry in details.log_history if "eval_loss" in entry]
+    steps = [cut.step for cut in history.standing_cuts if cut.step is not None]
+    rates = [entry for entry in details.log_history if "tokens_per_second" in entry and steps]
+    before = [entry["tokens_per_second"] for entry in rates if entry["step"] <= steps[0]]
+    after = [entry["tokens_per_second"] for entry in rates if entry["step"] > steps[-1]]
+    return {
+        "evaluation_loss": _loss_text(losses[-1]) if losses else None,
+        "tokens_per_second": [f"{before[0]:,.0f}", f"{after[-1]:,.0f}"] if before and after else None,
+    }
+
+
+def _recall_text(cut: ReductionEvent) -> str:
+    """Loss and accuracy in recalling random pairs, before and after."""
+    if cut.recall_before is None:
+        return "not measured"
+    return " → ".join(f"{told['loss']:.3f} ({told['accuracy']:.0%})" for told in (cut.recall_before, cut.recall_after))
+
+
+def _loss_text(loss: float | None) -> str | None:
+    return None if loss is None else f"{loss:.4f}"
+
+
+def _bytes_text(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if count >= 10 or unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024

@@ -1,0 +1,1 @@
+"""Files: checkpoints, the history of cuts, and the formats of other tools."""

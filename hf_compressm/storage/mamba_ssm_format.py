@@ -1,0 +1,321 @@
+"""Checkpoints of the original `mamba_ssm` package (Mamba-1), both ways, without that package.
+
+Such a checkpoint is what `mamba_ssm`'s `MambaLMHeadModel.from_pretrained` reads: `config.json` with the fields of its
+`MambaConfig`, and `pytorch_model.bin`, a pickled dict of tensors. The facts are those of mamba_ssm 2.3.2.
+
+Carried over is what the model's function depends on. Not carried over: how new weights are drawn (`initializer_range`,
+`rescale_prenorm_residual`, `time_step_min`, `dt_min` and their like), which kernels compute it (`fused_add_norm`,
+`use_fast_path`), and token ids, which the format does not have: set them from the tokenizer.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM
+from transformers.utils import CONFIG_NAME, WEIGHTS_NAME, logging
+
+from ..architectures.family import state_sizes
+from .files import write_aside
+
+logger = logging.get_logger(__name__)
+
+# The fields of mamba_ssm's MambaConfig, and the arguments of its Mamba, with their defaults.
+FIELDS = {
+    "d_model": 2560,
+    "d_intermediate": 0,
+    "n_layer": 64,
+    "vocab_size": 50277,
+    "ssm_cfg": {},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 8,
+    "tie_embeddings": True,
+}
+REQUIRED_FIELDS = ("d_model", "n_layer", "vocab_size")  # a default here would be a guess at the weights
+SSM_FIELDS = {
+    "layer": "Mamba1",
+    "d_state": 16,
+    "d_conv": 4,
+    "expand": 2,
+    "dt_rank": "auto",
+    "conv_bias": True,
+    "bias": False,
+    "use_fast_path": True,
+}
+INITIALISER_FIELDS = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"}
+
+# What only one of the two packages can express: the values that both have.
+READABLE = {"layer": "Mamba1", "attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True}
+WRITABLE = {"layer_norm_epsilon": (1e-5,), "hidden_act": ("silu", "swish")}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DIRECTORY = 0x10  # the bit of MS-DOS in the attributes of a record
+EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
+
+
+def write_mamba_ssm(model: MambaForCausalLM, folder: str | Path) -> None:
+    """Write a model so that `mamba_ssm` loads it; the folder is made where it is missing.
+
+    The vocabulary is not padded and every tensor keeps its dtype, so `read_mamba_ssm` gives the same bits back.
+
+    Raises:
+        ValueError: not a plain `MambaForCausalLM`, layers of different sizes, a config that the format cannot express,
+            weights that are not finite or do not fit the config, or a folder that holds a checkpoint of Transformers,
+            whose config would be lost. Nothing has been written then.
+    """
+    folder = Path(folder)
+    if not isinstance(model, MambaForCausalLM):
+        raise ValueError(f"got a {type(model).__name__}, expected a MambaForCausalLM; unwrap it first.")
+    sizes = sorted(set(state_sizes(model).values()))
+    if len(sizes) > 1:
+        raise ValueError(f"layers have {sizes} states, the format has one number for all; pad first (pad_state).")
+    fields = _original_fields(model.config)
+    tensors = {name.replace(".embeddings.", ".embedding."): tensor for name, tensor in model.state_dict().items()}
+    problem = _first_problem(tensors, model.config)
+    if problem is not None:
+        raise ValueError(f"the model cannot be written: {problem}. Repair it, or load a whole one, first.")
+    if (folder / CONFIG_NAME).is_file() and '"model_type"' in (folder / CONFIG_NAME).read_text(errors="replace"):
+        raise ValueError(
+            f"{folder} holds a checkpoint of Transformers, which would lose its {CONFIG_NAME}; take another."
+        )
+    copies = {name: _own_copy(tensor) for name, tensor in tensors.items()}
+    if fields["tie_embeddings"]:
+        copies[HEAD] = copies[EMBEDDING]  # stored once
+    folder.mkdir(parents=True, exist_ok=True)
+    write_aside(folder / WEIGHTS_NAME, lambda path: _save(copies, path))
+    write_aside(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(fields, indent=2) + "\n"))
+
+
+def read_mamba_ssm(folder: str | Path) -> MambaForCausalLM:
+    """Read a checkpoint of `mamba_ssm`, in evaluation mode, on the CPU, every tensor in the dtype that it has there.
+
+    `mamba_ssm` pads the vocabulary to a multiple; those rows are kept, so that the logits agree, and `vocab_size`
+    counts them. It also keeps `A_log` and `D` in float32 beside weights in bf16, and so does this model; mind that
+    Transformers' `from_pretrained`, once it is saved, gives all of them one dtype.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: names the file and what is wrong with it: damaged or not a checkpoint of `mamba_ssm`, code in the
+            pickle (which is not run), a model other than a plain Mamba-1, or tensors that do not fit the config.
+    """
+    folder = Path(folder)
+    fields, ssm = _read_fields(folder / CONFIG_NAME)
+    tensors = _read_tensors(folder / WEIGHTS_NAME)
+    if fields["n_layer"] > len(tensors):  # before anything is made of so many layers
+        raise ValueError(
+            f"{folder / WEIGHTS_NAME} holds {len(tensors)} tensors, {CONFIG_NAME} says n_layer = {fields['n_layer']}; "
+            "the files do not belong together, take another checkpoint."
+        )
+    config = _transformers_config(fields, ssm)
+    problem = _first_problem(tensors, config)
+    if problem is not None:
+        raise ValueError(f"{folder / WEIGHTS_NAME}: {problem}; take another checkpoint.")
+    if config.vocab_size != fields["vocab_size"]:
+        logger.warning(
+            f"{folder} pads its {fields['vocab_size']} tokens to {config.vocab_size} rows. All are kept, so that the "
+            f"logits are those of mamba_ssm; ids from {fields['vocab_size']} on belong to no token."
+        )
+    with torch.device("meta"):  # nothing is drawn: all weights are those of the file
+        model = MambaForCausalLM(config)
+    weights = {name.replace(".embedding.", ".embeddings."): _own_copy(tensor) for name, tensor in tensors.items()}
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _original_fields(config: MambaConfig) -> dict:
+    """The content of mamba_ssm's `config.json`."""
+    allowed = WRITABLE | {"intermediate_size": (config.expand * config.hidden_size,)}
+    for name, values in allowed.items():
+        if getattr(config, name) not in values:
+            raise ValueError(
+                f"mamba_ssm's format cannot express {name} = {getattr(config, name)!r}: mamba_ssm computes with "
+                f"{' or '.join(map(repr, values))}. Keep this model in Transformers' format (save_pretrained)."
+            )
+    ssm = {
+        "d_state": config.state_size,
+        "d_conv": config.conv_kernel,
+        "expand": config.expand,
+        "dt_rank": int(config.time_step_rank),
+        "conv_bias": config.use_conv_bias,
+        "bias": config.use_bias,
+    }
+    return {
+        "d_model": config.hidden_size,
+        "n_layer": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": ssm,
+        "rms_norm": True,
+        "residual_in_fp32": config.residual_in_fp32,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1,  # divides any vocabulary
+        "tie_embeddings": config.tie_word_embeddings,
+    }
+
+
+def _transformers_config(fields: dict, ssm: dict) -> MambaConfig:
+    multiple = fields["pad_vocab_size_multiple"]
+    return MambaConfig(
+        vocab_size=-(-fields["vocab_size"] // multiple) * multiple,
+        hidden_size=fields["d_model"],
+        num_hidden_layers=fields["n_layer"],
+        state_size=ssm["d_state"],
+        conv_kernel=ssm["d_conv"],
+        expand=ssm["expand"],
+        time_step_rank=ssm["dt_rank"],
+        use_conv_bias=ssm["conv_bias"],
+        use_bias=ssm["bias"],
+        residual_in_fp32=fields["residual_in_fp32"],
+        tie_word_embeddings=fields["tie_embeddings"],
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # the format has none; 0 would be a guess
+    )
+
+
+def _read_fields(path: Path) -> tuple[dict, dict]:
+    """The fields of the config and those of its `ssm_cfg`, all of them, with defaults where they were left out."""
+    given = _read_json(path)
+    if "model_type" in given:
+        raise ValueError(f"{path} is a config of Transformers, not of mamba_ssm; use from_pretrained.")
+    missing = [name for name in REQUIRED_FIELDS if name not in given]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is no config of mamba_ssm; take another checkpoint.")
+    fields = _filled(given, FIELDS, str(path))
+    ssm = {name: value for name, value in fields["ssm_cfg"].items() if name not in INITIALISER_FIELDS}
+    rank = -(-fields["d_model"] // 16)  # rounded up
+    if ssm.get("dt_rank") == SSM_FIELDS["dt_rank"]:
+        ssm["dt_rank"] = rank
+    ssm = _filled(ssm, SSM_FIELDS | {"dt_rank": rank}, f"{path}, ssm_cfg")
+    for name, value in READABLE.items():
+        if (fields | ssm)[name] != value:
+            raise ValueError(
+                f"{path}: {name} = {(fields | ssm)[name]!r}, but Transformers' Mamba has {value!r} only; take a "
+                "checkpoint of a plain Mamba-1."
+            )
+    return fields, ssm
+
+
+def _filled(given: dict, defaults: dict, where: str) -> dict:
+    """`given` over `defaults`, whose names and types it must keep to; numbers are positive."""
+    unknown = sorted(given.keys() - defaults.keys())
+    if unknown:
+        raise ValueError(
+            f"{where}: {', '.join(unknown)} unknown; mamba_ssm's Mamba-1 has {', '.join(defaults)}. Take another "
+            "checkpoint, or remove what is not mamba_ssm's."
+        )
+    for name, value in given.items():
+        kind = type(defaults[name])
+        least = min(1, defaults[name]) if kind is int else None
+        if type(value) is not kind or (kind is int and value < least):
+            expected = kind.__name__ + (f" of at least {least}" if kind is int else "")
+            raise ValueError(f"{where}: {name} = {value!r}, expected {expected}; take another checkpoint.")
+    return defaults | given
+
+
+def _read_json(path: Path) -> dict:
+    _require(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated, damaged or not JSON ({error}); take another checkpoint.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no table of names and values; take another checkpoint.")
+    return content
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle that holds nothing but tensors; no code in it runs."""
+    _require(path)
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                _check_records(archive)
+            file.seek(0)
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of any kind: torch unpickles whatever bytes are there
+            raise ValueError(
+                f"{path} is truncated, damaged or no archive of tensors only ({type(error).__name__}); no code in it "
+                "was run. Take another checkpoint, or write the model's state_dict with torch.save of today."
+            ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds no plain dict of tensors by name; take model.state_dict() of what it holds.")
+    return tensors
+
+
+def _check_records(archive: zipfile.ZipFile) -> None:
+    """Refuse what torch would pass over: it takes a flipped bit for a weight, and reads no data from a directory."""
+    if archive.testzip() is not None or any(record.external_attr & DIRECTORY for record in archive.infolist()):
+        raise ValueError("a record is damaged")
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing. Give a local folder with {CONFIG_NAME} and {WEIGHTS_NAME} as mamba_ssm writes them "
+            "(for a model on the Hub: huggingface_hub.snapshot_download)."
+        )
+
+
+def _first_problem(tensors: dict[str, Tensor], config: MambaConfig) -> str | None:
+    """What keeps tensors, by mamba_ssm's names, from being the weights of a model of this config; None if nothing."""
+    shapes = _shapes(config)
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        return f"{len(missing)} tensors that the config asks for are missing, {missing[0]} among them"
+    if unknown := sorted(map(str, tensors.keys() - shapes.keys())):
+        return f"{len(unknown)} tensors have no place in the config's model, {unknown[0]} among them"
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if type(tensor.detach()) is not Tensor or tensor.layout is not torch.strided or tensor.is_meta:
+            return f"{name} is no plain dense tensor ({type(tensor).__name__}, {tensor.layout}, {tensor.device})"
+        if tuple(tensor.shape) != shape:
+            return f"{name} has the shape {tuple(tensor.shape)}, the config asks for {shape}"
+        if tensor.dtype not in DTYPES:
+            return f"{name} is of {tensor.dtype}, expected {', '.join(map(str, DTYPES))}"
+        if not tensor.isfinite().all():
+            return f"{name} holds NaN or infinity: the model diverged"
+    # mamba_ssm computes with A_log and D in float32 whatever the others are.
+    dtypes = {str(tensor.dtype) for name, tensor in tensors.items() if not name.endswith((".A_log", ".D"))}
+    if len(dtypes) > 1:
+        return f"weights are of {', '.join(sorted(dtypes))}, expected one dtype (model.to) except for A_log and D"
+    if config.tie_word_embeddings and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        return f"{HEAD} differs from {EMBEDDING}, but the config ties the embeddings"
+    return None
+
+
+def _shapes(config: MambaConfig) -> dict[str, tuple[int, ...]]:
+    """mamba_ssm's names of all tensors → shape."""
+    hidden, inner, rank = config.hidden_size, config.intermediate_size, int(config.time_step_rank)
+    layer = {
+        "norm.weight": (hidden,),
+        "mixer.in_proj.weight": (2 * inner, hidden),
+        "mixer.conv1d.weight": (inner, 1, config.conv_kernel),
+        "mixer.x_proj.weight": (rank + 2 * config.state_size, inner),
+        "mixer.dt_proj.weight": (inner, rank),
+        "mixer.dt_proj.bias": (inner,),
+        "mixer.A_log": (inner, config.state_size),
+        "mixer.D": (inner,),
+        "mixer.out_proj.weight": (hidden, inner),
+    }
+    if config.use_conv_bias:
+        layer["mixer.conv1d.bias"] = (inner,)
+    if config.use_bias:
+        layer |= {"mixer.in_proj.bias": (2 * inner,), "mixer.out_proj.bias": (hidden,)}
+    shapes = {EMBEDDING: (config.vocab_size, hidden), "backbone.norm_f.weight": (hidden,)}
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"backbone.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes | {HEAD: (config.vocab_size, hidden)}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch writes its name, here a temporary one, into the archive
+        torch.save(tensors, file)
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU that shares its storage with no other, and has no more of it than it needs."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

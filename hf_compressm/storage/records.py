@@ -1,0 +1,247 @@
+"""Events and observations: what was measured at a point of training, and its form in JSON, checked when read."""
+
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, asdict, dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+REASONS = ("settled", "window ended")
+TENSORS = ("hankel_singular_values", "energies")  # float64, (N,) per layer; some entries have no energies
+
+
+@dataclass
+class ReductionEvent:
+    """One analysis and what came of it; lists have an entry per layer.
+
+    Attributes:
+        step: optimizer steps done; None outside a training run.
+        state_sizes_before, state_sizes_after: N; equal where nothing was cut.
+        keep: kept states, positions before the cut.
+        energy_discarded: share of the state energy that was dropped, by the criterion.
+        predicted_loss_change: by cutting this layer alone, on one calibration batch; nats per prediction. None, like
+            the losses, where no batches were given.
+        loss_before, loss_after: measured on the calibration batches held out, nats per prediction.
+        tokens: calibration tokens behind the statistics.
+        seconds: time of the analysis and the surgery; in Trainer, of the whole event.
+        measuring_seconds: the part of it that went into measuring losses.
+        criterion, compensate, refit: how states were ranked and made up for.
+        hankel_singular_values: spectrum before the cut, (N,), descending.
+        rolled_back_at: optimizer steps done when the cut was undone; None while it stands.
+        goal: what this event was to achieve: the name of the goal and its value.
+        reasons: why it was this layer's turn: "settled" or "window ended"; None in a layer whose turn it was not. None
+            altogether where the step was fixed.
+        recall_before, recall_after: how well pairs of tokens were recalled, {"loss", "accuracy"}; None where it was
+            not asked for.
+    """
+
+    step: int | None
+    state_sizes_before: list[int]
+    state_sizes_after: list[int]
+    keep: list[list[int]]
+    energy_discarded: list[float]
+    predicted_loss_change: list[float] | None
+    loss_before: float | None
+    loss_after: float | None
+    tokens: int
+    seconds: float
+    measuring_seconds: float
+    criterion: str
+    compensate: bool
+    hankel_singular_values: list[Tensor] = field(repr=False)
+    rolled_back_at: int | None = None
+    goal: dict[str, float] | None = None
+    refit: bool = False
+    reasons: list[str | None] | None = None
+    recall_before: dict[str, float] | None = None
+    recall_after: dict[str, float] | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything was removed."""
+        return self.state_sizes_before != self.state_sizes_after
+
+
+@dataclass
+class Observation:
+    """The singular values at one point of training, and how far they came since the last; lists: one entry per layer.
+
+    Attributes:
+        step: optimizer steps done.
+        state_sizes: N.
+        movement: max_i |σ_i' - σ_i| since the observation before it; None at the first, and where a cut lies between.
+        weyl_bound: what Weyl's theorem allows it to be, ‖H' - H‖; None where layers have no Gramians of their own, and
+            at the first observation after a resume.
+        seconds: time of the measurement.
+        hankel_singular_values: spectrum, (N,), descending.
+        energies: of each state by the criterion, (N,), in stored order. None, like what follows, where rankings are
+            not compared.
+        rank_noise, share_noise: how alike two calibration draws rank the states (Kendall's τ_b), and how far their
+            energy shares lie apart (total variation distance).
+        compared_with: step of the earlier observation that the energies are compared with.
+        rank_correlation, share_distance: the same measures between then and now, on one draw; None in a layer that was
+            cut in between.
+        settled_points: at how many observations in a row, up to this one, the layer moved no further than the noise.
+    """
+
+    step: int
+    state_sizes: list[int]
+    movement: list[float] | None
+    weyl_bound: list[float] | None
+    seconds: float
+    hankel_singular_values: list[Tensor] = field(repr=False)
+    energies: list[Tensor] | None = field(default=None, repr=False)
+    rank_noise: list[float] | None = None
+    share_noise: list[float] | None = None
+    compared_with: int | None = None
+    rank_correlation: list[float | None] | None = None
+    share_distance: list[float | None] | None = None
+    settled_points: list[int] | None = None
+
+    def share(self, distances: list[float]) -> list[float]:
+        """Each layer's distance as a share of its σ_1."""
+        largest = [max(float(spectrum[0]), 1e-300) for spectrum in self.hankel_singular_values]
+        return [distance / sigma for distance, sigma in zip(distances, largest, strict=True)]
+
+
+def to_record(entry: ReductionEvent | Observation) -> dict:
+    """JSON types only."""
+    tensors = {name: getattr(entry, name) for name in TENSORS if getattr(entry, name, None) is not None}
+    return asdict(entry) | {name: [each.tolist() for each in value] for name, value in tensors.items()}
+
+
+def from_record(kind: type, record: dict) -> ReductionEvent | Observation:
+    """The inverse of `to_record`.
+
+    Raises:
+        KeyError, TypeError: not a record of this kind, or one that says what cannot be.
+    """
+    given = {f.name: record[f.name] for f in fields(kind) if f.name in record or f.default is MISSING}
+    entry = kind(**given)
+    for name, value in given.items():
+        if name in ALLOWED and not ALLOWED[name](value):
+            raise TypeError(f"{name} = {value!r}")
+    for name in set(TENSORS) & {name for name, value in given.items() if value is not None}:
+        if any(isinstance(tensor, Tensor) and tensor.dtype is not torch.float64 for tensor in given[name]):
+            raise TypeError(f"{name} that are not float64")
+        setattr(entry, name, [torch.as_tensor(tensor, dtype=torch.float64) for tensor in given[name]])
+    _check_record(entry)
+    return entry
+
+
+def sizes_text(sizes: Collection[int]) -> str:
+    """One number where all are equal, otherwise the smallest and the largest."""
+    smallest, largest = min(sizes), max(sizes)
+    return str(largest) if smallest == largest else f"{smallest}-{largest}"
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # NaN and Inf are not, nor what no float holds
+
+
+def _are_numbers(value) -> bool:
+    return isinstance(value, list) and all(type(each) in (int, float) for each in value)
+
+
+def _are_numbers_or_none(value) -> bool:
+    return isinstance(value, list) and all(each is None or type(each) in (int, float) for each in value)
+
+
+def _are_named_numbers(value) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_recall(value) -> bool:
+    return _are_named_numbers(value) and value.keys() == {"loss", "accuracy"} and 0 <= value["accuracy"] <= 1
+
+
+def _optional(is_allowed: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or is_allowed(value)
+
+
+# Of single values, and of lists that may be missing; `_check_record` looks at the others.
+ALLOWED = {
+    "step": _optional(_is_count),
+    "energy_discarded": _are_numbers,
+    "predicted_loss_change": _optional(_are_numbers),
+    "movement": _optional(_are_numbers),
+    "weyl_bound": _optional(_are_numbers),
+    "rank_noise": _optional(_are_numbers),
+    "share_noise": _optional(_are_numbers),
+    "compared_with": _optional(_is_count),
+    "rank_correlation": _optional(_are_numbers_or_none),
+    "share_distance": _optional(_are_numbers_or_none),
+    "settled_points": _optional(lambda value: isinstance(value, list) and all(map(_is_count, value))),
+    "reasons": _optional(lambda value: isinstance(value, list) and all(each in (None, *REASONS) for each in value)),
+    "loss_before": _optional(_is_number),
+    "loss_after": _optional(_is_number),
+    "tokens": _is_count,
+    "seconds": _is_number,
+    "measuring_seconds": _is_number,
+    "criterion": lambda value: isinstance(value, str),
+    "compensate": lambda value: isinstance(value, bool),
+    "refit": lambda value: isinstance(value, bool),
+    "rolled_back_at": _optional(_is_count),
+    "goal": _optional(_are_named_numbers),
+    "recall_before": _optional(_is_recall),
+    "recall_after": _optional(_is_recall),
+}
+
+# Lists with an entry per layer that may be missing.
+PER_LAYER = (
+    "predicted_loss_change",
+    "reasons",
+    "movement",
+    "weyl_bound",
+    "energies",
+    "rank_noise",
+    "share_noise",
+    "rank_correlation",
+    "share_distance",
+    "settled_points",
+)
+
+
+def _check_record(entry: ReductionEvent | Observation) -> None:
+    """Refuse what could only come from elsewhere: everything is per layer, sizes are counts, spectra fit them."""
+    is_event = isinstance(entry, ReductionEvent)
+    sizes = entry.state_sizes_before if is_event else entry.state_sizes
+    lists = [sizes, *((entry.state_sizes_after, entry.keep, entry.energy_discarded) if is_event else ())]
+    lists += [getattr(entry, name) for name in PER_LAYER if getattr(entry, name, None) is not None]
+    if not all(isinstance(each, list) and len(each) == len(sizes) for each in lists) or not sizes:
+        raise TypeError("lists that are not one entry per layer")
+    if not all(type(size) is int and size > 0 for size in sizes + (entry.state_sizes_after if is_event else [])):
+        raise TypeError(f"state sizes {sizes}")
+    if is_event:
+        _check_cut(entry)
+    for size, spectrum in zip(sizes, entry.hankel_singular_values, strict=True):
+        if spectrum.shape != (size,) or not torch.isfinite(spectrum).all():
+            raise TypeError(f"a spectrum of shape {tuple(spectrum.shape)}, NaN or Inf for {size} states")
+        if (spectrum < 0).any() or (spectrum.diff() > 1e-9 * spectrum[0]).any():
+            raise TypeError("a spectrum that is not descending and at least 0")
+    if not is_event and entry.energies is not None:
+        _check_energies(entry)
+
+
+def _check_energies(observation: Observation) -> None:
+    for size, energy in zip(observation.state_sizes, observation.energies, strict=True):
+        if energy.shape != (size,) or not torch.isfinite(energy).all() or (energy < 0).any() or energy.sum() <= 0:
+            raise TypeError(f"energies of shape {tuple(energy.shape)}, negative, NaN, Inf or all 0 for {size} states")
+
+
+def _check_cut(event: ReductionEvent) -> None:
+    if [len(keep) for keep in event.keep] != event.state_sizes_after:
+        raise TypeError("kept states that are not as many as the state sizes after the cut")
+    for size, keep in zip(event.state_sizes_before, event.keep, strict=True):
+        if not all(_is_count(position) and position < size for position in keep) or len(set(keep)) < len(keep):
+            raise TypeError(f"kept states {keep} of {size}")
+    if not all(-1e-9 <= share <= 1 for share in event.energy_discarded):
+        raise TypeError(f"energy_discarded {event.energy_discarded}")
+    if (event.loss_before is None) != (event.loss_after is None):
+        raise TypeError("a loss before or after the cut without the other")
+    if (event.recall_before is None) != (event.recall_after is None):
+        raise TypeError("recall before or after the cut without the other")

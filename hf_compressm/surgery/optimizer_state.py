@@ -1,0 +1,103 @@
+"""What an optimizer has to do with the state: which weights it may decay, and moments that follow a resize."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures.family import LAYOUTS, TimeInvariantLayout
+
+# Factored second moments (Adafactor of Transformers and of torch): which axis of the parameter each one keeps.
+FACTORED = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1, "row_var": 0, "col_var": 1}
+REFUSED = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo", "LBFGS")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two parameter groups for any torch optimizer: with weight decay, and without.
+
+    `A_log`, `D`, biases and norms are left out of the decay, as in the original Mamba code, and all parameters of an
+    LRU's recurrence. Trainer's default decays them, which pulls every decay rate together and biases the energies.
+
+    Args:
+        weight_decay: for the first group, per step and unit of learning rate.
+
+    Returns:
+        `[{"params": […], "weight_decay": weight_decay}, {"params": […], "weight_decay": 0.0}]`, trainable ones only.
+    """
+    recurrences = {layout.mixer_class for layout in LAYOUTS.values() if isinstance(layout, TimeInvariantLayout)}
+    exempt = {p for m in model.modules() if type(m).__name__ in recurrences for p in m.parameters()}
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith("A_log") and parameter not in exempt
+            (decayed if decays else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse an optimizer that could not follow a resize of these parameters.
+
+    Raises:
+        ValueError: a layer-wise optimizer or one flat state; a trainable parameter that it does not hold.
+    """
+    if type(optimizer).__name__ in REFUSED:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps state that is tied to whole parameters or to the order of all of them; "
+            "use AdamW, SGD, Adafactor or another optimizer with a state per parameter."
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise ValueError(
+                f"the optimizer does not hold {name}, so it would silently stop learning. The optimizer was built for "
+                "other parameters, or before a checkpoint changed the state size: build it after loading, or let "
+                "Trainer build it (it may be overridden in create_optimizer, but not passed ready-made)."
+            )
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(f"{name} carries gradient hooks (a layer-wise optimizer?), which a resize would lose.")
+
+
+def gather(tensor: Tensor, axis: int, source: Tensor) -> Tensor:
+    """Entries `source` of `tensor` along `axis`, zero where `source` is -1."""
+    source = source.to(tensor.device)
+    gathered = tensor.index_select(axis, source.clamp_min(0))
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    return torch.where((source >= 0).view(shape), gathered, torch.zeros_like(gathered))
+
+
+def resized_state(
+    optimizer: torch.optim.Optimizer, name: str, state: dict, shape: torch.Size, axis: int, source: Tensor
+) -> dict:
+    """The optimizer's `state` of a parameter of that shape after its entries along `axis` became `source`.
+
+    Tensors of the parameter's own shape and Adafactor's factors follow, scalars stay. State of another kind (8-bit
+    blocks, projections) cannot be sliced: it is dropped with a warning and the optimizer starts that parameter afresh.
+    """
+    resized = {}
+    for key, value in state.items():
+        if key in FACTORED and isinstance(value, Tensor):
+            own_axis = FACTORED[key]
+            position = own_axis if value.ndim == len(shape) else 0
+            resized[key] = gather(value, position, source) if own_axis == axis else value.clone()
+        elif type(value) is Tensor and value.shape == shape:
+            resized[key] = gather(value, axis, source)
+        elif value is None or isinstance(value, int | float) or (type(value) is Tensor and value.ndim == 0):
+            resized[key] = value
+        else:
+            warnings.warn(
+                f"hf_compressm: the state '{key}' that {type(optimizer).__name__} keeps for {name} cannot follow the "
+                "resize; its state for this parameter starts afresh.",
+                stacklevel=2,
+            )
+            return {}
+    return resized
+
+
+def swap_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, state: dict) -> None:
+    """Put `new` with its `state` in the place of `old`, at the same position: checkpoints are keyed by position."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    optimizer.state.pop(old, None)
+    if state:
+        optimizer.state[new] = state

@@ -1,0 +1,1 @@
+"""Mathematics, in torch and nothing else: Hankel singular values, statistics, scores, plans."""

@@ -1,0 +1,76 @@
+"""What becomes of each layer: an entry of a plan keeps some of its states, or replaces its system by a smaller one."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .selective import StateMaps, complement
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of one layer, and how the kept states make up for the others.
+
+    Attributes:
+        keep: kept states, sorted, (r,).
+        compensation: the map G by which kept states predict dropped ones, (N - r, r), or None.
+        refit: what a refit adds to the maps of the kept states after that, or None.
+    """
+
+    keep: Tensor
+    compensation: Tensor | None = None
+    refit: StateMaps | None = None
+
+    def cpu(self) -> "Selection":
+        """The same on the CPU."""
+        compensation = None if self.compensation is None else self.compensation.cpu()
+        refit = None if self.refit is None else StateMaps(*(added.cpu() for added in self.refit))
+        return Selection(self.keep.cpu(), compensation, refit)
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All that it says beside the kept states, by name."""
+        added = (None,) * 3 if self.refit is None else self.refit
+        return {"compensation": self.compensation, **dict(zip(("B", "C", "A_log"), added, strict=True))}
+
+    def of(self, whole: StateMaps) -> StateMaps:
+        """The maps of the kept states as the cut leaves them: W_C[K] + Gᵀ W_C[R] (`maths`: compensation), refitted.
+
+        Args:
+            whole: the maps of all states.
+        """
+        keep = self.keep.to(whole.B_rows.device)
+        maps = whole.kept(keep)
+        if self.compensation is not None:
+            dropped = whole.C_rows[complement(keep, len(whole.C_rows))].double()
+            C_rows = maps.C_rows.double() + self.compensation.to(dropped).mT @ dropped
+            maps = replace(maps, C_rows=C_rows.to(maps.C_rows.dtype))
+        if self.refit is not None:
+            maps = StateMaps(*(kept + added.to(kept) for kept, added in zip(maps, self.refit, strict=True)))
+        return maps
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What is made of one layer: `tensors` by path, of the balanced states `keep`, sorted, (r,)."""
+
+    keep: Tensor
+    tensors: dict[str, Tensor]
+
+    def cpu(self) -> "Projection":
+        """The same on the CPU."""
+        return Projection(self.keep.cpu(), {path: tensor.cpu() for path, tensor in self.tensors.items()})
+
+
+Plan = dict[int, Selection | Projection]
+
+
+def plan_fingerprint(plan: Plan) -> str:
+    """A text that is the same for equal plans only."""
+    digest = hashlib.sha256()
+    for index, entry in plan.items():
+        for name, tensor in {"keep": entry.keep, **entry.tensors}.items():
+            digest.update(f"{index} {name}".encode())
+            digest.update(b"" if tensor is None else tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

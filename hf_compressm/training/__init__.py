@@ -1,0 +1,1 @@
+"""Inside Trainer: when to cut, what to watch, and how to go back."""

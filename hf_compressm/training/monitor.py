@@ -1,0 +1,83 @@
+"""Watches the singular values through training: how far they moved, and how far Weyl's theorem allowed them to.
+
+For the trigger "settled" it watches the energies by which states are ranked as well, and what noise is in them.
+"""
+
+import time
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..analysis.calibration import undisturbed
+from ..analysis.checks import calibration_batches
+from ..analysis.states import StateAnalysis, analyze_states
+from ..architectures.family import state_sizes
+from ..architectures.mamba_scan import scan_installed
+from ..config import CompreSSMConfig
+from ..engines import from_first_process, unwrap
+from ..storage.records import Observation
+from ..theory.hankel import weyl_bound
+from ..theory.rankings import compare_rankings
+
+
+class StateMonitor:
+    """Makes observations, each compared with the one before it if that had the same sizes. The model is not disturbed.
+
+    Args:
+        last: the observation that the first one is compared with, in a run that goes on. Weyl's bound needs the
+            Gramians of both, so it begins with the second.
+    """
+
+    def __init__(self, last: Observation | None = None):
+        self._last = last
+        self._last_gramians: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def observe(
+        self, model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig, step: int, draws: int = 0
+    ) -> Observation:
+        """Measure the spectrum of every layer.
+
+        Args:
+            batches: as for `analyze`; an LRU needs none.
+            config: what to measure with: the criterion, and the number of calibration batches.
+            step: optimizer steps done.
+            draws: of how many disjoint draws to take the energies: none, one to compare later ones with, or two for
+                the noise. The second are the batches on which `analyze` measures losses.
+        """
+        started = time.perf_counter()
+        model = unwrap(model)
+        statistics_batches, _, other_batches = calibration_batches(model, batches, config)
+        with undisturbed(model), scan_installed():
+            analysis = analyze_states(model, statistics_batches, config)
+            spectra = [spectrum.cpu() for spectrum in analysis.hankel_singular_values().values()]
+            gramians = analysis.gramians()
+            energies = _shared_energies(analysis) if draws else None
+            other = _shared_energies(analyze_states(model, other_batches, config)) if draws == 2 else None
+        noise = list(map(compare_rankings, energies, other)) if other is not None else None
+        sizes = list(state_sizes(model).values())
+        comparable = self._last is not None and self._last.state_sizes == sizes
+        observation = Observation(
+            step=step,
+            state_sizes=sizes,
+            movement=self._movement(spectra) if comparable else None,
+            weyl_bound=self._weyl_bounds(gramians) if comparable and self._last_gramians else None,
+            seconds=time.perf_counter() - started,
+            hankel_singular_values=spectra,
+            energies=energies,
+            rank_noise=None if noise is None else [each.correlation for each in noise],
+            share_noise=None if noise is None else [each.distance for each in noise],
+        )
+        self._last, self._last_gramians = observation, gramians
+        return observation
+
+    def _movement(self, spectra: list[Tensor]) -> list[float]:
+        before = self._last.hankel_singular_values
+        return [float((now - then).abs().max()) for now, then in zip(spectra, before, strict=True)]
+
+    def _weyl_bounds(self, gramians: dict[int, tuple[Tensor, Tensor]]) -> list[float]:
+        return [float(weyl_bound(*self._last_gramians[index], *now)) for index, now in gramians.items()]
+
+
+def _shared_energies(analysis: StateAnalysis) -> list[Tensor]:
+    """Per layer, (N,), on the CPU, and the very same in all processes, which decide by them."""
+    return from_first_process([energy.cpu() for energy in analysis.energies.values()])

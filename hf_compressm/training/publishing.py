@@ -1,0 +1,106 @@
+"""What Trainer saves and pushes carries the history, the pictures and the card of the reduction."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import CONFIG_NAME, logging
+
+from ..architectures.family import SelectiveLayout, layout_of
+from ..architectures.per_layer import modeling_compressm_mamba
+from ..engines import together, unwrap
+from ..sharing.hub import as_push_error, check_may_push
+from ..sharing.model_card import CARD, CardDetails, check_details, may_be_written, write_model_card
+from ..sharing.pictures import PICTURES, write_pictures
+from ..storage.history import HISTORY_FILE, SPECTRA_FILE, save_history
+
+logger = logging.get_logger(__name__)
+
+CODE_FILE = f"{modeling_compressm_mamba.MODULE}.py"
+
+
+class Publisher:
+    """Comes before the class of a trainer: its checkpoints and pushes say how the model was reduced.
+
+    Trainer pushes and rotates checkpoints before it tells its callbacks of them, so this cannot be left to a callback.
+
+    Attributes:
+        state_size_callback: whose history it is.
+        card_details: what the card says beside it.
+    """
+
+    def check_may_push(self) -> None:
+        """Refuse at the start what could not be pushed at the end: the token, or what the card is to say.
+
+        Raises:
+            PushError: in every process.
+        """
+        with together():
+            if self.args.push_to_hub and self.is_world_process_zero():
+                check_may_push(self.hub_model_id, self.args.hub_token, revision=self.args.hub_revision)
+                try:
+                    check_details(self.card_details)
+                except Exception as error:
+                    raise as_push_error(error, self.hub_model_id) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        """As Trainer's, with the history beside the weights; with pictures where the run ends."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder, history = Path(output_dir or self.args.output_dir), self.state_size_callback.history
+            save_history(history, folder)
+            if folder == Path(self.args.output_dir):
+                write_pictures(folder, history, self.state.log_history)
+
+    def create_model_card(self, language=None, license=None, tags=None, **kwargs):
+        """The card of the reduction, in the place of Trainer's; one that somebody wrote by hand stays."""
+        folder = Path(self.args.output_dir)
+        if not self.is_world_process_zero() or not may_be_written(folder / CARD):
+            return
+        if not self._is_language_model:
+            return super().create_model_card(language, license, tags, **kwargs)
+        given = {"license": license, "language": language, "base_model": kwargs.get("finetuned_from")}
+        given |= {"datasets": kwargs.get("dataset_tags")}
+        given |= {"tags": [*self.card_details.tags, *([tags] if isinstance(tags, str) else tags or ())]}
+        self._write_card(folder, replace(self.card_details, **{name: value for name, value in given.items() if value}))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        """As Trainer's, which pushes from its output folder: what goes with the weights comes there with them."""
+        self._tell_failed_pushes()
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.args.hub_strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
+            return  # as Trainer would; nothing may change in the folder that is being pushed
+        folder, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
+        if self.is_world_process_zero() and (checkpoint / CONFIG_NAME).exists() and self._is_language_model:
+            write_pictures(checkpoint, self.state_size_callback.history, self.state.log_history)
+            self._write_card(checkpoint, self.card_details)
+            keep_card = not may_be_written(folder / CARD)
+            for name in (CODE_FILE, HISTORY_FILE, SPECTRA_FILE, *PICTURES, *([] if keep_card else [CARD])):
+                if (checkpoint / name).exists():
+                    shutil.copy(checkpoint / name, folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self):
+        """As Trainer's, which does not say when a push in the background failed."""
+        super()._finish_current_push()
+        self._tell_failed_pushes()
+
+    def _tell_failed_pushes(self) -> None:
+        """Warn of each push in the background that failed, once."""
+        push = getattr(self, "push_in_progress", None)
+        for job in list(push.jobs if push is not None else ()):
+            if job.done() and job.exception() is not None:
+                push.jobs.remove(job)
+                logger.warning(
+                    f"A checkpoint was not pushed: {as_push_error(job.exception(), self.hub_model_id)} It lies in "
+                    f"{self.args.output_dir}."
+                )
+
+    @property
+    def _is_language_model(self) -> bool:
+        return isinstance(layout_of(unwrap(self.model)), SelectiveLayout)
+
+    def _write_card(self, folder: Path, details: CardDetails) -> None:
+        details = replace(details, log_history=self.state.log_history)
+        write_model_card(folder, self.hub_model_id or folder.name, details)

@@ -1,0 +1,213 @@
+"""The safety net: a cut after which the evaluations are worse is undone."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
+
+from ..engines import everywhere, from_first_process, together
+from ..report import StateReport
+from ..storage.history import History
+from ..storage.records import ReductionEvent
+from .schedule import CompreSSMSchedule
+from .snapshot import Snapshot
+
+logger = logging.get_logger(__name__)
+
+FOLDER = "_rollback"  # of the snapshots, within Trainer's output folder; what starts with _ is not pushed
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Judges cuts by what Trainer's log says of a metric.
+
+    A cut is on trial for `patience` evaluations. In each the metric is compared with its last value before the cut.
+
+    Attributes:
+        metric: its name in the log.
+        greater_is_better: whether a fall, rather than a rise, is harm.
+        tolerance: harm allowed, as a share of the value before the cut.
+        patience: evaluations after a cut.
+    """
+
+    metric: str
+    greater_is_better: bool
+    tolerance: float
+    patience: int
+
+    def baseline(self, step: int, history: History, log_history: list[dict]) -> float | None:
+        """The metric's last value before the cut after `step`; None where it was not evaluated before."""
+        values = [value for at, value in self._evaluations(history, log_history) if at < step]
+        return values[-1] if values else None
+
+    def on_trial(self, history: History, log_history: list[dict]) -> list[ReductionEvent]:
+        """The cuts still to be judged, in order."""
+        standing = _standing(history)
+        return [event for event in standing if self._judged(event, history, log_history) < self.patience]
+
+    def harmful_cut(self, value: float, history: History, log_history: list[dict]) -> ReductionEvent | None:
+        """The earliest cut on trial beside whose baseline the newest evaluation, `value`, is too bad."""
+        for event in _standing(history):
+            baseline = self.baseline(event.step, history, log_history)
+            if self._judged(event, history, log_history) <= self.patience and baseline is not None:
+                harm = baseline - value if self.greater_is_better else value - baseline
+                if not harm <= self.tolerance * abs(baseline):  # so is NaN
+                    return event
+        return None
+
+    def _judged(self, event: ReductionEvent, history: History, log_history: list[dict]) -> int:
+        """Evaluations after the cut; one that is repeated at the start of a resumed run is one."""
+        return len({at for at, _ in self._evaluations(history, log_history) if at >= event.step})
+
+    def _evaluations(self, history: History, log_history: list[dict]) -> list[tuple[int, float]]:
+        """(step, value), but for those of a model that was taken back."""
+        undone = [(event.step, event.rolled_back_at) for event in history.events if event.rolled_back_at is not None]
+        entries = [(entry["step"], float(entry[self.metric])) for entry in log_history if self.metric in entry]
+        return [(at, value) for at, value in entries if not any(first <= at <= last for first, last in undone)]
+
+
+@dataclass
+class SafetyNet:
+    """Keeps a snapshot from before every cut that is on trial, and goes back to it.
+
+    Attributes:
+        verdict: which cut did harm.
+        folder: where snapshots are kept; None for memory.
+        companions: models that follow the one that trains.
+    """
+
+    verdict: Verdict
+    folder: Path | None
+    companions: Sequence[nn.Module]
+    _snapshots: dict[int, Snapshot] = field(default_factory=dict)  # by the step of the cut
+
+    def keep(self, state: TrainerState, history: History, model: nn.Module, optimizer, report: StateReport) -> None:
+        """Take a snapshot, before the cut that the report plans.
+
+        Raises:
+            ValueError: there is no evaluation before the cut to compare with.
+        """
+        step = state.global_step
+        if self.verdict.baseline(step, history, state.log_history) is None:
+            seen = sorted({name for entry in state.log_history for name in entry if name.startswith("eval_")})
+            raise ValueError(
+                f"rollback_tolerance compares {self.verdict.metric} with its value before the cut, but no evaluation "
+                f"gave it; they gave {seen}. Set metric_for_best_model to one of these."
+            )
+        with together():
+            mark = _mark(step, list(report.energy_discarded.values()))
+            self._snapshots[step] = Snapshot(model, optimizer, self._folder_of(step), self.companions, mark)
+
+    def take_up(self, history: History, log_history: list[dict]) -> None:
+        """Find the snapshots that an earlier process left of cuts still on trial."""
+        for event in self.verdict.on_trial(history, log_history):
+            with together():
+                folder = self._folder_of(event.step)
+                mark = _mark(event.step, event.energy_discarded)
+                snapshot = Snapshot.found(folder, mark) if folder is not None else None
+            if everywhere(snapshot is not None):
+                self._snapshots[event.step] = snapshot
+
+    def judge(
+        self, value: float, history: History, state: TrainerState, model: nn.Module, optimizer
+    ) -> ReductionEvent | None:
+        """After an evaluation: undo the earliest cut that did harm, and all later ones with it.
+
+        Returns:
+            The earliest cut that was undone; None if all stand.
+        """
+        events, undone = history.events, None
+        harmful = self.verdict.harmful_cut(value, history, state.log_history)
+        position = from_first_process(events.index(harmful) if harmful is not None else None)
+        if position is not None and events[position].step in self._snapshots:
+            undone = events[position]
+            self._snapshots[undone.step].restore(model, optimizer, self.companions)
+            for event in events[position:]:
+                if event.rolled_back_at is None:
+                    event.rolled_back_at = state.global_step
+        elif position is not None:
+            logger.warning(
+                f"The cut after step {events[position].step} did harm, but cannot be undone: the run was resumed, and "
+                "no snapshot of that cut was found. With rollback_storage='disk', in the same output_dir and with as "
+                "many processes, there would be one."
+            )
+        if self.folder is None:
+            self.discard_judged(history, state.log_history)
+        return undone
+
+    def discard_judged(self, history: History, log_history: list[dict]) -> None:
+        """Free the snapshots of cuts no longer on trial; those on disk only when a checkpoint holds the verdict."""
+        self._discard(self._snapshots.keys() - {event.step for event in self.verdict.on_trial(history, log_history)})
+
+    def discard_all(self) -> None:
+        """Free every snapshot."""
+        self._discard(set(self._snapshots))
+
+    def _discard(self, steps: set[int]) -> None:
+        for step in steps:
+            self._snapshots.pop(step).discard()
+        if self.folder is not None:
+            with suppress(OSError):  # others are there still, or nothing was
+                self.folder.rmdir()
+
+    def _folder_of(self, step: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"step-{step}"
+
+
+def spread_safety_net(
+    schedule: CompreSSMSchedule,
+    args: TrainingArguments,
+    state: TrainerState,
+    history: History,
+    event_steps: list[int],
+    steps_per_epoch: int,
+    companions: Sequence[nn.Module],
+) -> SafetyNet | None:
+    """The net that a schedule asks for, on the metric that Trainer is told to go by, the loss by default.
+
+    Raises:
+        ValueError: nothing will be evaluated, or the first cut has no evaluation before it to be compared with.
+    """
+    if schedule.rollback_tolerance is None:
+        return None
+    if args.eval_strategy == IntervalStrategy.NO:
+        raise ValueError("rollback_tolerance needs evaluations during training: set eval_strategy and eval_steps.")
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    better = bool(args.greater_is_better)
+    verdict = Verdict(f"eval_{metric}", better, schedule.rollback_tolerance, schedule.rollback_patience)
+    first_cut = min((step for step in event_steps if step > state.global_step), default=None)
+    first_evaluation = _first_evaluation_step(args, state, steps_per_epoch)
+    has_baseline = first_cut is None or verdict.baseline(first_cut, history, state.log_history) is not None
+    if not has_baseline and first_evaluation >= first_cut:
+        raise ValueError(
+            f"rollback_tolerance compares with an evaluation before the cut, but the first cut is due after step "
+            f"{first_cut} and the first evaluation after step {first_evaluation}: set eval_on_start=True, or "
+            "evaluate earlier or cut later."
+        )
+    folder = Path(args.output_dir) / FOLDER if schedule.rollback_storage == "disk" else None
+    return SafetyNet(verdict, folder, companions)
+
+
+def _first_evaluation_step(args: TrainingArguments, state: TrainerState, steps_per_epoch: int) -> int:
+    """The step after which Trainer evaluates first in a run."""
+    if args.eval_on_start:
+        return 0
+    by_steps = args.eval_strategy == IntervalStrategy.STEPS
+    every = state.eval_steps if by_steps else steps_per_epoch
+    delay = args.eval_delay if by_steps else args.eval_delay * steps_per_epoch
+    return max(1, math.ceil(delay / every)) * every
+
+
+def _mark(step: int, energy_discarded: list[float]) -> str:
+    """The same for the same cut of the same run, and hardly for any other."""
+    return f"{step} {energy_discarded}"
+
+
+def _standing(history: History) -> list[ReductionEvent]:
+    return [event for event in history.events if event.is_cut and event.rolled_back_at is None]

@@ -1,0 +1,144 @@
+"""When a layer is cut: at fixed steps, or when its ranking of states has settled. Decided by what the records say.
+
+The records go into every checkpoint, so an interrupted run decides as the uninterrupted one.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..analysis.checks import allocation_of, reducible_size
+from ..architectures.family import SelectiveLayout, layout_of, state_sizes
+from ..config import CompreSSMConfig
+from ..storage.history import History
+from ..storage.records import REASONS, Observation
+from ..theory.rankings import Ranking, compare_rankings, is_within_noise
+from .schedule import CompreSSMSchedule
+
+SETTLED, WINDOW_ENDED = REASONS
+NOT_MEASURED = ("magnitude", "random")  # criteria that take nothing from data, and so have no noise
+
+
+def check_trigger(schedule: CompreSSMSchedule, config: CompreSSMConfig, model: nn.Module | None = None) -> None:
+    """Refuse to wait for rankings that have no noise to compare with.
+
+    Raises:
+        ValueError: names the criterion, or the type of the model, and the remedy.
+    """
+    if schedule.trigger != "settled":
+        return
+    if config.criterion in NOT_MEASURED:
+        raise ValueError(
+            f"trigger = 'settled' with criterion = '{config.criterion}', which ranks states without data: there is no "
+            "noise to compare a movement with. Give another criterion, or trigger = 'fixed'."
+        )
+    if model is not None and not isinstance(layout_of(model), SelectiveLayout):
+        raise ValueError(
+            f"trigger = 'settled' with a model of type '{model.config.model_type}', whose states are ranked by its "
+            "weights alone: there is no noise to compare a movement with. Give trigger = 'fixed'; monitor_steps shows "
+            "how far the singular values still move."
+        )
+
+
+@dataclass(frozen=True)
+class DueEvent:
+    """What is to be cut now.
+
+    Attributes:
+        config: what this event has to achieve, and in which layers.
+        reasons: per layer, for the record: why it is cut now, or None; None altogether at a fixed step.
+    """
+
+    config: CompreSSMConfig
+    reasons: list[str | None] | None = None
+
+
+class Trigger:
+    """Says when which layers are cut, and what has to be measured to know.
+
+    Args:
+        schedule, config: of the run.
+        max_steps: optimizer steps of the run.
+
+    Attributes:
+        steps: after which a cut is due, or with the trigger "settled" may be; ascending, the last at the end of the
+            window.
+    """
+
+    def __init__(self, schedule: CompreSSMSchedule, config: CompreSSMConfig, max_steps: int):
+        self.schedule, self.config = schedule, config
+        self.waits = schedule.trigger == "settled"
+        self.steps = schedule.possible_steps(max_steps) if self.waits else schedule.event_steps(max_steps)
+        self._comparison_steps = set(schedule.comparison_steps(max_steps)) if self.waits else set()
+        self._settling_steps = schedule.settling_steps(max_steps)
+
+    def steps_due(self, step: int, history: History) -> list[int]:
+        """The steps of the events that a history up to this step should have."""
+        if not self.waits:
+            return [due for due in self.steps if due <= step]
+        return history.steps or [due for due in self.steps[-1:] if due <= step]
+
+    def due(self, model: nn.Module, history: History, step: int) -> DueEvent | None:
+        """The event after this step, of an unwrapped model; None where there is none."""
+        if step not in self.steps:
+            return None
+        if self.waits:
+            return self._due_when_settled(model, history, step)
+        size = reducible_size(self.config, model)
+        events_left = len(self.steps) - self.steps.index(step)
+        return DueEvent(self.config.for_event(size, events_left, history.loss_spent, history.rollbacks))
+
+    def draws(self, model: nn.Module, history: History, step: int) -> int:
+        """Of how many calibration draws an observation takes the energies: none, one to be compared later, or two."""
+        if not self.waits or step > self.steps[-1] or not self._waiting(model, history):
+            return 0
+        return 2 if step in self._comparison_steps else 1
+
+    def compare(self, observation: Observation, history: History) -> None:
+        """Complete an observation of two draws: how far each layer came, and how often in a row it stood still.
+
+        Args:
+            history: up to the observation before this one.
+        """
+        earlier = [seen for seen in history.observations_since_rollback if seen.energies is not None]
+        comparable = [seen for seen in earlier if seen.step <= observation.step - self._settling_steps]
+        if observation.rank_noise is None or not comparable:
+            return
+        then, noise = comparable[-1], map(Ranking, observation.rank_noise, observation.share_noise)
+        moved = [
+            compare_rankings(before, now) if len(before) == len(now) else None  # it was cut in between
+            for before, now in zip(then.energies, observation.energies, strict=True)
+        ]
+        stands = [m is not None and is_within_noise(m, floor) for m, floor in zip(moved, noise, strict=True)]
+        points = earlier[-1].settled_points or [0] * len(stands)
+        observation.compared_with = then.step
+        observation.rank_correlation = [None if each is None else each.correlation for each in moved]
+        observation.share_distance = [None if each is None else each.distance for each in moved]
+        observation.settled_points = [n + 1 if still else 0 for n, still in zip(points, stands, strict=True)]
+
+    def _due_when_settled(self, model: nn.Module, history: History, step: int) -> DueEvent | None:
+        waiting, together = self._waiting(model, history), allocation_of(self.config, model) != "per_layer"
+        why = {index: SETTLED for index in waiting if self._has_settled(index, history)}
+        if step == self.steps[-1]:
+            why = dict.fromkeys(waiting, WINDOW_ENDED) | why
+        if not why or (together and len(why) < len(waiting)):
+            return None
+        layers = list(state_sizes(model))
+        others = self.config.skip_layers if together else [index for index in layers if index not in why]
+        config = replace(self.config, skip_layers=others)
+        size, part = reducible_size(config, model), len(why) / len(waiting)
+        config = config.for_event(size, 1, history.loss_spent, history.rollbacks, part)
+        return DueEvent(config, [why.get(index) for index in layers])
+
+    def _waiting(self, model: nn.Module, history: History) -> list[int]:
+        """The layers still to be cut: above the target, and not cut before, or taken back."""
+        reasons = [event.reasons for event in history.events if event.reasons and event.rolled_back_at is None]
+        done = {index for each in reasons for index, reason in enumerate(each) if reason is not None}
+        done |= set(self.config.skip_layers)
+        smallest = self.config.target_state_size or 0
+        return [index for index, size in state_sizes(model).items() if index not in done and size > smallest]
+
+    def _has_settled(self, layer: int, history: History) -> bool:
+        """Once is enough: with one size for all, a layer that has settled waits for the others."""
+        points = [seen.settled_points[layer] for seen in history.observations_since_rollback if seen.settled_points]
+        return max(points, default=0) >= self.schedule.settled_patience

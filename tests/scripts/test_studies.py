@@ -1,0 +1,299 @@
+"""The studies and benchmarks as a user runs them, on a few steps: every arm, every table, every picture."""
+
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+def reproduce(folder, *more, check=True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "digits", "--output_dir", str(folder), *more]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "digits"
+    return folder, reproduce(folder, "--max_steps", "40", "--seeds", "0").stdout
+
+
+def test_a_study_runs_every_arm_and_tells_what_came_out(study):
+    folder, output = study
+    results = [json.loads(file.read_text()) for file in folder.glob("*/result.json")]
+    by_arm = {result["arm"]: result for result in results}
+    assert len(by_arm) == len(results) == 16
+    reduced = by_arm["reduced in training, τ = 0.1"]["state_sizes"]
+    assert reduced[0] < by_arm["full"]["state_sizes"][0] == 64
+    for arm in ("scratch, as τ = 0.1", "truncated after training, as τ = 0.1", "random kept, as τ = 0.1"):
+        assert by_arm[arm]["state_sizes"] == reduced
+    assert all(0 < result["accuracy"] < 1 for result in results)
+    assert all(f"| {arm} |" in output for arm in by_arm)
+    assert (folder / "accuracy.png").stat().st_size > 10_000
+
+
+def test_a_finished_study_is_not_run_again_but_reported(study):
+    folder, output = study
+    times = {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
+    again = reproduce(folder, "--max_steps", "40", "--seeds", "0").stdout
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    tables = [[line for line in text.splitlines() if line.startswith("|")] for text in (output, again)]
+    assert tables[0] == tables[1] and len(tables[0]) == 18
+    other = reproduce(folder, "--max_steps", "41", "--seeds", "0", check=False)
+    assert other.returncode != 0 and "was made with other settings" in other.stderr
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """The module `studies.tasks`, as the scripts import it."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import studies.tasks
+
+        yield studies.tasks
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+def test_recall_asks_for_the_value_that_a_key_came_with(tasks):
+    ids, labels = vars(tasks.AssociativeRecall(pairs=3, queries=5, keys=6, values=4).sequences(200, seed=1)).values()
+    assert ids.shape == labels.shape == (200, 2 * 3 + 5 + 1)
+    assert (labels[:, :7] == tasks.IGNORED).all()
+    for sequence, answers in zip(ids.tolist(), labels.tolist(), strict=True):
+        told = dict(zip(sequence[0:6:2], sequence[1:6:2], strict=True))
+        assert len(told) == 3 and max(told) < 6 <= min(told.values()) and max(told.values()) < 10
+        # The answer to the key at position k is the label at k + 1.
+        assert [told[key] for key in sequence[6:11]] == answers[7:]
+
+
+def test_copying_asks_for_the_symbols_in_order(tasks):
+    ids, labels = vars(tasks.SelectiveCopying(told=4, length=9, symbols=5).sequences(200, seed=1)).values()
+    assert ids.shape == labels.shape == (200, 9 + 1 + 4)
+    for sequence, answers in zip(ids.tolist(), labels.tolist(), strict=True):
+        symbols = [token for token in sequence[:9] if token]
+        assert sequence[9] == 1 and symbols == sequence[10:] == answers[10:] and len(symbols) == 4 and min(symbols) > 1
+    assert (labels[:, :10] == tasks.IGNORED).all() and len({tuple(row[:9]) for row in ids.tolist()}) > 190
+
+
+@pytest.mark.parametrize("name", ["AssociativeRecall(3, 5, 6, 4)", "SelectiveCopying(4, 9, 5)"])
+def test_a_task_is_drawn_from_its_seed_alone(tasks, name):
+    task = eval(name, vars(tasks))
+    first, again, other = (task.sequences(8, seed).input_ids for seed in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_answers_are_judged_where_they_are_asked_for(tasks):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=4, hidden_size=8, state_size=2, num_hidden_layers=1))
+    data = tasks.SelectiveCopying(told=2, length=3, symbols=2).sequences(6, seed=0)
+    measured = tasks.answered(model, data, batch_size=4)
+    with torch.no_grad():
+        outputs = model(data.input_ids, labels=data.labels)
+    guesses = outputs.logits[:, 3:5].argmax(-1)
+    assert measured["loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+    assert measured["accuracy"] == pytest.approx((guesses == data.labels[:, 4:]).float().mean().item())
+
+
+def test_parts_start_afresh_once_after_a_cut(tasks):
+    from studies.training import AFRESH, Afresh, Recipe, build
+
+    from hf_compressm.architectures.family import state_layers
+    from hf_compressm.surgery.shrink_and_grow import shrink_state
+    from hf_compressm.theory.plan import Selection
+
+    architecture = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
+    for parts in ([], AFRESH[:1], AFRESH[:2], AFRESH):
+        model = build(Recipe(8, 1e-3, 10), architecture)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+        optimizer.step()
+        callback, (mixer,) = Afresh(parts, seed=0), state_layers(model).values()
+        callback.on_step_begin(None, None, None, model=model)
+        callback.on_step_end(None, None, None, model=model, optimizer=optimizer)
+        assert mixer.A_log.shape[1] == 8 and optimizer.state  # nothing was cut yet
+        shrink_state(model, {0: Selection(torch.tensor([2, 5]))}, optimizer)
+        kept = mixer.x_proj.weight.clone()
+        callback.on_step_end(None, None, None, model=model, optimizer=optimizer)
+        rates = torch.tensor([1.0, 2.0] if "decay rates" in parts else [3.0, 6.0])
+        assert torch.allclose(mixer.A_log.exp().mean(0), rates, atol=0.02)
+        changed = (mixer.x_proj.weight != kept).any(1)
+        assert changed.tolist() == [False] * mixer.time_step_rank + ["maps" in parts] * 4
+        assert bool(optimizer.state) == ("moments" not in parts)
+
+
+def test_states_grow_when_none_is_to_spare(tasks):
+    from studies.training import WHEN_FLAT, Recipe, Regrowth, build, effective_number
+    from transformers import TrainerState
+
+    from hf_compressm.architectures.family import layout_of, state_layers, state_sizes
+    from hf_compressm.surgery.shrink_and_grow import maps_in
+
+    assert effective_number(torch.tensor([3.0, 3.0, 3.0])) == pytest.approx(3)
+    assert effective_number(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
+    model = build(Recipe(2, 1e-3, 20), {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1})
+    (mixer,) = state_layers(model).values()
+    maps = maps_in(dict(mixer.named_parameters()), mixer, layout_of(model))
+    with torch.no_grad():
+        maps.A_log[:] = maps.A_log[:, :1]  # both states the same, but the second hardly seen
+        maps.B_rows[:] = maps.B_rows[:1]
+        maps.C_rows[:] = maps.C_rows[:1] * torch.tensor([[1.0], [0.01]])
+    batches = [{"input_ids": torch.arange(9)[None]}] * 2
+    callback = Regrowth((WHEN_FLAT, 3), batches, {"end": 0.1}, seed=0)
+
+    def size_after(step: int) -> int:
+        callback.on_step_end(None, TrainerState(global_step=step, max_steps=20), None, model=model)
+        return state_sizes(model)[0]
+
+    assert size_after(4) == 2
+    with torch.no_grad():
+        maps.C_rows[1] = maps.C_rows[0]
+    assert size_after(2) == 2  # not before the cuts are over
+    assert size_after(5) == 3  # doubled, but to no more than was said
+    assert size_after(6) == 3 and callback.growths == [{"step": 5, "state_size": 3}]
+
+
+SMALL_STUDY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from studies.language import STUDIES
+from studies.running import all_results
+from studies.text import EnglishText
+
+name, folder = sys.argv[1:]
+study = STUDIES[name]
+small = {"hidden_size": 8, "num_hidden_layers": 2}
+study = replace(study, steps=20, sizes=(8, 2), learning_rates=(1e-2,), architecture=small)
+study = replace(study, difficulties=study.difficulties[:1], training={"per_device_train_batch_size": 8})
+if name == "lm":
+    study = replace(study, windows=(0.5,), task=EnglishText(300, 32, 4, packages=("anarchism",)))
+study.carry_out([0], Path(folder), 2)
+study.report(Path(folder), all_results(Path(folder)))
+"""
+
+
+def small_study(name, folder, **environment) -> str:
+    """What a study of Mamba prints, of a tiny model."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")} | environment
+    command = [sys.executable, "-c", SMALL_STUDY, name, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def test_recall_is_studied_in_every_arm_and_told_from_the_results_alone(tmp_path):
+    output = small_study("recall", tmp_path)
+    results = {result["arm"]: result for result in map(json.loads, (f.read_text() for f in tmp_path.glob("*/*.json")))}
+    sizes = {arm: result["state_sizes"] for arm, result in results.items()}
+    assert sizes["N = 8 throughout"] == [8, 8] and sizes["N = 2 from scratch"] == [2, 2]
+    reached = [arm for arm in results if arm.startswith("8 → 2")]
+    assert len(reached) == 18 and all(sizes[arm] == [2, 2] for arm in reached if "flat" not in arm)
+    assert all(sizes[arm][0] in (2, 4, 8) for arm in reached if "flat" in arm)
+    assert results["8 → 1 at 10 %, grown to 2 at 50 %"]["state_sizes"] == [2, 2]
+    cut = results["8 → 2 at 25 %"]
+    assert [c["step"] for c in cut["cuts"]] == [5]
+    assert [point["state_sizes"] for point in cut["curve"]] == [[8, 8]] * 2 + [[2, 2]] * 8
+    longer = results["N = 2 from scratch, as long as 8 → 2 at 50 %"]["settings"]["recipe"]["steps"]
+    shorter = results["N = 8 throughout, as long as 8 → 2 at 50 %"]["settings"]["recipe"]["steps"]
+    prepared = ("difficulty", "rate")
+    compared = [result for arm, result in results.items() if "as long as" not in arm and not arm.startswith(prepared)]
+    times = [result["seconds_per_step"] for result in compared]
+    seconds = {size: statistics.median(each[size] for each in times if size in each) for size in ("8", "2")}
+    whole = 10 * (seconds["8"] + seconds["2"]) + results["8 → 2 at 50 %"]["cutting_seconds"]
+    assert (longer, shorter) == (round(whole / seconds["2"]), round(whole / seconds["8"]))
+    assert all(f"| {arm} |" in output for arm in results if not arm.startswith(prepared))
+    assert (tmp_path / "tables.md").read_text() in output
+    pictures = {name: tmp_path / f"{name}.png" for name in ("moments", "time", "stability", "spectra")}
+    assert all(picture.stat().st_size > 10_000 for picture in pictures.values())
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/result.json")}
+    again = tmp_path / "again"
+    for folder in (tmp_path, again):
+        command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "recall", "--report_only"]
+        subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True, check=True)
+        again.mkdir(exist_ok=True)
+        (again / "results.json").write_text((tmp_path / "results.json").read_text())
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert (tmp_path / "tables.md").read_text().count("| N = 8 throughout |") == 1
+    assert (again / "tables.md").read_text() == (tmp_path / "tables.md").read_text()
+
+
+def test_a_language_model_is_studied_on_text_of_a_debian_package(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    markdown = tmp_path / "debian" / "usr/share/doc/anarchism/markdown"
+    markdown.mkdir(parents=True)
+    for part in range(4):
+        (markdown / f"{part}.md.gz").write_bytes(gzip.compress(text.encode()))
+    output = small_study("lm", tmp_path / "study", ENGLISH_TEXT=str(tmp_path / "debian"))
+    assert "recall loss, nats" in output and "| 8 → 2 at 50 %, refitted |" in output
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        small_study("lm", tmp_path / "other", ENGLISH_TEXT=str(tmp_path))
+    assert "apt-get install anarchism" in failure.value.stderr
+
+
+def test_the_cost_of_the_theory_is_measured(tmp_path):
+    options = "--state_sizes 8 16 --state_size 16 --reduced_size 4 --length 16 --rounds 1 --threads 1".split()
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_analysis.py"), *options]
+    command += ["--output_dir", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["analysis"]["seconds"].keys() == {"8", "16"}
+    assert len(results["regulariser"]["seconds_of_a_run"]) == 5 and "| reduced to N = 4 |" in output
+    assert (tmp_path / "analysis.png").stat().st_size > 5_000
+
+
+BENCHMARK = """
+    --batch_size 2 --rounds 2 --slow_rounds 1 --channels 8 --length 20 --state_size 6 --state_sizes 3 --lengths 20
+    --block_size 20 --hidden_size 8 --num_hidden_layers 2 --vocab_size 50 --size_before 8 --size_after 2 --step_size 8
+    --run_size 2 --run_steps 100 --decode_sizes 3 --decode_tokens 2 --threads 1
+""".split()
+
+
+def test_the_benchmark_measures_all_it_says_against_the_limits_of_the_machine(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *BENCHMARK, "--output_dir", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    scans = {"cpp", "torch", "mambapy", "Transformers' loop"}
+    assert results["scan"]["headline"]["median_seconds"].keys() == scans
+    assert all(
+        difference < 1e-4
+        for by_scan in results["scan"]["gradient_differences"].values()
+        for difference in by_scan.values()
+    )
+    step, cut = results["training"]["step"], results["training"]["cut"]
+    assert step["median_seconds"].keys() == {"cpp", "torch", "mambapy"} and cut["sizes"] == [8, 2]
+    assert 0 < results["training"]["run"]["share"]["analysis"] < 1
+    shares = [
+        *step["share_of_limit"].values(),
+        *cut["share_of_limit"].values(),
+        results["decoding"][0]["share_of_limit"],
+    ]
+    assert all(0 < share < 1 for share in shares)
+    assert all(peak > 0 for peak in results["scan"]["peak_bytes_batch_1_L_2048"].values())
+    assert (tmp_path / "benchmark.md").read_text() in output
+    assert (tmp_path / "benchmark.png").stat().st_size > 20_000
+
+
+REDUCTIONS = """
+    --seeds 0 --criteria output magnitude --max_steps 20 --batches 1 --curve 1 2 --validation_sequences 8
+    --hidden_size 16 --num_hidden_layers 2 --vocab_size 300 --processes 1
+""".split()
+
+
+def test_every_reduction_is_compared_and_a_finished_comparison_only_reported(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "compare_reductions.py"), *REDUCTIONS]
+    command += ["--texts", "bible:16", "--output_dir", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result = json.loads((tmp_path / "bible-16-0.json").read_text())
+    found = {(e["criterion"], e["remedy"], e["divisor"]) for e in result["rises"]}
+    remedies = ("none", "compensate", "compensate + refit")
+    assert found == {(c, r, d) for c in ("output", "magnitude") for r in remedies for d in (2, 4, 8, 16)}
+    assert len(result["curve"]) == 6 and len(result["predictions"]) == 4 * 3
+    assert (tmp_path / "reductions.md").read_text() in output
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("rises", "calibration", "predictions"))
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == output
+    assert {file: file.stat().st_mtime_ns for file in times} == times
