@@ -30,13 +30,13 @@ class CompreSSMConfig:
 
     Example: `CompreSSMConfig(loss_budget=0.01)` finds a state size whose measured loss is at most 0.01 nats per token
     higher, while the next smaller one breaks that. `CompreSSMConfig(tolerance=0.02)` drops the weakest states that
-    together hold 2 % of the energy.
+    together hold 2 % of the score.
 
     Raises:
         ValueError: a value out of range, or values that cannot hold together.
     """
 
-    tolerance: float | None = option(None, "Share of the state energy that may be discarded at a cut, in (0, 1).")
+    tolerance: float | None = option(None, "Share of the state score that may be discarded at a cut, in (0, 1).")
     target_state_size: int | None = option(None, "State size N to arrive at, in states.")
     loss_budget: float | None = option(
         None, "Rise of the measured loss allowed over the whole run, in nats per token."
@@ -46,7 +46,7 @@ class CompreSSMConfig:
         default=None,
         metadata={
             "help": f"Score by which the states of a Mamba are ranked: {', '.join(CRITERIA)}. By default 'output'; an "
-            "LRU has its Hankel singular values. In Python also a function from LayerStates to an energy per state."
+            "LRU has its Hankel singular values. In Python also a function from LayerStates to a score per state."
         },
     )
     selection: str = option(

@@ -11,14 +11,14 @@ from torch import nn
 
 from .analysis.allocation import choose_sizes
 from .analysis.calibration import undisturbed
-from .analysis.checks import allocation_of, calibration_batches, check_config
+from .analysis.checks import allocation_of, check_config, split_batches
 from .analysis.losses import LossMeter
 from .analysis.recall import RecallProbe
 from .analysis.states import analyze_states
 from .architectures.family import state_sizes
 from .architectures.mamba_scan import scan_installed
 from .config import CompreSSMConfig
-from .engines import from_first_process, together, unwrap
+from .engines import from_first_process, raise_in_all_processes, unwrap
 from .report import StateReport
 from .storage.records import ReductionEvent
 from .surgery.shrink_and_grow import shrink_state
@@ -47,7 +47,7 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
     """
     started = time.perf_counter()
     model, config_of_first = unwrap(model), from_first_process(config.to_dict())
-    with together():
+    with raise_in_all_processes():
         if config.to_dict() != config_of_first:
             raise ValueError(
                 f"the processes were given different configurations: {config_of_first} and {config.to_dict()}."
@@ -55,7 +55,7 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         check_state_tensors(model)
         check_config(config, model)
         sizes = state_sizes(model)
-        statistics_batches, held_out, loss_batches = calibration_batches(model, batches, config)
+        statistics_batches, held_out, loss_batches = split_batches(model, batches, config)
         if config.loss_budget is not None and not loss_batches:
             raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
 
@@ -65,18 +65,18 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         allocation = allocation_of(config, model)
         chosen = choose_sizes(
             config,
-            analysis.energies,
+            analysis.scores,
             allocation,
-            loss_of=lambda some: losses.of(analysis.plan(sizes | some)),
+            loss_of=lambda some: losses.loss(analysis.plan(sizes | some)),
             errors=analysis.squared_errors() if allocation == "global" else None,
         )
         plan = from_first_process({index: entry.cpu() for index, entry in analysis.plan(chosen).items()})
         spectra = analysis.hankel_singular_values()
         recall = RecallProbe(model, config.recall_pairs, analysis.overrides) if config.recall_pairs else None
-        loss_before = losses.of({}) if losses else None
-        loss_after = losses.of(plan) if losses else None
-        recall_before, recall_after = (recall.of({}), recall.of(plan)) if recall else (None, None)
-        predicted = {index: losses.change_by_one_layer(index, plan) for index in plan} if losses else {}
+        loss_before = losses.loss({}) if losses else None
+        loss_after = losses.loss(plan) if losses else None
+        recall_before, recall_after = (recall.measure({}), recall.measure(plan)) if recall else (None, None)
+        predicted = {index: losses.single_layer_change(index, plan) for index in plan} if losses else {}
 
     return StateReport(
         config=config,
@@ -84,11 +84,11 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         state_sizes_before=sizes,
         criterion=analysis.criterion,
         compensate=analysis.compensate,
-        energies=analysis.energies,
+        scores=analysis.scores,
         hankel_singular_values=spectra,
         loss_before=loss_before,
         loss_after=loss_after,
-        predicted_loss_change=predicted,
+        single_layer_loss_change=predicted,
         recall_before=recall_before,
         recall_after=recall_after,
         tokens=analysis.tokens,
@@ -121,7 +121,7 @@ def compress(
     """
     started = time.perf_counter()
     sizes, fingerprint = state_sizes(unwrap(model)), from_first_process(plan_fingerprint(report.plan))
-    with together():
+    with raise_in_all_processes():
         if report.applied:
             raise ValueError("this report has been applied already; call analyze again.")
         if sizes != report.state_sizes_before:
@@ -138,9 +138,9 @@ def compress(
         step=step,
         state_sizes_before=list(sizes.values()),
         state_sizes_after=list(report.state_sizes.values()),
-        keep=[keep.tolist() for keep in report.keep.values()],
-        energy_discarded=list(report.energy_discarded.values()),
-        predicted_loss_change=list(report.predicted_loss_change.values()) or None,
+        kept_states=[keep.tolist() for keep in report.kept_states.values()],
+        score_discarded=list(report.score_discarded.values()),
+        single_layer_loss_change=list(report.single_layer_loss_change.values()) or None,
         loss_before=report.loss_before,
         loss_after=report.loss_after,
         tokens=report.tokens,

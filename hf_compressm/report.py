@@ -19,13 +19,14 @@ class StateReport:
         state_sizes_before: layer → N when analysed.
         criterion: how states were ranked: the name of a score, or "hankel" for balanced truncation.
         compensate: whether kept states make up for dropped ones.
-        energies: layer → energy of each state, (N,): in stored order, or of the balanced states, descending.
+        scores: layer → score of each state, (N,): in stored order, or of the balanced states, descending.
         hankel_singular_values: layer → spectrum, (N,), descending; for a selective layer that of its surrogate
             Gramians, averaged over a sample of channels.
         loss_before, loss_after: nats per prediction, measured on held-out calibration batches: of the model, and of
             the model as the plan would leave it. None without batches.
-        predicted_loss_change: layer → nats per prediction, by cutting that layer alone, on a few held-out sequences.
-            Their sum falls short of, or exceeds, the measured change where layers interact. Empty without batches.
+        single_layer_loss_change: layer → nats per prediction, measured by cutting that layer alone, on a few held-out
+            sequences. Their sum falls short of, or exceeds, the measured change where layers interact. Empty without
+            batches.
         recall_before, recall_after: how well it recalls pairs of tokens, as the losses; None unless
             `config.recall_pairs` asks for it.
         tokens: calibration tokens behind the statistics.
@@ -38,11 +39,11 @@ class StateReport:
     state_sizes_before: dict[int, int]
     criterion: str
     compensate: bool
-    energies: dict[int, Tensor]
+    scores: dict[int, Tensor]
     hankel_singular_values: dict[int, Tensor]
     loss_before: float | None
     loss_after: float | None
-    predicted_loss_change: dict[int, float]
+    single_layer_loss_change: dict[int, float]
     tokens: int
     seconds: float
     measuring_seconds: float
@@ -51,14 +52,14 @@ class StateReport:
     applied: bool = field(default=False)
 
     @property
-    def keep(self) -> dict[int, Tensor]:
+    def kept_states(self) -> dict[int, Tensor]:
         """Layer → kept states, sorted, (r,)."""
-        return {index: entry.keep for index, entry in self.plan.items()}
+        return {index: entry.kept_states for index, entry in self.plan.items()}
 
     @property
     def state_sizes(self) -> dict[int, int]:
         """Layer → N as the plan would leave it."""
-        return {index: len(keep) for index, keep in self.keep.items()}
+        return {index: len(keep) for index, keep in self.kept_states.items()}
 
     @property
     def is_cut(self) -> bool:
@@ -71,22 +72,22 @@ class StateReport:
         return any(isinstance(entry, Selection) and entry.refit is not None for entry in self.plan.values())
 
     @property
-    def energy_discarded(self) -> dict[int, float]:
-        """Layer → share of the state energy that the plan drops."""
+    def score_discarded(self) -> dict[int, float]:
+        """Layer → share of the state score that the plan drops."""
         shares = {}
-        for index, keep in self.keep.items():
-            energy = self.energies[index]
-            cut = len(keep) < len(energy)
-            shares[index] = float(1 - energy[keep].sum() / energy.sum().clamp_min(1e-300)) if cut else 0.0
+        for index, keep in self.kept_states.items():
+            score = self.scores[index]
+            cut = len(keep) < len(score)
+            shares[index] = float(1 - score[keep].sum() / score.sum().clamp_min(1e-300)) if cut else 0.0
         return shares
 
     def __str__(self) -> str:
-        rows = ["layer  N before  N after  energy discarded"]
+        rows = ["layer  N before  N after  score discarded"]
         for index, before in self.state_sizes_before.items():
-            rows.append(f"{index:5d}  {before:8d}  {self.state_sizes[index]:7d}  {self.energy_discarded[index]:16.2%}")
+            rows.append(f"{index:5d}  {before:8d}  {self.state_sizes[index]:7d}  {self.score_discarded[index]:16.2%}")
         if self.loss_before is None:
             return "\n".join([*rows, *self._recall_rows()])
-        changes = self.predicted_loss_change.values()
+        changes = self.single_layer_loss_change.values()
         rows[0] += "  predicted loss change"
         rows[1:] = [f"{row}  {change:+16.4f} nats" for row, change in zip(rows[1:], changes, strict=True)]
         rows.append(

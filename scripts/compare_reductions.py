@@ -167,14 +167,14 @@ def measured(args: Arguments, subject: Subject) -> dict:
     quarter, thirds = subject.state_size // 4, thirds_of(calibration, args.batches)
     with undisturbed(model):
         loss, probe = mean_loss(model, validation, {}), RecallProbe(model, PAIRS, partial(masked_parameters, model))
-        recall = probe.of({}).loss
+        recall = probe.measure({}).loss
 
         def rise(config: CompreSSMConfig, thirds, size: int) -> dict:
             started = time.perf_counter()
             plan = plan_of(model, config, thirds, size)
             seconds = time.perf_counter() - started
             risen = mean_loss(model, validation, masked_parameters(model, plan)) - loss
-            return {"rise": risen, "recall": probe.of(plan).loss - recall, "seconds": seconds}
+            return {"rise": risen, "recall": probe.measure(plan).loss - recall, "seconds": seconds}
 
         rises, curve = [], []
         for criterion in tqdm(args.criteria, desc=subject.name):
@@ -223,14 +223,14 @@ def predictions(model, state_size: int, calibration: list[dict], validation: lis
         found = {i: mean_loss(model, validation, masked_parameters(model, cut)) - loss for i, cut in cuts.items()}
         points += [
             {"divisor": divisor, "layer": index, "predicted": change, "measured": found[index]}
-            for index, change in report.predicted_loss_change.items()
+            for index, change in report.single_layer_loss_change.items()
         ]
         total = mean_loss(model, validation, masked_parameters(model, report.plan)) - loss
         points.append(
             {
                 "divisor": divisor,
                 "layer": None,
-                "predicted": sum(report.predicted_loss_change.values()),
+                "predicted": sum(report.single_layer_loss_change.values()),
                 "measured": total,
                 "report": report.loss_after - report.loss_before,
             }

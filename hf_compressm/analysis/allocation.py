@@ -1,4 +1,4 @@
-"""How many states each layer keeps: from energies and measured losses to a size per layer. No model, no surgery.
+"""How many states each layer keeps: from scores and measured losses to a size per layer. No model, no surgery.
 
 Sizes are allocated in one of three ways: `uniform`, one for all layers, the largest any layer asks for; `per_layer`,
 where the goal holds for every layer by itself; `global`, where it holds for all of them together, and states of
@@ -22,7 +22,7 @@ PROBE = 1 / 8  # of its states a layer keeps where its sensitivity is measured
 
 def choose_sizes(
     config: CompreSSMConfig,
-    energies: dict[int, Tensor],
+    scores: dict[int, Tensor],
     allocation: str,
     loss_of: Callable[[Sizes], float] | None = None,
     errors: dict[int, Tensor] | None = None,
@@ -30,17 +30,17 @@ def choose_sizes(
     """Layer → N that the configuration asks for.
 
     Args:
-        energies: layer → energy of each state, (N,), in any order.
+        scores: layer → score of each state, (N,), in any order.
         allocation: "uniform", "per_layer" or "global".
         loss_of: sizes → measured loss of the model cut to them; needed by a loss budget and a global allocation.
         errors: layer → squared error in its output when its r strongest states are kept, r = 0 … N, (N + 1,); needed
             by a global allocation.
     """
     uniform = allocation == "uniform"
-    sizes = {index: len(energy) for index, energy in energies.items()}
-    energies = {index: energy for index, energy in energies.items() if index not in config.skip_layers}
+    sizes = {index: len(score) for index, score in scores.items()}
+    scores = {index: score for index, score in scores.items() if index not in config.skip_layers}
     if allocation == "global":
-        changes = predicted_changes(config, {index: errors[index] for index in energies}, loss_of)
+        changes = predicted_changes(config, {index: errors[index] for index in scores}, loss_of)
         wanted = _from_the_pool(config, _Pool(config, changes), loss_of)
     elif config.target_state_size is not None:
         wanted = dict.fromkeys(sizes, config.target_state_size)
@@ -51,17 +51,17 @@ def choose_sizes(
             for index, size in sizes.items()
         }
     elif config.loss_budget is not None:
-        wanted = _smallest_within_budget(config, _Candidates(config, energies, uniform), loss_of)
+        wanted = _smallest_within_budget(config, _Candidates(config, scores, uniform), loss_of)
     else:
-        wanted = _gated(config, sizes, _by_tolerance(config, energies, uniform, config.tolerance), uniform)
-    return sizes | {index: min(sizes[index], wanted[index]) for index in energies}
+        wanted = _gated(config, sizes, _by_tolerance(config, scores, uniform, config.tolerance), uniform)
+    return sizes | {index: min(sizes[index], wanted[index]) for index in scores}
 
 
-def _by_tolerance(config: CompreSSMConfig, energies: dict[int, Tensor], uniform: bool, tolerance: float) -> Sizes:
+def _by_tolerance(config: CompreSSMConfig, scores: dict[int, Tensor], uniform: bool, tolerance: float) -> Sizes:
     """Each layer's rank, or the largest of them."""
     ranks = {
-        index: min(config.round_up(truncation_rank(energy.sort(descending=True).values, tolerance, 0.0)), len(energy))
-        for index, energy in energies.items()
+        index: min(config.round_up(truncation_rank(score.sort(descending=True).values, tolerance, 0.0)), len(score))
+        for index, score in scores.items()
     }
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
@@ -81,13 +81,13 @@ class _Candidates:
     One size for all: every allowed N. A size per layer: those of one tolerance for all layers, from large to small.
     """
 
-    def __init__(self, config: CompreSSMConfig, energies: dict[int, Tensor], uniform: bool):
+    def __init__(self, config: CompreSSMConfig, scores: dict[int, Tensor], uniform: bool):
         self.config, self.uniform = config, uniform
-        self.whole = {index: len(energy) for index, energy in energies.items()}
+        self.whole = {index: len(score) for index, score in scores.items()}
         if uniform:
             self.steps = range(config.round_up(1), max(self.whole.values()), config.multiple_of)
         else:
-            self.shares = {index: _tail_shares(energy) for index, energy in energies.items()}
+            self.shares = {index: _tail_shares(score) for index, score in scores.items()}
             self.steps = sorted({share for shares in self.shares.values() for share in shares[1:]}, reverse=True)
 
     def __len__(self) -> int:
@@ -105,9 +105,9 @@ class _Candidates:
         return _gated(self.config, self.whole, wanted, self.uniform)
 
 
-def _tail_shares(energy: Tensor) -> list[float]:
-    """The share of the energy that is lost by keeping r states, for r = 0 … N - 1, descending."""
-    tails = energy.sort().values.cumsum(0)
+def _tail_shares(score: Tensor) -> list[float]:
+    """The share of the score that is lost by keeping r states, for r = 0 … N - 1, descending."""
+    tails = score.sort().values.cumsum(0)
     return (tails / tails[-1].clamp_min(1e-300)).flip(0).tolist()
 
 

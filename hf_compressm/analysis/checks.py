@@ -60,7 +60,7 @@ def reducible_size(config: CompreSSMConfig, model: nn.Module) -> int:
     return sum(sizes) // len(sizes) if config.allocation == "global" else max(sizes)
 
 
-def calibration_batches(
+def split_batches(
     model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """Batches for statistics, for the judgement of refits, and for losses, on the model's device."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..engines import forward_with, from_first_process, is_sharded, sum_over_processes, together
+from ..engines import forward_with, from_first_process, is_sharded, raise_in_all_processes, sum_over_processes
 from ..theory.plan import Plan
 from .calibration import Batch, prediction_count, predictions
 
@@ -26,16 +26,16 @@ class LossMeter:
         self._measured: dict[tuple[int, ...], float] = {}
         self._of_sample: float | None = None
 
-    def of(self, plan: Plan) -> float:
+    def loss(self, plan: Plan) -> float:
         """Mean loss over all batches, nats per prediction; plans of the same sizes are measured once."""
-        key = tuple(len(entry.keep) for entry in plan.values())
+        key = tuple(len(entry.kept_states) for entry in plan.values())
         if key not in self._measured:
             overrides = self.overrides(plan)
             unchanged = plan and not overrides
-            self._measured[key] = self.of({}) if unchanged else self._mean_loss(self.batches, overrides)
+            self._measured[key] = self.loss({}) if unchanged else self._mean_loss(self.batches, overrides)
         return self._measured[key]
 
-    def change_by_one_layer(self, index: int, plan: Plan) -> float:
+    def single_layer_change(self, index: int, plan: Plan) -> float:
         """Change of the loss when only this layer is cut; on so few sequences that all layers cost about one batch."""
         overrides = self.overrides({index: plan[index]})
         if not overrides:
@@ -58,7 +58,7 @@ def mean_loss(model: nn.Module, batches: list[Batch], overrides: dict[str, Tenso
     Raises:
         ValueError: the loss is not finite.
     """
-    with together():
+    with raise_in_all_processes():
         losses = [forward(model, batch, overrides).loss.item() for batch in batches]
         if not all(math.isfinite(loss) for loss in losses):
             raise ValueError(
@@ -89,7 +89,7 @@ def loss_gradients(model: nn.Module, batches: list[Batch], names: Iterable[str])
     leaves = {name: (w.float() if w.dtype in HALVES else w).requires_grad_() for name, w in weights.items()}
     gradients = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
     count = next(iter(gradients.values())).new_tensor(sum(map(prediction_count, batches)))
-    with together(), torch.enable_grad():
+    with raise_in_all_processes(), torch.enable_grad():
         for batch in batches:
             total = forward(model, batch, leaves).loss * prediction_count(batch)  # a sum does not underflow in half
             for name, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):

@@ -23,7 +23,7 @@ def cut_layers(model: nn.Module, plan: Plan) -> dict[int, nn.Module]:
     """The mixers that the plan takes states from, by layer."""
     layout = layout_of(model)
     mixers = {index: mixer for index, mixer in state_layers(model).items() if index in plan}
-    return {i: mixer for i, mixer in mixers.items() if len(plan[i].keep) < state_size(mixer, layout)}
+    return {i: mixer for i, mixer in mixers.items() if len(plan[i].kept_states) < state_size(mixer, layout)}
 
 
 def masked_tensors(mixer: nn.Module, layout: SelectiveLayout, selection: Selection) -> dict[str, Tensor]:
@@ -35,8 +35,8 @@ def masked_tensors(mixer: nn.Module, layout: SelectiveLayout, selection: Selecti
     paths = layout.projection, layout.decay
     tensors = {path: full(mixer.get_parameter(path).detach()).clone() for path in paths}
     whole = maps_in(tensors, mixer, layout)
-    kept = selection.of(whole)
-    keep = selection.keep.to(whole.B_rows.device)
+    kept = selection.maps_after_cut(whole)
+    keep = selection.kept_states.to(whole.B_rows.device)
     dropped = complement(keep, len(whole.B_rows))
     for rows, values in ((whole.B_rows, kept.B_rows), (whole.C_rows, kept.C_rows)):
         rows[dropped], rows[keep] = 0, values

@@ -64,7 +64,7 @@ class OutputError:
             summed([self.energy])
 
     @torch.no_grad()
-    def of(self, maps: StateMaps) -> float:
+    def relative_error(self, maps: StateMaps) -> float:
         """The error with these maps of the kept states."""
         pairs = zip(self.data, self.targets, strict=True)
         error = torch.stack([(self._output(maps, inputs) - target).square().sum() for inputs, target in pairs]).sum()
@@ -119,12 +119,12 @@ def fit_states(error: OutputError, judge: OutputError, start: StateMaps, covaria
 
     settings = {"max_iter": ROUND, "max_eval": ROUND * 5 // 4, "history_size": PAIRS}
     optimizer = torch.optim.LBFGS(leaves, line_search_fn="strong_wolfe", **settings)
-    best, smallest = start, judge.of(start)
+    best, smallest = start, judge.relative_error(start)
     for _ in range(ROUNDS):
         optimizer.step(evaluate)
         with torch.no_grad():
             reached = maps()
-        found = judge.of(reached)
+        found = judge.relative_error(reached)
         best = reached if found < smallest else best
         if not found < (1 - WORTHWHILE) * smallest:
             break

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.mamba_scan import scan_installed
-from ..engines import from_first_process, together, unwrap
+from ..engines import from_first_process, raise_in_all_processes, unwrap
 from ..theory.plan import Plan
 from .calibration import Batch, undisturbed
 from .losses import forward
@@ -48,7 +48,7 @@ def recall_probe(model: nn.Module, pairs: int = 8, sequences: int = 32, seed: in
     """
     model = unwrap(model)
     with undisturbed(model), scan_installed():
-        return RecallProbe(model, pairs, lambda plan: {}, sequences, seed).of({})
+        return RecallProbe(model, pairs, lambda plan: {}, sequences, seed).measure({})
 
 
 class RecallProbe:
@@ -68,10 +68,10 @@ class RecallProbe:
     ):
         self.model, self.overrides, self.batch = model, overrides, recall_batch(model, pairs, sequences, seed)
 
-    def of(self, plan: Plan) -> RecallResult:
+    def measure(self, plan: Plan) -> RecallResult:
         """What the model recalls as the plan would leave it; every process measures the same sequences."""
         overrides, labels = self.overrides(plan), self.batch["labels"][:, 1:]
-        with together():
+        with raise_in_all_processes():
             outputs = forward(self.model, self.batch, overrides)
             asked = labels != -100
             right = outputs.logits[:, :-1].argmax(-1)[asked] == labels[asked]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..architectures.family import SelectiveLayout, layout_of
-from ..engines import full, sum_over_processes, together
+from ..engines import full, raise_in_all_processes, sum_over_processes
 from ..surgery.shrink_and_grow import maps_in
 from ..theory.plan import Plan
 from ..theory.selective import StateMaps
@@ -37,10 +37,10 @@ def refitted(
         earlier = masked_parameters(model, {i: entry for i, entry in result.items() if i < index})
         whole = whole_maps(mixer, layout)
         output_projection = full(mixer.get_parameter(layout.output_projection).detach())
-        with together():
+        with raise_in_all_processes():
             inputs = [layer_inputs(model, batches, index, earlier) for batches in (data, held_out)]
         error, judge = (OutputError(whole, output_projection, some, sum_over_processes) for some in inputs)
-        keep, start = plan[index].keep, plan[index].of(whole)
+        keep, start = plan[index].kept_states, plan[index].maps_after_cut(whole)
         fitted = fit_states(error, judge, start, covariances[index][keep][:, keep])
         if fitted is not start:
             added = StateMaps(*(new - old for new, old in zip(fitted, start, strict=True)))

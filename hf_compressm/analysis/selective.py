@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ..architectures.family import STATE_INPUT, STATE_OUTPUT, layout_of, projection_rows, state_layers
 from ..config import CompreSSMConfig
-from ..engines import full, sum_over_processes, together
+from ..engines import full, raise_in_all_processes, sum_over_processes
 from ..kernels.operators import CHUNK
-from ..theory.criteria import Criterion, LayerStates, choose_states, criterion_name, seeded_generator, state_energies
+from ..theory.criteria import Criterion, LayerStates, choose_states, criterion_name, seeded_generator, state_scores
 from ..theory.plan import Plan, Selection
 from ..theory.selective import Statistics, compensation, complement, layer_hankel_singular_values, unexplained_shares
 from .activations import collect_statistics
@@ -33,7 +33,7 @@ class SelectiveAnalysis:
         criterion: name of the score.
         compensate: whether kept states make up for dropped ones.
         tokens: calibration tokens behind the statistics.
-        energies: layer → energy of each state, in stored order, (N,).
+        scores: layer → score of each state, in stored order, (N,).
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class SelectiveAnalysis:
         self._plans: dict[tuple[int, ...], Plan] = {}
         criterion = config.criterion or DEFAULT_CRITERION
         self.criterion, self.compensate = criterion_name(criterion), config.compensate
-        with together():
+        with raise_in_all_processes():
             self.statistics = collect_statistics(model, batches)
         for statistics in self.statistics.values():
             sum_over_processes(vars(statistics).values())
         self.tokens = int(next(iter(self.statistics.values())).tokens)
-        with together():
+        with raise_in_all_processes():
             if self.tokens == 0:
                 raise ValueError(
                     f"the calibration sequences are too short: states are sampled every {CHUNK} positions, and all of "
                     "these are padding. Give longer sequences, or pad on the left."
                 )
         gradients = cache(lambda: projection_gradients(model, batches))  # for all layers, when first asked for
-        self.energies = score_states(model, self.statistics, criterion, gradients, config.calibration_seed)
+        self.scores = score_states(model, self.statistics, criterion, gradients, config.calibration_seed)
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
         """Layer → σ of its surrogate Gramians, averaged over a sample of channels, (N,), descending."""
@@ -68,13 +68,13 @@ class SelectiveAnalysis:
         Of a compensated state only what the others do not predict counts.
         """
         errors = {}
-        for index, energy in self.energies.items():
-            order, covariance = energy.argsort(descending=True), self.statistics[index].gated_covariance
-            errors[index] = energy.new_zeros(len(energy) + 1)
-            errors[index][0] = energy.square().sum()
-            for size in range(1, len(energy)):
+        for index, score in self.scores.items():
+            order, covariance = score.argsort(descending=True), self.statistics[index].gated_covariance
+            errors[index] = score.new_zeros(len(score) + 1)
+            errors[index][0] = score.square().sum()
+            for size in range(1, len(score)):
                 keep = order[:size].sort().values
-                lost = energy[complement(keep, len(energy))].square()
+                lost = score[complement(keep, len(score))].square()
                 lost = lost * unexplained_shares(covariance, keep) if self.compensate else lost
                 errors[index][size] = lost.sum()
         return errors
@@ -85,7 +85,7 @@ class SelectiveAnalysis:
 
     def plan(self, sizes: dict[int, int]) -> Plan:
         """What is kept of each layer at these sizes; a plan is made once."""
-        key = tuple(sizes[index] for index in self.energies)
+        key = tuple(sizes[index] for index in self.scores)
         if key not in self._plans:
             plan = self._selected(sizes)
             if self.config.refit and self.held_out:
@@ -96,10 +96,10 @@ class SelectiveAnalysis:
 
     def _selected(self, sizes: dict[int, int]) -> Plan:
         plan = {}
-        for index, energy in self.energies.items():
-            size, whole = sizes[index], len(energy)
+        for index, score in self.scores.items():
+            size, whole = sizes[index], len(score)
             generator = seeded_generator(self.config.calibration_seed, index)
-            keep = choose_states(energy, size, self.config.selection, generator)
+            keep = choose_states(score, size, self.config.selection, generator)
             covariance = self.statistics[index].gated_covariance
             plan[index] = Selection(keep, compensation(covariance, keep) if self.compensate and size < whole else None)
         return plan
@@ -124,15 +124,15 @@ def score_states(
     gradients: Callable[[], dict[int, Tensor]],
     seed: int = 0,
 ) -> dict[int, Tensor]:
-    """Layer → energy of each state by a criterion, (N,).
+    """Layer → score of each state by a criterion, (N,).
 
     Args:
         gradients: layer → gradient for its projection, when it is called.
 
     Raises:
-        ValueError: an energy is not finite, or a layer has none at all.
+        ValueError: a score is not finite, or a layer has none at all.
     """
-    layout, energies = layout_of(model), {}
+    layout, scores = layout_of(model), {}
     for index, mixer in state_layers(model).items():
         projection = full(mixer.get_parameter(layout.projection).detach())
         B, C = (projection_rows(mixer, layout, block) for block in (STATE_INPUT, STATE_OUTPUT))
@@ -143,10 +143,10 @@ def score_states(
             gradients=lambda index=index, B=B, C=C: (gradients()[index][B], gradients()[index][C]),
             generator=seeded_generator(seed, index),
         )
-        energies[index] = state_energies(criterion, layer)
-        if not torch.isfinite(energies[index]).all() or energies[index].sum() <= 0:
+        scores[index] = state_scores(criterion, layer)
+        if not torch.isfinite(scores[index]).all() or scores[index].sum() <= 0:
             raise ValueError(
-                f"layer {index}: the state energies are not finite, or all zero. The model's activations overflow or "
+                f"layer {index}: the state scores are not finite, or all zero. The model's activations overflow or "
                 "its weights are degenerate; nothing was changed."
             )
-    return energies
+    return scores

@@ -23,7 +23,7 @@ class TimeInvariantAnalysis:
         criterion: "hankel".
         compensate: False; balanced truncation has nothing to make up for.
         tokens: 0.
-        energies: layer → Hankel singular values, (N,), descending: the energies of the balanced states.
+        scores: layer → Hankel singular values, (N,), descending: the scores of the balanced states.
     """
 
     criterion, compensate, tokens = "hankel", False, 0
@@ -36,11 +36,11 @@ class TimeInvariantAnalysis:
                 self.systems[index] = mixer.system()
         self._gramians = {index: diagonal_gramians(*system) for index, system in self.systems.items()}
         self._balancing = {index: balancing_transformation(*gramians) for index, gramians in self._gramians.items()}
-        self.energies = {index: balancing.sigma for index, balancing in self._balancing.items()}
+        self.scores = {index: balancing.sigma for index, balancing in self._balancing.items()}
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
         """Layer → σ, (N,), descending."""
-        return self.energies
+        return self.scores
 
     def gramians(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Layer → (P, Q), (N, N) each."""

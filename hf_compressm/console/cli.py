@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..architectures.family import state_sizes
 from ..architectures.mamba_scan import install_scan
 from ..config import GOALS, CompreSSMConfig
-from ..plotting import plot_energy_map, save_figure
+from ..plotting import plot_score_map, save_figure
 from ..reduction import analyze, compress
 from ..report import StateReport
 from ..sharing.model_card import CardDetails, write_model_card
@@ -25,7 +25,7 @@ from ..storage.files import check_new, folder_aside, write_json
 from ..storage.history import HISTORY_FILE, History, load_history, save_history
 from ..storage.loading import load_language_model, local_folder
 from .environment import env_report
-from .text import calibration_batches
+from .text import token_batches
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes, beside 0
 FORMATS = ("uniform", "bf16", "sharded", "mamba_ssm")
@@ -78,8 +78,8 @@ def run_analyze(options: argparse.Namespace) -> None:
         content = report_content(report)
         options.output.mkdir(parents=True, exist_ok=True)
         write_json(options.output / "analysis.json", content)
-        save_figure(plot_energy_map(_sorted_energies(report), report.state_sizes), options.output / "energies.png")
-        print(f"Written to {options.output}: analysis.json, energies.png")
+        save_figure(plot_score_map(_sorted_scores(report), report.state_sizes), options.output / "scores.png")
+        print(f"Written to {options.output}: analysis.json, scores.png")
 
 
 def run_compress(options: argparse.Namespace) -> None:
@@ -134,16 +134,16 @@ def run_env(options: argparse.Namespace) -> None:
 
 
 def report_content(report: StateReport) -> dict:
-    """A report as JSON types; per layer: sizes, energy discarded, energies and spectrum, both descending."""
-    energies = _sorted_energies(report)
+    """A report as JSON types; per layer: sizes, score discarded, scores and spectrum, both descending."""
+    scores = _sorted_scores(report)
     layers = [
         {
             "layer": index,
             "state_size": before,
             "proposed_state_size": report.state_sizes[index],
-            "energy_discarded": report.energy_discarded[index],
-            "predicted_loss_change": report.predicted_loss_change.get(index),
-            "energies": energies[index].tolist(),
+            "score_discarded": report.score_discarded[index],
+            "single_layer_loss_change": report.single_layer_loss_change.get(index),
+            "scores": scores[index].tolist(),
             "hankel_singular_values": report.hankel_singular_values[index].tolist(),
         }
         for index, before in report.state_sizes_before.items()
@@ -155,8 +155,8 @@ def report_content(report: StateReport) -> dict:
     return {"config": report.config.to_dict()} | measured | {"layers": layers}
 
 
-def _sorted_energies(report: StateReport) -> dict:
-    return {index: energy.sort(descending=True).values for index, energy in report.energies.items()}
+def _sorted_scores(report: StateReport) -> dict:
+    return {index: score.sort(descending=True).values for index, score in report.scores.items()}
 
 
 def _analyzed(options: argparse.Namespace):
@@ -169,7 +169,7 @@ def _analyzed(options: argparse.Namespace):
         progress.update()
         tokenizer = options.tokenizer or str(source)
         shape = (config.calibration_batches, options.batch_size, options.length)
-        batches = calibration_batches(options.text, tokenizer, *shape, options.text_column)
+        batches = token_batches(options.text, tokenizer, *shape, options.text_column)
         _check_ids(batches, tokenizer, model)
         progress.update()
         progress.set_description(f"analysing {len(state_sizes(model))} layers")
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         if added is reduction:
             added.add_argument("output", type=Path, metavar="OUTPUT", help="new folder for the reduced model")
         _add_analysis_options(added)
-    analysis.add_argument("--output", type=Path, help="folder for analysis.json and energies.png")
+    analysis.add_argument("--output", type=Path, help="folder for analysis.json and scores.png")
 
     export = command("export", run_export, description=EXPORT_HELP)
     export.add_argument("model", metavar="MODEL")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def calibration_batches(
+def token_batches(
     text: str, tokenizer: str, count: int, batch_size: int, length: int, column: str = "text"
 ) -> list[dict[str, torch.Tensor]]:
     """`count` batches of tokens, (batch_size, length), of texts that are joined by the end-of-text token.

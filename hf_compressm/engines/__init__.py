@@ -1,17 +1,24 @@
 """Every engine's oddities, and nothing else: one process, DistributedDataParallel and FSDP2 behind one interface."""
 
 from .engine import Engine, forward_with, new_parameter_like
-from .processes import everywhere, from_first_process, process_count, process_index, sum_over_processes, together
+from .processes import (
+    all_processes,
+    from_first_process,
+    process_count,
+    process_index,
+    raise_in_all_processes,
+    sum_over_processes,
+)
 from .sharded import change_class, full, gathered, is_sharded, local, original_class, shard_like
 from .training_arguments import check_engine, check_training_arguments, fsdp_is_asked
 from .wrappers import unwrap, unwrap_optimizer
 
 __all__ = [
     "Engine",
+    "all_processes",
     "change_class",
     "check_engine",
     "check_training_arguments",
-    "everywhere",
     "forward_with",
     "from_first_process",
     "fsdp_is_asked",
@@ -23,9 +30,9 @@ __all__ = [
     "original_class",
     "process_count",
     "process_index",
+    "raise_in_all_processes",
     "shard_like",
     "sum_over_processes",
-    "together",
     "unwrap",
     "unwrap_optimizer",
 ]

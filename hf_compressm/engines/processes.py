@@ -20,7 +20,7 @@ def process_index() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
-def everywhere(condition: bool) -> bool:
+def all_processes(condition: bool) -> bool:
     """Whether the condition holds in all processes."""
     conditions = [condition] * process_count()
     if process_count() > 1:
@@ -45,7 +45,7 @@ def from_first_process(value: T) -> T:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_in_all_processes() -> Iterator[None]:
     """All processes leave this block well, or all leave it with the error of those that failed.
 
     Nothing within may wait for other processes, but for the forward passes of a sharded model.

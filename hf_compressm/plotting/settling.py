@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 MEASURES = {  # of an observation: the movement, the noise, what the axis says
     "rank_correlation": ("rank_noise", r"Kendall's $\tau_b$"),
-    "share_distance": ("share_noise", "distance of energy shares"),
+    "share_distance": ("share_noise", "distance of score shares"),
 }
 
 
 def plot_settling(history: History, layer: int | None = None) -> "Figure":
     """Rank correlation of the states with an earlier point of training, beside that of two calibration draws.
 
-    A panel for each layer. Dots are filled where the layer stood still: where neither the order nor the energy shares
+    A panel for each layer. Dots are filled where the layer stood still: where neither the order nor the score shares
     moved further than the noise. Dashes stand where the layer was cut, with the reason. Of a single layer the distance
-    of its energy shares is shown as well, below.
+    of its score shares is shown as well, below.
 
     Args:
         history: of a run with the trigger "settled".

@@ -1,4 +1,4 @@
-"""One analysis: spectra and energies, layer by layer."""
+"""One analysis: spectra and scores, layer by layer."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Spectra = dict[int, Tensor] | Sequence[Tensor]  # layer → spectrum, (N,), descending; or one for each layer
-SMALLEST_SHARE = 1e-4  # %, in the map of energies
+SMALLEST_SHARE = 1e-4  # %, in the map of scores
 
 
 def plot_spectra(spectra: Spectra) -> "Figure":
@@ -40,7 +40,7 @@ def plot_spectra(spectra: Spectra) -> "Figure":
     return figure
 
 
-def plot_kept_energy(spectra: Spectra, tolerances: Sequence[float] = (0.1, 0.05, 0.01)) -> "Figure":
+def plot_kept_share(spectra: Spectra, tolerances: Sequence[float] = (0.1, 0.05, 0.01)) -> "Figure":
     """Share of Σσ that the first r singular values hold, in %; dots at the rank that each tolerance τ gives a layer.
 
     Args:
@@ -63,27 +63,27 @@ def plot_kept_energy(spectra: Spectra, tolerances: Sequence[float] = (0.1, 0.05,
     return figure
 
 
-def plot_energy_map(energies: Spectra, state_sizes: dict[int, int] | Sequence[int] | None = None) -> "Figure":
-    """Each state's share of its layer's energy, in %, over depth and rank; colours are logarithmic, from 1e-4 % on.
+def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | Sequence[int] | None = None) -> "Figure":
+    """Each state's share of its layer's score, in %, over depth and rank; colours are logarithmic, from 1e-4 % on.
 
     Args:
-        energies: layer → energy of each state, (N,), in any order, as in `StateReport.energies`; or one for each
+        scores: layer → score of each state, (N,), in any order, as in `StateReport.scores`; or one for each
             layer. Spectra will do as well. Beyond a layer's N the map is hatched.
         state_sizes: layer → states kept, as in `StateReport.state_sizes`; or one for each layer. A line is drawn to
             the right of them.
 
     Raises:
-        ValueError: there are no energies, some are negative or not finite, or the sizes do not fit them.
+        ValueError: there are no scores, some are negative or not finite, or the sizes do not fit them.
     """
-    energies = _by_layer(energies)
-    _check_energies(energies)
+    scores = _by_layer(scores)
+    _check_scores(scores)
     if state_sizes is not None:
         state_sizes = state_sizes if isinstance(state_sizes, dict) else dict(enumerate(state_sizes))
-        _check_state_sizes(state_sizes, energies)
-    figure, axes = new_figure(height=min(max(1.8 + 0.13 * len(energies), 2.4), 7))
-    _draw_map(axes, energies)
+        _check_state_sizes(state_sizes, scores)
+    figure, axes = new_figure(height=min(max(1.8 + 0.13 * len(scores), 2.4), 7))
+    _draw_map(axes, scores)
     if state_sizes is not None:
-        _draw_kept(axes, [state_sizes[index] for index in energies])
+        _draw_kept(axes, [state_sizes[index] for index in scores])
     axes.set(xlabel="state, by rank $i$", ylabel="layer")
     return figure
 
@@ -111,29 +111,29 @@ def _draw_layers(axes: "Axes", curves: dict[int, Tensor]) -> list:
     return list(axes.lines)
 
 
-def _check_energies(energies: dict[int, Tensor]) -> None:
-    for index, energy in energies.items():
-        wrong = int((~(energy.isfinite() & (energy >= 0))).sum())
-        if energy.ndim != 1 or len(energy) == 0 or wrong:
+def _check_scores(scores: dict[int, Tensor]) -> None:
+    for index, score in scores.items():
+        wrong = int((~(score.isfinite() & (score >= 0))).sum())
+        if score.ndim != 1 or len(score) == 0 or wrong:
             raise ValueError(
-                f"the energies of layer {index} have the shape {tuple(energy.shape)}, {wrong} of them are negative, "
+                f"the scores of layer {index} have the shape {tuple(score.shape)}, {wrong} of them are negative, "
                 "NaN or infinite; give (N,) finite numbers ≥ 0 for each layer."
             )
 
 
-def _check_state_sizes(state_sizes: dict[int, int], energies: dict[int, Tensor]) -> None:
-    limits = {index: len(energy) for index, energy in energies.items()}
+def _check_state_sizes(state_sizes: dict[int, int], scores: dict[int, Tensor]) -> None:
+    limits = {index: len(score) for index, score in scores.items()}
     if state_sizes.keys() != limits.keys():
-        raise ValueError(f"state_sizes of layers {list(state_sizes)}, energies of {list(limits)}; give both for each.")
+        raise ValueError(f"state_sizes of layers {list(state_sizes)}, scores of {list(limits)}; give both for each.")
     for index, size in state_sizes.items():
         if not 0 <= size <= limits[index]:
             raise ValueError(f"state_sizes[{index}] = {size}; allowed: 0 … {limits[index]}, the states it has.")
 
 
-def _draw_map(axes: "Axes", energies: dict[int, Tensor]) -> None:
+def _draw_map(axes: "Axes", scores: dict[int, Tensor]) -> None:
     """A row for each layer, the first on top, its states from the largest to the smallest, and the colour bar."""
-    mpl, layers = load_matplotlib(), list(energies)
-    shares = [100 * e.sort(descending=True).values / e.sum().clamp_min(1e-300) for e in energies.values()]
+    mpl, layers = load_matplotlib(), list(scores)
+    shares = [100 * e.sort(descending=True).values / e.sum().clamp_min(1e-300) for e in scores.values()]
     table = pad_sequence(shares, batch_first=True, padding_value=torch.nan)  # (layers, N), NaN where there is no state
     given = torch.cat(shares)
     largest = float(given.max()) or 100.0
@@ -151,7 +151,7 @@ def _draw_map(axes: "Axes", energies: dict[int, Tensor]) -> None:
     axes.yaxis.set_major_formatter(lambda row, _: str(layers[int(row)]) if 0 <= row < len(layers) else "")
     extend = "min" if float(given.min()) < smallest else "neither"
     ticks = mpl.ticker.LogLocator(subs=[1] if largest > 100 * smallest else [1, 2, 5])
-    color_bar(axes, image, "share of energy (%)", ticks=ticks, format="%g", extend=extend)
+    color_bar(axes, image, "share of score (%)", ticks=ticks, format="%g", extend=extend)
 
 
 def _draw_kept(axes: "Axes", state_sizes: list[int]) -> None:

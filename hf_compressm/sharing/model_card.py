@@ -152,7 +152,7 @@ def _cut_row(cut: ReductionEvent) -> dict:
     return {
         "step": "after training" if cut.step is None else cut.step,
         "sizes": f"{sizes_text(cut.state_sizes_before)} → {sizes_text(cut.state_sizes_after)}",
-        "energy_kept": f"{1 - max(cut.energy_discarded):.1%}",
+        "score_kept": f"{1 - max(cut.score_discarded):.1%}",
         "losses": f"{_loss_text(cut.loss_before)} → {_loss_text(cut.loss_after)}" if measured else "not measured",
         "recall": _recall_text(cut),
     }

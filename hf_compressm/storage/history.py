@@ -2,7 +2,7 @@
 
 `compressm.json` is readable without this library. The spectra, float64, (N,), descending, stand beside it in
 `hsv.safetensors`: `event.<i>.layer.<j>` belongs to the i-th entry of `events`, `observation.<i>.layer.<j>` to the i-th
-entry of `observations`, layer j; `observation.<i>.energies.<j>` are energies in stored order, where rankings are
+entry of `observations`, layer j; `observation.<i>.scores.<j>` are scores in stored order, where rankings are
 compared. The model's own `config.json` gets a summary, under `compressm`. The format is documented in the README.
 """
 
@@ -24,7 +24,7 @@ CONFIG_NAME = "config.json"  # of a model that Transformers saved
 SUMMARY = "compressm"
 HISTORY_FILE = "compressm.json"
 SPECTRA_FILE = "hsv.safetensors"
-TENSOR_NAMES = {"hankel_singular_values": "layer", "energies": "energies"}  # of a record → in the tensor file
+TENSOR_NAMES = {"hankel_singular_values": "layer", "scores": "scores"}  # of a record → in the tensor file
 RECORDS = {"events": "event", "observations": "observation"}  # kind in the JSON → name in the tensor file
 
 
@@ -80,9 +80,9 @@ class History:
         return [event.step for event in self.events]
 
     @property
-    def energy_kept(self) -> list[float]:
-        """Per layer: the share of the state energy that all cuts together kept, each as measured before it."""
-        shares = [[1 - share for share in event.energy_discarded] for event in self.standing_cuts]
+    def score_kept(self) -> list[float]:
+        """Per layer: the share of the state score that all cuts together kept, each as measured before it."""
+        shares = [[1 - share for share in event.score_discarded] for event in self.standing_cuts]
         return [math.prod(layer) for layer in zip(*shares, strict=True)]
 
     def summary(self) -> dict | None:
@@ -100,7 +100,7 @@ class History:
             "steps": [cut.step for cut in cuts],
             "state_sizes_before": cuts[0].state_sizes_before,
             "state_sizes_after": cuts[-1].state_sizes_after,
-            "energy_kept": self.energy_kept,
+            "score_kept": self.score_kept,
         }
 
     def to_dict(self) -> dict:
@@ -181,8 +181,8 @@ def load_history(folder: str | Path) -> History:
             for i, record in enumerate(content.get(kind, [])):
                 layers = range(len(record["state_sizes_before" if kind == "events" else "state_sizes"]))
                 record["hankel_singular_values"] = [spectra.pop(f"{RECORDS[kind]}.{i}.layer.{j}") for j in layers]
-                if f"{RECORDS[kind]}.{i}.energies.0" in spectra:
-                    record["energies"] = [spectra.pop(f"{RECORDS[kind]}.{i}.energies.{j}") for j in layers]
+                if f"{RECORDS[kind]}.{i}.scores.0" in spectra:
+                    record["scores"] = [spectra.pop(f"{RECORDS[kind]}.{i}.scores.{j}") for j in layers]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder / SPECTRA_FILE} is missing; take the history from another checkpoint."

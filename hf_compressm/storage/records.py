@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 REASONS = ("settled", "window ended")
-TENSORS = ("hankel_singular_values", "energies")  # float64, (N,) per layer; some entries have no energies
+TENSORS = ("hankel_singular_values", "scores")  # float64, (N,) per layer; some entries have no scores
 
 
 @dataclass
@@ -17,10 +17,10 @@ class ReductionEvent:
     Attributes:
         step: optimizer steps done; None outside a training run.
         state_sizes_before, state_sizes_after: N; equal where nothing was cut.
-        keep: kept states, positions before the cut.
-        energy_discarded: share of the state energy that was dropped, by the criterion.
-        predicted_loss_change: by cutting this layer alone, on one calibration batch; nats per prediction. None, like
-            the losses, where no batches were given.
+        kept_states: positions before the cut.
+        score_discarded: share of the state score that was dropped, by the criterion.
+        single_layer_loss_change: by cutting this layer alone, on one calibration batch, nats per prediction. None,
+            like the losses, where no batches were given.
         loss_before, loss_after: measured on the calibration batches held out, nats per prediction.
         tokens: calibration tokens behind the statistics.
         seconds: time of the analysis and the surgery; in Trainer, of the whole event.
@@ -38,9 +38,9 @@ class ReductionEvent:
     step: int | None
     state_sizes_before: list[int]
     state_sizes_after: list[int]
-    keep: list[list[int]]
-    energy_discarded: list[float]
-    predicted_loss_change: list[float] | None
+    kept_states: list[list[int]]
+    score_discarded: list[float]
+    single_layer_loss_change: list[float] | None
     loss_before: float | None
     loss_after: float | None
     tokens: int
@@ -74,11 +74,11 @@ class Observation:
             at the first observation after a resume.
         seconds: time of the measurement.
         hankel_singular_values: spectrum, (N,), descending.
-        energies: of each state by the criterion, (N,), in stored order. None, like what follows, where rankings are
+        scores: of each state by the criterion, (N,), in stored order. None, like what follows, where rankings are
             not compared.
         rank_noise, share_noise: how alike two calibration draws rank the states (Kendall's τ_b), and how far their
-            energy shares lie apart (total variation distance).
-        compared_with: step of the earlier observation that the energies are compared with.
+            score shares lie apart (total variation distance).
+        compared_with: step of the earlier observation that the scores are compared with.
         rank_correlation, share_distance: the same measures between then and now, on one draw; None in a layer that was
             cut in between.
         settled_points: at how many observations in a row, up to this one, the layer moved no further than the noise.
@@ -90,7 +90,7 @@ class Observation:
     weyl_bound: list[float] | None
     seconds: float
     hankel_singular_values: list[Tensor] = field(repr=False)
-    energies: list[Tensor] | None = field(default=None, repr=False)
+    scores: list[Tensor] | None = field(default=None, repr=False)
     rank_noise: list[float] | None = None
     share_noise: list[float] | None = None
     compared_with: int | None = None
@@ -166,8 +166,8 @@ def _optional(is_allowed: Callable[[object], bool]) -> Callable[[object], bool]:
 # Of single values, and of lists that may be missing; `_check_record` looks at the others.
 ALLOWED = {
     "step": _optional(_is_count),
-    "energy_discarded": _are_numbers,
-    "predicted_loss_change": _optional(_are_numbers),
+    "score_discarded": _are_numbers,
+    "single_layer_loss_change": _optional(_are_numbers),
     "movement": _optional(_are_numbers),
     "weyl_bound": _optional(_are_numbers),
     "rank_noise": _optional(_are_numbers),
@@ -193,11 +193,11 @@ ALLOWED = {
 
 # Lists with an entry per layer that may be missing.
 PER_LAYER = (
-    "predicted_loss_change",
+    "single_layer_loss_change",
     "reasons",
     "movement",
     "weyl_bound",
-    "energies",
+    "scores",
     "rank_noise",
     "share_noise",
     "rank_correlation",
@@ -210,7 +210,7 @@ def _check_record(entry: ReductionEvent | Observation) -> None:
     """Refuse what could only come from elsewhere: everything is per layer, sizes are counts, spectra fit them."""
     is_event = isinstance(entry, ReductionEvent)
     sizes = entry.state_sizes_before if is_event else entry.state_sizes
-    lists = [sizes, *((entry.state_sizes_after, entry.keep, entry.energy_discarded) if is_event else ())]
+    lists = [sizes, *((entry.state_sizes_after, entry.kept_states, entry.score_discarded) if is_event else ())]
     lists += [getattr(entry, name) for name in PER_LAYER if getattr(entry, name, None) is not None]
     if not all(isinstance(each, list) and len(each) == len(sizes) for each in lists) or not sizes:
         raise TypeError("lists that are not one entry per layer")
@@ -223,24 +223,24 @@ def _check_record(entry: ReductionEvent | Observation) -> None:
             raise TypeError(f"a spectrum of shape {tuple(spectrum.shape)}, NaN or Inf for {size} states")
         if (spectrum < 0).any() or (spectrum.diff() > 1e-9 * spectrum[0]).any():
             raise TypeError("a spectrum that is not descending and at least 0")
-    if not is_event and entry.energies is not None:
-        _check_energies(entry)
+    if not is_event and entry.scores is not None:
+        _check_scores(entry)
 
 
-def _check_energies(observation: Observation) -> None:
-    for size, energy in zip(observation.state_sizes, observation.energies, strict=True):
-        if energy.shape != (size,) or not torch.isfinite(energy).all() or (energy < 0).any() or energy.sum() <= 0:
-            raise TypeError(f"energies of shape {tuple(energy.shape)}, negative, NaN, Inf or all 0 for {size} states")
+def _check_scores(observation: Observation) -> None:
+    for size, score in zip(observation.state_sizes, observation.scores, strict=True):
+        if score.shape != (size,) or not torch.isfinite(score).all() or (score < 0).any() or score.sum() <= 0:
+            raise TypeError(f"scores of shape {tuple(score.shape)}, negative, NaN, Inf or all 0 for {size} states")
 
 
 def _check_cut(event: ReductionEvent) -> None:
-    if [len(keep) for keep in event.keep] != event.state_sizes_after:
+    if [len(keep) for keep in event.kept_states] != event.state_sizes_after:
         raise TypeError("kept states that are not as many as the state sizes after the cut")
-    for size, keep in zip(event.state_sizes_before, event.keep, strict=True):
+    for size, keep in zip(event.state_sizes_before, event.kept_states, strict=True):
         if not all(_is_count(position) and position < size for position in keep) or len(set(keep)) < len(keep):
             raise TypeError(f"kept states {keep} of {size}")
-    if not all(-1e-9 <= share <= 1 for share in event.energy_discarded):
-        raise TypeError(f"energy_discarded {event.energy_discarded}")
+    if not all(-1e-9 <= share <= 1 for share in event.score_discarded):
+        raise TypeError(f"score_discarded {event.score_discarded}")
     if (event.loss_before is None) != (event.loss_after is None):
         raise TypeError("a loss before or after the cut without the other")
     if (event.recall_before is None) != (event.recall_after is None):

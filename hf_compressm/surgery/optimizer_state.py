@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups for any torch optimizer: with weight decay, and without.
 
     `A_log`, `D`, biases and norms are left out of the decay, as in the original Mamba code, and all parameters of an
-    LRU's recurrence. Trainer's default decays them, which pulls every decay rate together and biases the energies.
+    LRU's recurrence. Trainer's default decays them, which pulls every decay rate together and biases the scores.
 
     Args:
         weight_decay: for the first group, per step and unit of learning rate.

@@ -51,9 +51,11 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Seque
         if isinstance(entry, Projection):
             new.update({path: entry.tensors[path].to(new[path]) for path in new})
         else:
-            put_maps(entry.of(maps_in(old, mixer, layout)), maps_in(new, mixer, layout, len(entry.keep)))
+            put_maps(
+                entry.maps_after_cut(maps_in(old, mixer, layout)), maps_in(new, mixer, layout, len(entry.kept_states))
+            )
 
-    sources = {index: entry.keep for index, entry in plan.items()}
+    sources = {index: entry.kept_states for index, entry in plan.items()}
     resize(model, sources, optimizer, finish, projected, companions)
 
 
@@ -145,7 +147,7 @@ def _check_plan(plan: Plan, mixers: dict[int, nn.Module], layout: StateLayout) -
     if plan.keys() != mixers.keys():
         raise ValueError(f"a plan for layers {sorted(plan)} given to a model with layers {sorted(mixers)}.")
     for index, mixer in mixers.items():
-        keep, size = plan[index].keep, state_size(mixer, layout)
+        keep, size = plan[index].kept_states, state_size(mixer, layout)
         if len(keep) == 0 or (keep.diff() <= 0).any() or keep[0] < 0 or keep[-1] >= size:
             raise ValueError(
                 f"layer {index}: kept states must be sorted, distinct and within 0 … {size - 1}; got {keep}."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..architectures.family import layout_of, source_index, state_layers, state_sizes
 from ..architectures.state_sizes import check_per_layer, record_state_sizes
-from ..engines import Engine, full, local, shard_like, together, unwrap_optimizer
+from ..engines import Engine, full, local, raise_in_all_processes, shard_like, unwrap_optimizer
 from .optimizer_state import check_optimizer, gather, resized_state, swap_parameter
 
 
@@ -71,7 +71,7 @@ def resize(
     targets += [(Engine(companion, trains=False), None) for companion in companions]
     changing = _changing_layers(targets[0][0].model, sources, afresh)
     sizes = {index: len(source) for index, source in sources.items()}
-    with together():
+    with raise_in_all_processes():
         for engine, target_optimizer in targets:
             check_state_tensors(engine.model, target_optimizer, is_overwritten)
             if len(set(sizes.values())) > 1:
@@ -82,7 +82,7 @@ def resize(
                     f"{state_sizes(targets[0][0].model)}: they have to be resized together from the start."
                 )
     wholes = [_whole_tensors(engine.model, changing, target_optimizer) for engine, target_optimizer in targets]
-    with together():
+    with raise_in_all_processes():
         replacements = [
             _replacements(engine.model, whole, sources, target_optimizer, edit, afresh)
             for (engine, target_optimizer), whole in zip(targets, wholes, strict=True)

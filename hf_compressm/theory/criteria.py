@@ -1,6 +1,6 @@
 """Ways to score the states of a layer: one function each, larger is more important. And ways to choose by the scores.
 
-A criterion takes a `LayerStates` and returns an energy per state, float64, (N,), not negative. Mathematics only.
+A criterion takes a `LayerStates` and returns a score per state, float64, (N,), not negative. Mathematics only.
 """
 
 from collections.abc import Callable
@@ -45,12 +45,12 @@ def output(layer: LayerStates) -> Tensor:
 
 def second_moment(layer: LayerStates) -> Tensor:
     """e_n = Σ_d sqrt(P_d[n, n] Q_d[n, n]) of the mean-square Gramians (see `selective.sampled_gramians`)."""
-    return _gramian_energy(layer, "second_moment")
+    return _gramian_score(layer, "second_moment")
 
 
 def mean(layer: LayerStates) -> Tensor:
     """e_n = Σ_d sqrt(P_d[n, n] Q_d[n, n]) of the system frozen at its means: the surrogate of arXiv 2510.02823."""
-    return _gramian_energy(layer, "mean")
+    return _gramian_score(layer, "mean")
 
 
 def magnitude(layer: LayerStates) -> Tensor:
@@ -103,7 +103,7 @@ def random(layer: LayerStates) -> Tensor:
     return scores.to(layer.statistics.tokens.device)
 
 
-def _gramian_energy(layer: LayerStates, surrogate: Surrogate) -> Tensor:
+def _gramian_score(layer: LayerStates, surrogate: Surrogate) -> Tensor:
     P, Q = gramian_diagonals(layer.statistics, surrogate)
     return (P * Q).sqrt().sum(0)
 
@@ -125,23 +125,23 @@ def criterion_name(criterion: Criterion | str) -> str:
     return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
 
 
-def state_energies(criterion: Criterion | str, layer: LayerStates) -> Tensor:
-    """The energy of each state by a criterion, by name or a function of the user's own, float64, (N,).
+def state_scores(criterion: Criterion | str, layer: LayerStates) -> Tensor:
+    """The score of each state by a criterion, by name or a function of the user's own, float64, (N,).
 
     Raises:
-        ValueError: what the user's own function gives is not an energy for each state.
+        ValueError: what the user's own function gives is not a score for each state.
     """
     if isinstance(criterion, str):
         return CRITERIA[criterion](layer)
-    energies, size = criterion(layer), len(layer.B_rows)
-    is_tensor = isinstance(energies, Tensor) and not energies.is_complex()
-    if not is_tensor or energies.shape != (size,) or not (energies >= 0).all() or not energies.isfinite().all():
-        given = f"shape {tuple(energies.shape)}: {energies}" if isinstance(energies, Tensor) else repr(energies)
+    scores, size = criterion(layer), len(layer.B_rows)
+    is_tensor = isinstance(scores, Tensor) and not scores.is_complex()
+    if not is_tensor or scores.shape != (size,) or not (scores >= 0).all() or not scores.isfinite().all():
+        given = f"shape {tuple(scores.shape)}: {scores}" if isinstance(scores, Tensor) else repr(scores)
         raise ValueError(
-            f"criterion {criterion_name(criterion)} gave {given}; allowed: a tensor of {size} energies, one for each "
+            f"criterion {criterion_name(criterion)} gave {given}; allowed: a tensor of {size} scores, one for each "
             "state, finite and ≥ 0."
         )
-    return energies.detach().to(layer.statistics.tokens)
+    return scores.detach().to(layer.statistics.tokens)
 
 
 SELECTIONS = ("largest", "smallest", "random")
@@ -152,15 +152,15 @@ def seeded_generator(seed: int, layer: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + layer)
 
 
-def choose_states(energy: Tensor, size: int, selection: str, generator: torch.Generator) -> Tensor:
-    """The `size` states to keep, sorted, (r,): those of largest energy, or for ablations the smallest or any.
+def choose_states(score: Tensor, size: int, selection: str, generator: torch.Generator) -> Tensor:
+    """The `size` states to keep, sorted, (r,): those of largest score, or for ablations the smallest or any.
 
     Args:
-        energy: (N,), in any order.
+        score: (N,), in any order.
         generator: on the CPU, for the random selection.
     """
     if selection == "random":
-        keep = torch.randperm(len(energy), generator=generator)[:size].to(energy.device)
+        keep = torch.randperm(len(score), generator=generator)[:size].to(score.device)
     else:
-        keep = energy.topk(size, largest=selection == "largest").indices
+        keep = score.topk(size, largest=selection == "largest").indices
     return keep.sort().values

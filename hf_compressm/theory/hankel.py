@@ -197,10 +197,10 @@ def diagonalize(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05) -> int | Tensor:
-    """Smallest rank that discards at most the share τ of the energy: r(τ) = min {r : Σ_{i>r} σ_i ≤ τ Σσ}.
+    """Smallest rank that discards at most the share τ of Σσ: r(τ) = min {r : Σ_{i>r} σ_i ≤ τ Σσ}.
 
     Args:
-        sigma: energies, descending and not negative, (..., N).
+        sigma: singular values or scores, descending and not negative, (..., N).
         tolerance: τ, the share that may be discarded, in (0, 1).
         min_reduction: the gate: N is kept unless r < (1 - min_reduction) N.
 
@@ -213,7 +213,7 @@ def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05
     Source: Chahine et al., arXiv 2510.02823.
     """
     if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must lie in (0, 1), got {tolerance}: it is the share of the energy to discard.")
+        raise ValueError(f"tolerance must lie in (0, 1), got {tolerance}: it is the share of Σσ to discard.")
     sigma = sigma.to(torch.float64)
     if not torch.isfinite(sigma).all() or (sigma < 0).any() or (sigma.diff(dim=-1) > 0).any():
         raise ValueError("a spectrum must be finite, not negative and descending; sort it first.")

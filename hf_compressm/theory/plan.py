@@ -13,12 +13,12 @@ class Selection:
     """What is kept of one layer, and how the kept states make up for the others.
 
     Attributes:
-        keep: kept states, sorted, (r,).
+        kept_states: sorted, (r,).
         compensation: the map G by which kept states predict dropped ones, (N - r, r), or None.
         refit: what a refit adds to the maps of the kept states after that, or None.
     """
 
-    keep: Tensor
+    kept_states: Tensor
     compensation: Tensor | None = None
     refit: StateMaps | None = None
 
@@ -26,7 +26,7 @@ class Selection:
         """The same on the CPU."""
         compensation = None if self.compensation is None else self.compensation.cpu()
         refit = None if self.refit is None else StateMaps(*(added.cpu() for added in self.refit))
-        return Selection(self.keep.cpu(), compensation, refit)
+        return Selection(self.kept_states.cpu(), compensation, refit)
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
@@ -34,13 +34,13 @@ class Selection:
         added = (None,) * 3 if self.refit is None else self.refit
         return {"compensation": self.compensation, **dict(zip(("B", "C", "A_log"), added, strict=True))}
 
-    def of(self, whole: StateMaps) -> StateMaps:
+    def maps_after_cut(self, whole: StateMaps) -> StateMaps:
         """The maps of the kept states as the cut leaves them: W_C[K] + Gᵀ W_C[R] (`maths`: compensation), refitted.
 
         Args:
             whole: the maps of all states.
         """
-        keep = self.keep.to(whole.B_rows.device)
+        keep = self.kept_states.to(whole.B_rows.device)
         maps = whole.kept(keep)
         if self.compensation is not None:
             dropped = whole.C_rows[complement(keep, len(whole.C_rows))].double()
@@ -53,14 +53,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Projection:
-    """What is made of one layer: `tensors` by path, of the balanced states `keep`, sorted, (r,)."""
+    """What is made of one layer: `tensors` by path, of the balanced states `kept_states`, sorted, (r,)."""
 
-    keep: Tensor
+    kept_states: Tensor
     tensors: dict[str, Tensor]
 
     def cpu(self) -> "Projection":
         """The same on the CPU."""
-        return Projection(self.keep.cpu(), {path: tensor.cpu() for path, tensor in self.tensors.items()})
+        return Projection(self.kept_states.cpu(), {path: tensor.cpu() for path, tensor in self.tensors.items()})
 
 
 Plan = dict[int, Selection | Projection]
@@ -70,7 +70,7 @@ def plan_fingerprint(plan: Plan) -> str:
     """A text that is the same for equal plans only."""
     digest = hashlib.sha256()
     for index, entry in plan.items():
-        for name, tensor in {"keep": entry.keep, **entry.tensors}.items():
+        for name, tensor in {"kept_states": entry.kept_states, **entry.tensors}.items():
             digest.update(f"{index} {name}".encode())
             digest.update(b"" if tensor is None else tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -15,11 +15,11 @@ RELIABLE = 0.5  # τ_b of two draws, three of four pairs in the same order; belo
 
 @dataclass(frozen=True)
 class Ranking:
-    """How alike two measurements of a layer's energies are.
+    """How alike two measurements of a layer's scores are.
 
     Attributes:
         correlation: Kendall's τ_b of the states, in [-1, 1].
-        distance: total variation distance of the energy shares, in [0, 1].
+        distance: total variation distance of the score shares, in [0, 1].
     """
 
     correlation: float
@@ -27,12 +27,12 @@ class Ranking:
 
 
 def compare_rankings(left: Tensor, right: Tensor) -> Ranking:
-    """Two measurements of the energies of the same states, (N,) each."""
+    """Two measurements of the scores of the same states, (N,) each."""
     return Ranking(rank_correlation(left, right), share_distance(left, right))
 
 
 def is_within_noise(moved: Ranking, noise: Ranking) -> bool:
-    """Whether a layer stands still: in order and in energy shares it moved no further than two draws lie apart.
+    """Whether a layer stands still: in order and in score shares it moved no further than two draws lie apart.
 
     There is no margin, since none is needed: what moves is compared on one draw, so that a model that stands still is
     far above the floor. Where the draws themselves hardly agree (τ_b below `RELIABLE`) the answer is no.
@@ -62,9 +62,9 @@ def rank_correlation(left: Tensor, right: Tensor) -> float:
 
 
 def share_distance(left: Tensor, right: Tensor) -> float:
-    """Total variation distance ½ Σ_n |e_n / Σ e - e'_n / Σ e'|: the share of the energy that changed its state.
+    """Total variation distance ½ Σ_n |e_n / Σ e - e'_n / Σ e'|: the share of the score that changed its state.
 
     Args:
-        left, right: energies, (N,) each, not negative and not all zero.
+        left, right: scores, (N,) each, not negative and not all zero.
     """
     return float((left / left.sum() - right / right.sum()).abs().sum() / 2)

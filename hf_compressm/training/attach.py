@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import Trainer
 
 from ..architectures.family import state_sizes
-from ..engines import check_engine, from_first_process, process_index, together, unwrap
+from ..engines import check_engine, from_first_process, process_index, raise_in_all_processes, unwrap
 from ..sharing.model_card import CardDetails
 from ..storage.checkpoint import check_complete, history_of_checkpoint, last_complete_checkpoint, recorded_history
 from ..storage.history import History
@@ -44,7 +44,7 @@ class _StateSizeFollower:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As Trainer's, but never from a checkpoint that was not written to its end."""
-        with together():
+        with raise_in_all_processes():
             checkpoint = resume_from_checkpoint or None
             if checkpoint is True:
                 checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -58,7 +58,7 @@ class _StateSizeFollower:
         try:
             return super().train(resume_from_checkpoint=from_first_process(checkpoint), **kwargs)
         finally:
-            self.state_size_callback.end_trials()  # evaluations after an interruption undo nothing
+            self.state_size_callback.stop_watching()  # evaluations after an interruption undo nothing
 
     def call_model_init(self, trial=None):
         """As Trainer's; weights of any state size can be loaded into the new model."""
@@ -77,7 +77,7 @@ class _StateSizeFollower:
 
     def _load_best_model(self):
         best, history = Path(self.state.best_model_checkpoint), None
-        with together():
+        with raise_in_all_processes():
             if process_index() == 0 and best.is_dir():  # where it is gone, Trainer says so
                 history = history_of_checkpoint(best)
         history = from_first_process(history)

@@ -18,7 +18,7 @@ from ..analysis.checks import check_config
 from ..architectures.family import SelectiveLayout, layout_of, state_sizes
 from ..architectures.mamba_scan import reference_loop_would_run
 from ..config import CompreSSMConfig
-from ..engines import Engine, check_training_arguments, together, unwrap, unwrap_optimizer
+from ..engines import Engine, check_training_arguments, raise_in_all_processes, unwrap, unwrap_optimizer
 from ..reduction import analyze, compress
 from ..sharing.model_card import CardDetails
 from ..storage.history import History, save_history
@@ -27,7 +27,7 @@ from ..surgery.transaction import check_state_tensors
 from .attach import attach
 from .messages import cut_text, event_numbers, observed_numbers, observed_text, undone_numbers, undone_text
 from .monitor import StateMonitor
-from .rollback import SafetyNet, spread_safety_net
+from .rollback import Rollback, build_rollback
 from .schedule import CompreSSMSchedule
 from .trigger import DueEvent, Trigger, check_trigger
 
@@ -96,7 +96,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._trigger: Trigger | None = None  # from the start of training on
         self._stream_batches: list | None = None
         self._monitor = StateMonitor()
-        self._safety_net: SafetyNet | None = None  # during training
+        self._rollback: Rollback | None = None  # during training
 
     def attach(self, trainer: Trainer, card: CardDetails | None = None) -> None:
         """Let the trainer and this callback know each other; the callback is added, unless the trainer has it.
@@ -129,7 +129,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         """Refuse now what could not be done later, and take up the history of a resumed run."""
-        with together():
+        with raise_in_all_processes():
             check_training_arguments(args, model, attached=self.trainer is not None)
             if state.is_hyper_param_search:
                 raise ValueError(
@@ -148,9 +148,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             check_config(self.config, bare)
             check_trigger(self.schedule, self.config, bare)
             steps = self._trigger.steps, _steps_per_epoch(args, state, train_dataloader)
-            self._safety_net = spread_safety_net(self.schedule, args, state, self.history, *steps, self.companions)
-        if self._safety_net is not None:
-            self._safety_net.take_up(self.history, state.log_history)
+            self._rollback = build_rollback(self.schedule, args, state, self.history, *steps, self.companions)
+        if self._rollback is not None:
+            self._rollback.find_snapshots(self.history, state.log_history)
         first = self._trigger.steps[0]
         if self.config.loss_budget is not None and first < EARLY * state.max_steps and not self.history.events:
             logger.warning(
@@ -199,30 +199,30 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         """Undo a cut that hurt."""
-        metric = self._safety_net.verdict.metric if self._safety_net is not None else None
+        metric = self._rollback.rule.metric if self._rollback is not None else None
         if metric in (metrics or {}):
             value = metrics[metric]
-            undone = self._safety_net.judge(value, self.history, state, self._as_wrapped(model), optimizer)
+            undone = self._rollback.undo_harmful_cut(value, self.history, state, self._as_wrapped(model), optimizer)
             if undone is not None:
                 self._announce(undone_text(undone, metric, value, state), undone_numbers(undone), state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """What is evaluated from now on undoes nothing."""
-        if self._safety_net is not None:
-            self._safety_net.discard_all()
-        self.end_trials()
+        if self._rollback is not None:
+            self._rollback.discard_all()
+        self.stop_watching()
 
-    def end_trials(self) -> None:
+    def stop_watching(self) -> None:
         """Stop watching evaluations; snapshots on disk stay for a run that is resumed."""
-        self._safety_net = None
+        self._rollback = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Put the history beside the weights."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             save_history(self.history, folder)
-        if self._safety_net is not None:
-            self._safety_net.discard_judged(self.history, state.log_history)
+        if self._rollback is not None:
+            self._rollback.discard_unwatched(self.history, state.log_history)
 
     def state(self) -> dict:
         """What Trainer writes into `trainer_state.json`: enough to rebuild the callback, and the history."""
@@ -269,7 +269,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _observe(self, args: TrainingArguments, state: TrainerState, model, train_dataloader) -> None:
         # Always the same batches: what moves is then the model, not the draw.
         needs_data = isinstance(layout_of(unwrap(model)), SelectiveLayout)
-        with together():
+        with raise_in_all_processes():
             batches = self._calibration_batches(args, 0, train_dataloader) if needs_data else None
         draws = 0 if self._is_stopped else self._trigger.draws(unwrap(model), self.history, state.global_step)
         observation = self._monitor.observe(model, batches, self.config, state.global_step, draws)
@@ -281,12 +281,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, model, optimizer, train_dataloader, due: DueEvent
     ) -> None:
         started = time.perf_counter()
-        with together():
+        with raise_in_all_processes():
             batches = self._calibration_batches(args, state.global_step, train_dataloader)
         model = self._as_wrapped(model)
         report = analyze(model, batches, due.config)
-        if self._safety_net is not None and report.is_cut:
-            self._safety_net.keep(state, self.history, model, optimizer, report)
+        if self._rollback is not None and report.is_cut:
+            self._rollback.take_snapshot(state, self.history, model, optimizer, report)
         event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
         event.reasons = due.reasons
         event.seconds = time.perf_counter() - started

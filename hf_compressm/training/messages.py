@@ -40,13 +40,13 @@ def observed_text(observation: Observation, state: TrainerState) -> str:
 
 
 def event_numbers(event: ReductionEvent) -> dict[str, float]:
-    """State size (mean over the layers), energy kept in the layer that kept least, losses in nats, and recall."""
+    """State size (mean over the layers), score kept in the layer that kept least, losses in nats, and recall."""
     measured = {"loss_before_cut": event.loss_before, "loss_after_cut": event.loss_after}
     for when, recall in (("before", event.recall_before), ("after", event.recall_after)):
         measured |= {f"recall_{name}_{when}_cut": value for name, value in (recall or {}).items()}
     return {
         "state_size": mean(event.state_sizes_after),
-        "energy_kept": 1 - max(event.energy_discarded),
+        "score_kept": 1 - max(event.score_discarded),
         "seconds": event.seconds,
     } | {name: value for name, value in measured.items() if value is not None}
 

@@ -1,6 +1,6 @@
 """Watches the singular values through training: how far they moved, and how far Weyl's theorem allowed them to.
 
-For the trigger "settled" it watches the energies by which states are ranked as well, and what noise is in them.
+For the trigger "settled" it watches the scores by which states are ranked as well, and what noise is in them.
 """
 
 import time
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..analysis.calibration import undisturbed
-from ..analysis.checks import calibration_batches
+from ..analysis.checks import split_batches
 from ..analysis.states import StateAnalysis, analyze_states
 from ..architectures.family import state_sizes
 from ..architectures.mamba_scan import scan_installed
@@ -41,19 +41,19 @@ class StateMonitor:
             batches: as for `analyze`; an LRU needs none.
             config: what to measure with: the criterion, and the number of calibration batches.
             step: optimizer steps done.
-            draws: of how many disjoint draws to take the energies: none, one to compare later ones with, or two for
+            draws: of how many disjoint draws to take the scores: none, one to compare later ones with, or two for
                 the noise. The second are the batches on which `analyze` measures losses.
         """
         started = time.perf_counter()
         model = unwrap(model)
-        statistics_batches, _, other_batches = calibration_batches(model, batches, config)
+        statistics_batches, _, other_batches = split_batches(model, batches, config)
         with undisturbed(model), scan_installed():
             analysis = analyze_states(model, statistics_batches, config)
             spectra = [spectrum.cpu() for spectrum in analysis.hankel_singular_values().values()]
             gramians = analysis.gramians()
-            energies = _shared_energies(analysis) if draws else None
-            other = _shared_energies(analyze_states(model, other_batches, config)) if draws == 2 else None
-        noise = list(map(compare_rankings, energies, other)) if other is not None else None
+            scores = _shared_scores(analysis) if draws else None
+            other = _shared_scores(analyze_states(model, other_batches, config)) if draws == 2 else None
+        noise = list(map(compare_rankings, scores, other)) if other is not None else None
         sizes = list(state_sizes(model).values())
         comparable = self._last is not None and self._last.state_sizes == sizes
         observation = Observation(
@@ -63,7 +63,7 @@ class StateMonitor:
             weyl_bound=self._weyl_bounds(gramians) if comparable and self._last_gramians else None,
             seconds=time.perf_counter() - started,
             hankel_singular_values=spectra,
-            energies=energies,
+            scores=scores,
             rank_noise=None if noise is None else [each.correlation for each in noise],
             share_noise=None if noise is None else [each.distance for each in noise],
         )
@@ -78,6 +78,6 @@ class StateMonitor:
         return [float(weyl_bound(*self._last_gramians[index], *now)) for index, now in gramians.items()]
 
 
-def _shared_energies(analysis: StateAnalysis) -> list[Tensor]:
+def _shared_scores(analysis: StateAnalysis) -> list[Tensor]:
     """Per layer, (N,), on the CPU, and the very same in all processes, which decide by them."""
-    return from_first_process([energy.cpu() for energy in analysis.energies.values()])
+    return from_first_process([score.cpu() for score in analysis.scores.values()])

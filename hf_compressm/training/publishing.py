@@ -9,7 +9,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..architectures.family import SelectiveLayout, layout_of
 from ..architectures.per_layer import modeling_compressm_mamba
-from ..engines import together, unwrap
+from ..engines import raise_in_all_processes, unwrap
 from ..sharing.hub import as_push_error, check_may_push
 from ..sharing.model_card import CARD, CardDetails, check_details, may_be_written, write_model_card
 from ..sharing.pictures import PICTURES, write_pictures
@@ -36,7 +36,7 @@ class Publisher:
         Raises:
             PushError: in every process.
         """
-        with together():
+        with raise_in_all_processes():
             if self.args.push_to_hub and self.is_world_process_zero():
                 check_may_push(self.hub_model_id, self.args.hub_token, revision=self.args.hub_revision)
                 try:

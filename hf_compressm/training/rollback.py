@@ -11,7 +11,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from ..engines import everywhere, from_first_process, together
+from ..engines import all_processes, from_first_process, raise_in_all_processes
 from ..report import StateReport
 from ..storage.history import History
 from ..storage.records import ReductionEvent
@@ -24,7 +24,7 @@ FOLDER = "_rollback"  # of the snapshots, within Trainer's output folder; what s
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RollbackRule:
     """Judges cuts by what Trainer's log says of a metric.
 
     A cut is on trial for `patience` evaluations. In each the metric is compared with its last value before the cut.
@@ -46,22 +46,22 @@ class Verdict:
         values = [value for at, value in self._evaluations(history, log_history) if at < step]
         return values[-1] if values else None
 
-    def on_trial(self, history: History, log_history: list[dict]) -> list[ReductionEvent]:
+    def watched_cuts(self, history: History, log_history: list[dict]) -> list[ReductionEvent]:
         """The cuts still to be judged, in order."""
         standing = _standing(history)
-        return [event for event in standing if self._judged(event, history, log_history) < self.patience]
+        return [event for event in standing if self._evaluations_since(event, history, log_history) < self.patience]
 
     def harmful_cut(self, value: float, history: History, log_history: list[dict]) -> ReductionEvent | None:
         """The earliest cut on trial beside whose baseline the newest evaluation, `value`, is too bad."""
         for event in _standing(history):
             baseline = self.baseline(event.step, history, log_history)
-            if self._judged(event, history, log_history) <= self.patience and baseline is not None:
+            if self._evaluations_since(event, history, log_history) <= self.patience and baseline is not None:
                 harm = baseline - value if self.greater_is_better else value - baseline
                 if not harm <= self.tolerance * abs(baseline):  # so is NaN
                     return event
         return None
 
-    def _judged(self, event: ReductionEvent, history: History, log_history: list[dict]) -> int:
+    def _evaluations_since(self, event: ReductionEvent, history: History, log_history: list[dict]) -> int:
         """Evaluations after the cut; one that is repeated at the start of a resumed run is one."""
         return len({at for at, _ in self._evaluations(history, log_history) if at >= event.step})
 
@@ -73,48 +73,50 @@ class Verdict:
 
 
 @dataclass
-class SafetyNet:
+class Rollback:
     """Keeps a snapshot from before every cut that is on trial, and goes back to it.
 
     Attributes:
-        verdict: which cut did harm.
+        rule: which cut did harm.
         folder: where snapshots are kept; None for memory.
         companions: models that follow the one that trains.
     """
 
-    verdict: Verdict
+    rule: RollbackRule
     folder: Path | None
     companions: Sequence[nn.Module]
     _snapshots: dict[int, Snapshot] = field(default_factory=dict)  # by the step of the cut
 
-    def keep(self, state: TrainerState, history: History, model: nn.Module, optimizer, report: StateReport) -> None:
+    def take_snapshot(
+        self, state: TrainerState, history: History, model: nn.Module, optimizer, report: StateReport
+    ) -> None:
         """Take a snapshot, before the cut that the report plans.
 
         Raises:
             ValueError: there is no evaluation before the cut to compare with.
         """
         step = state.global_step
-        if self.verdict.baseline(step, history, state.log_history) is None:
+        if self.rule.baseline(step, history, state.log_history) is None:
             seen = sorted({name for entry in state.log_history for name in entry if name.startswith("eval_")})
             raise ValueError(
-                f"rollback_tolerance compares {self.verdict.metric} with its value before the cut, but no evaluation "
+                f"rollback_tolerance compares {self.rule.metric} with its value before the cut, but no evaluation "
                 f"gave it; they gave {seen}. Set metric_for_best_model to one of these."
             )
-        with together():
-            mark = _mark(step, list(report.energy_discarded.values()))
+        with raise_in_all_processes():
+            mark = _mark(step, list(report.score_discarded.values()))
             self._snapshots[step] = Snapshot(model, optimizer, self._folder_of(step), self.companions, mark)
 
-    def take_up(self, history: History, log_history: list[dict]) -> None:
+    def find_snapshots(self, history: History, log_history: list[dict]) -> None:
         """Find the snapshots that an earlier process left of cuts still on trial."""
-        for event in self.verdict.on_trial(history, log_history):
-            with together():
+        for event in self.rule.watched_cuts(history, log_history):
+            with raise_in_all_processes():
                 folder = self._folder_of(event.step)
-                mark = _mark(event.step, event.energy_discarded)
+                mark = _mark(event.step, event.score_discarded)
                 snapshot = Snapshot.found(folder, mark) if folder is not None else None
-            if everywhere(snapshot is not None):
+            if all_processes(snapshot is not None):
                 self._snapshots[event.step] = snapshot
 
-    def judge(
+    def undo_harmful_cut(
         self, value: float, history: History, state: TrainerState, model: nn.Module, optimizer
     ) -> ReductionEvent | None:
         """After an evaluation: undo the earliest cut that did harm, and all later ones with it.
@@ -123,7 +125,7 @@ class SafetyNet:
             The earliest cut that was undone; None if all stand.
         """
         events, undone = history.events, None
-        harmful = self.verdict.harmful_cut(value, history, state.log_history)
+        harmful = self.rule.harmful_cut(value, history, state.log_history)
         position = from_first_process(events.index(harmful) if harmful is not None else None)
         if position is not None and events[position].step in self._snapshots:
             undone = events[position]
@@ -138,12 +140,12 @@ class SafetyNet:
                 "many processes, there would be one."
             )
         if self.folder is None:
-            self.discard_judged(history, state.log_history)
+            self.discard_unwatched(history, state.log_history)
         return undone
 
-    def discard_judged(self, history: History, log_history: list[dict]) -> None:
+    def discard_unwatched(self, history: History, log_history: list[dict]) -> None:
         """Free the snapshots of cuts no longer on trial; those on disk only when a checkpoint holds the verdict."""
-        self._discard(self._snapshots.keys() - {event.step for event in self.verdict.on_trial(history, log_history)})
+        self._discard(self._snapshots.keys() - {event.step for event in self.rule.watched_cuts(history, log_history)})
 
     def discard_all(self) -> None:
         """Free every snapshot."""
@@ -160,7 +162,7 @@ class SafetyNet:
         return None if self.folder is None else self.folder / f"step-{step}"
 
 
-def spread_safety_net(
+def build_rollback(
     schedule: CompreSSMSchedule,
     args: TrainingArguments,
     state: TrainerState,
@@ -168,7 +170,7 @@ def spread_safety_net(
     event_steps: list[int],
     steps_per_epoch: int,
     companions: Sequence[nn.Module],
-) -> SafetyNet | None:
+) -> Rollback | None:
     """The net that a schedule asks for, on the metric that Trainer is told to go by, the loss by default.
 
     Raises:
@@ -180,10 +182,10 @@ def spread_safety_net(
         raise ValueError("rollback_tolerance needs evaluations during training: set eval_strategy and eval_steps.")
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     better = bool(args.greater_is_better)
-    verdict = Verdict(f"eval_{metric}", better, schedule.rollback_tolerance, schedule.rollback_patience)
+    rule = RollbackRule(f"eval_{metric}", better, schedule.rollback_tolerance, schedule.rollback_patience)
     first_cut = min((step for step in event_steps if step > state.global_step), default=None)
     first_evaluation = _first_evaluation_step(args, state, steps_per_epoch)
-    has_baseline = first_cut is None or verdict.baseline(first_cut, history, state.log_history) is not None
+    has_baseline = first_cut is None or rule.baseline(first_cut, history, state.log_history) is not None
     if not has_baseline and first_evaluation >= first_cut:
         raise ValueError(
             f"rollback_tolerance compares with an evaluation before the cut, but the first cut is due after step "
@@ -191,7 +193,7 @@ def spread_safety_net(
             "evaluate earlier or cut later."
         )
     folder = Path(args.output_dir) / FOLDER if schedule.rollback_storage == "disk" else None
-    return SafetyNet(verdict, folder, companions)
+    return Rollback(rule, folder, companions)
 
 
 def _first_evaluation_step(args: TrainingArguments, state: TrainerState, steps_per_epoch: int) -> int:
@@ -204,9 +206,9 @@ def _first_evaluation_step(args: TrainingArguments, state: TrainerState, steps_p
     return max(1, math.ceil(delay / every)) * every
 
 
-def _mark(step: int, energy_discarded: list[float]) -> str:
+def _mark(step: int, score_discarded: list[float]) -> str:
     """The same for the same cut of the same run, and hardly for any other."""
-    return f"{step} {energy_discarded}"
+    return f"{step} {score_discarded}"
 
 
 def _standing(history: History) -> list[ReductionEvent]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..architectures.family import state_sizes
-from ..engines import local, process_count, process_index, together, unwrap, unwrap_optimizer
+from ..engines import local, process_count, process_index, raise_in_all_processes, unwrap, unwrap_optimizer
 from ..storage.files import write_aside
 from ..surgery.shrink_and_grow import set_state_sizes
 
@@ -71,7 +71,7 @@ class Snapshot:
         Raises:
             ValueError: the file is damaged, or the surgery is refused. Nothing has been changed then.
         """
-        with together():
+        with raise_in_all_processes():
             content = self._content if self._content is not None else _read(self.folder / _file_name())
             if len(companions) != len(content["companions"]):
                 raise ValueError(

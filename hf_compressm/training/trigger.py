@@ -89,7 +89,7 @@ class Trigger:
         return DueEvent(self.config.for_event(size, events_left, history.loss_spent, history.rollbacks))
 
     def draws(self, model: nn.Module, history: History, step: int) -> int:
-        """Of how many calibration draws an observation takes the energies: none, one to be compared later, or two."""
+        """Of how many calibration draws an observation takes the scores: none, one to be compared later, or two."""
         if not self.waits or step > self.steps[-1] or not self._waiting(model, history):
             return 0
         return 2 if step in self._comparison_steps else 1
@@ -100,14 +100,14 @@ class Trigger:
         Args:
             history: up to the observation before this one.
         """
-        earlier = [seen for seen in history.observations_since_rollback if seen.energies is not None]
+        earlier = [seen for seen in history.observations_since_rollback if seen.scores is not None]
         comparable = [seen for seen in earlier if seen.step <= observation.step - self._settling_steps]
         if observation.rank_noise is None or not comparable:
             return
         then, noise = comparable[-1], map(Ranking, observation.rank_noise, observation.share_noise)
         moved = [
             compare_rankings(before, now) if len(before) == len(now) else None  # it was cut in between
-            for before, now in zip(then.energies, observation.energies, strict=True)
+            for before, now in zip(then.scores, observation.scores, strict=True)
         ]
         stands = [m is not None and is_within_noise(m, floor) for m, floor in zip(moved, noise, strict=True)]
         points = earlier[-1].settled_points or [0] * len(stands)

@@ -9,7 +9,7 @@ Arms, for the full size N and the smaller sizes r of a study:
 - at the smallest r also without compensation, with random states and by magnitude instead of `output`, in four stages,
   and cut to half of r and grown back to r;
 - sizes found by a tolerance and by a loss budget;
-- cut at 10 % to the smallest r or by a loss budget, or as small as r from the start, and doubled whenever the energies
+- cut at 10 % to the smallest r or by a loss budget, or as small as r from the start, and doubled whenever the scores
   of the states are flat, up to four times the smallest r;
 - cut at 10 % with random states, or with what a model from scratch has at its start, to tell what an early cut suffers
   from (maps and moments with the first seed only);

@@ -118,7 +118,7 @@ def stability_of(full: list[dict]) -> list[tuple[float, float, float]]:
         correlations = [
             rank_correlation(torch.tensor(then), torch.tensor(last))
             for result in full
-            for then, last in zip(result["curve"][place]["energies"], result["curve"][-1]["energies"], strict=True)
+            for then, last in zip(result["curve"][place]["scores"], result["curve"][-1]["scores"], strict=True)
         ]
         noise = statistics.mean(statistics.mean(result["curve"][place]["rank_noise"]) for result in full)
         moments.append((statistics.mean(correlations), min(correlations), noise))

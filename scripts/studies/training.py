@@ -27,7 +27,7 @@ from hf_compressm.training.monitor import StateMonitor
 OBSERVATIONS = 10  # in each run: after every tenth of the steps
 RANKING_BATCHES = 8  # two draws of four
 WHEN_FLAT = "flat"
-FLAT = 0.8  # the share of the states that the energies amount to, from which on they are flat
+FLAT = 0.8  # the share of the states that the scores amount to, from which on they are flat
 AFRESH = ("decay rates", "maps", "moments")  # A_log; rows of B and C; all that the optimizer remembers
 
 
@@ -38,7 +38,7 @@ class Recipe:
     Attributes:
         reduction, schedule: options of CompreSSMConfig and CompreSSMSchedule, or nothing is cut.
         grown: (moment, size) at which the states are made more again: a fraction of the run, or `WHEN_FLAT`, which
-            doubles them whenever the energies of all layers are, until there are as many.
+            doubles them whenever the scores of all layers are, until there are as many.
         afresh: what starts anew after the cut, to find out what it suffers from: of `AFRESH`.
         cycles: of the learning rate: with two it starts again from its peak in the middle of what follows the warm-up.
     """
@@ -105,7 +105,7 @@ class Observer(TrainerCallback):
             {
                 "step": state.global_step,
                 "state_sizes": seen.state_sizes,
-                "energies": [layer.tolist() for layer in seen.energies],
+                "scores": [layer.tolist() for layer in seen.scores],
                 "hankel_singular_values": [layer.tolist() for layer in seen.hankel_singular_values],
                 "rank_noise": seen.rank_noise,
             }
@@ -117,7 +117,7 @@ class Regrowth(TrainerCallback):
     """Gives every layer more states, which can learn, as `Recipe.grown` says. Comes after the cuts.
 
     Args:
-        batches: on which energies are measured.
+        batches: on which scores are measured.
         schedule: of the cuts, before whose end nothing is grown.
     """
 
@@ -142,15 +142,15 @@ class Regrowth(TrainerCallback):
         return is_time and is_after and self.is_flat(model)
 
     def is_flat(self, model) -> bool:
-        """Whether no layer has states to spare: exp of the entropy of its energies comes near their number."""
+        """Whether no layer has states to spare: exp of the entropy of its scores comes near their number."""
         config = CompreSSMConfig(tolerance=0.5, calibration_batches=len(self.batches))
-        energies = self.monitor.observe(model, self.batches, config, 0, draws=1).energies
-        return all(effective_number(layer) >= FLAT * len(layer) for layer in energies)
+        scores = self.monitor.observe(model, self.batches, config, 0, draws=1).scores
+        return all(effective_number(layer) >= FLAT * len(layer) for layer in scores)
 
 
-def effective_number(energies: torch.Tensor) -> float:
+def effective_number(scores: torch.Tensor) -> float:
     """How many equal ones would have the entropy of these; between 1 and (N,)."""
-    return float(torch.distributions.Categorical(energies.double()).entropy().exp())
+    return float(torch.distributions.Categorical(scores.double()).entropy().exp())
 
 
 class Afresh(TrainerCallback):

@@ -25,8 +25,8 @@ ENERGIES = {
     for index in range(3)
 }
 ERRORS = {
-    index: torch.cat([torch.zeros(1), energy.sort().values.square().cumsum(0)]).flip(0)
-    for index, energy in ENERGIES.items()
+    index: torch.cat([torch.zeros(1), score.sort().values.square().cumsum(0)]).flip(0)
+    for index, score in ENERGIES.items()
 }
 
 

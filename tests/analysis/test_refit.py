@@ -54,12 +54,12 @@ def test_states_that_can_do_all_that_others_did_learn_it():
     whole = StateMaps(*twins, torch.cat([maps.A_log, maps.A_log], 1))  # twice the states, two by two alike
     error = OutputError(whole, output_projection, [inputs], sum_over_processes)
     start = whole.kept(torch.arange(4))
-    assert error.of(start) > 1e-2
-    assert error.of(fit_states(error, error, start, torch.eye(4, dtype=torch.float64))) < 1e-4
+    assert error.relative_error(start) > 1e-2
+    assert error.relative_error(fit_states(error, error, start, torch.eye(4, dtype=torch.float64))) < 1e-4
 
 
 def test_the_error_is_that_of_the_layers_output(model, batches):
-    """As a share of the energy of what all states add to it, which is the output without the skip connection."""
+    """As a share of the score of what all states add to it, which is the output without the skip connection."""
     layout, mixer, batch = layout_of(model), state_layers(model)[1], batches[0]
     with undisturbed(model):
         plan = analyze(model, with_labels(batches), replace(CONFIG, refit=False)).plan
@@ -80,7 +80,7 @@ def test_the_error_is_that_of_the_layers_output(model, batches):
         without_states = {"backbone.layers.1.mixer.x_proj.weight": torch.zeros_like(mixer.x_proj.weight)}
         outputs_of("none", without_states)  # neither B nor C: what the skip connection gives
     cut, none = ((seen["whole"] - seen[name]).square().sum() for name in ("cut", "none"))
-    assert error.of(plan[1].of(whole)) == pytest.approx(float(cut / none), rel=1e-3)
+    assert error.relative_error(plan[1].maps_after_cut(whole)) == pytest.approx(float(cut / none), rel=1e-3)
 
 
 def test_padding_does_not_count():
@@ -90,7 +90,10 @@ def test_padding_does_not_count():
     disturbed = replace(inputs, mask=mask, u=inputs.u * (1 + 5 * (1 - mask[:, None])))
     short = LayerInputs(inputs.u[..., :20], inputs.time_step[..., :20], inputs.gate[..., :20], None)
     start = maps.kept(torch.arange(2))
-    errors = [OutputError(maps, output_projection, [one], sum_over_processes).of(start) for one in (disturbed, short)]
+    errors = [
+        OutputError(maps, output_projection, [one], sum_over_processes).relative_error(start)
+        for one in (disturbed, short)
+    ]
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
@@ -117,7 +120,7 @@ def test_a_layer_is_fitted_behind_those_before_it_as_they_will_be(model, batches
         tensors = {path: mixer.get_parameter(path).detach() for path in (layout.projection, layout.decay)}
         whole = maps_in(tensors, mixer, layout)
         error, judge = (OutputError(whole, mixer.out_proj.weight, some, sum_over_processes) for some in inputs)
-        keep, start = plan[1].keep, plan[1].of(whole)
+        keep, start = plan[1].kept_states, plan[1].maps_after_cut(whole)
         covariance = collect_statistics(model, batches[0:6:3])[1].gated_covariance
         fitted = fit_states(error, judge, start, covariance[keep][:, keep])
     for added, new, old in zip(report.plan[1].refit, fitted, start, strict=True):
@@ -149,7 +152,7 @@ def test_fitting_judging_and_reporting_are_on_batches_of_their_own(model, batche
         report = analyze(model, others, CONFIG)
         is_same = torch.equal(report.plan[0].refit.C_rows, first.plan[0].refit.C_rows)
         assert is_same or changed != 2  # other judges may stop the fit elsewhere
-        assert torch.equal(report.energies[0], first.energies[0]) == (changed != 0)
+        assert torch.equal(report.scores[0], first.scores[0]) == (changed != 0)
         assert (report.loss_before == first.loss_before) == (changed != 2)
 
 
@@ -205,7 +208,7 @@ def test_refitted_tensors_go_on_learning_with_the_moments_of_the_kept_ones(train
     before = optimizer.state[model.backbone.layers[0].mixer.A_log]["exp_avg_sq"]
     compress(model, report, optimizer)
     mixer = model.backbone.layers[0].mixer
-    assert torch.equal(optimizer.state[mixer.A_log]["exp_avg_sq"], before[:, report.keep[0]])
+    assert torch.equal(optimizer.state[mixer.A_log]["exp_avg_sq"], before[:, report.kept_states[0]])
     start = mixer.A_log.detach().clone(), mixer.x_proj.weight.detach().clone()
     train_steps(model, optimizer, batches[:1])
     assert (mixer.A_log != start[0]).all() and (mixer.x_proj.weight != start[1]).all()

@@ -19,9 +19,9 @@ from hf_compressm.theory.hankel import truncation_rank
 def test_the_strongest_states_are_kept_by_every_criterion(trained, batches, criterion):
     model, _ = trained
     report = analyze(model, batches, CompreSSMConfig(target_state_size=5, criterion=criterion))
-    for index, energy in report.energies.items():
-        assert torch.equal(report.keep[index], energy.topk(5).indices.sort().values)
-        assert report.energy_discarded[index] == pytest.approx(float(energy.sort().values[:11].sum() / energy.sum()))
+    for index, score in report.scores.items():
+        assert torch.equal(report.kept_states[index], score.topk(5).indices.sort().values)
+        assert report.score_discarded[index] == pytest.approx(float(score.sort().values[:11].sum() / score.sum()))
 
 
 def norms(layer: LayerStates) -> torch.Tensor:
@@ -32,7 +32,9 @@ def test_a_criterion_of_ones_own_ranks_and_is_recorded_by_its_name(trained, batc
     config = CompreSSMConfig(target_state_size=5, criterion=norms)
     report = analyze(trained[0], batches, config)
     reference = analyze(trained[0], batches, CompreSSMConfig(target_state_size=5, criterion="magnitude"))
-    assert {i: keep.tolist() for i, keep in report.keep.items()} == {i: k.tolist() for i, k in reference.keep.items()}
+    assert {i: keep.tolist() for i, keep in report.kept_states.items()} == {
+        i: k.tolist() for i, k in reference.kept_states.items()
+    }
     assert report.criterion == "norms" and compress(trained[0], report).criterion == "norms"
     assert config.to_dict()["criterion"] == "norms" and json.dumps(config.to_dict())
     assert CompreSSMConfig.from_dict(reference.config.to_dict()) == reference.config
@@ -41,7 +43,7 @@ def test_a_criterion_of_ones_own_ranks_and_is_recorded_by_its_name(trained, batc
 
 
 @pytest.mark.parametrize(
-    "energies",
+    "scores",
     [
         None,
         [1.0] * 16,
@@ -52,13 +54,11 @@ def test_a_criterion_of_ones_own_ranks_and_is_recorded_by_its_name(trained, batc
         torch.ones(1),
     ],
 )
-def test_energies_of_ones_own_that_are_none_are_refused_by_name(trained, batches, energies):
+def test_scores_of_ones_own_that_are_none_are_refused_by_name(trained, batches, scores):
     def mine(layer):
-        return energies
+        return scores
 
-    with pytest.raises(
-        ValueError, match=r"(?s)criterion mine gave .*; allowed: a tensor of 16 energies, one for each"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)criterion mine gave .*; allowed: a tensor of 16 scores, one for each"):
         analyze(trained[0], batches, CompreSSMConfig(target_state_size=5, criterion=mine))
 
 
@@ -92,16 +92,16 @@ def test_taylor_is_how_fast_the_loss_changes_as_a_state_fades(learned, batches):
             with torch.no_grad():
                 losses.append(forward(model.eval(), joined, overrides).loss.item())
         slope = abs(losses[0] - losses[1]) / (2 * step)
-        assert report.energies[1][n].item() == pytest.approx(slope, rel=0.02)
+        assert report.scores[1][n].item() == pytest.approx(slope, rel=0.02)
 
 
 def test_a_tolerance_keeps_the_largest_rank_that_any_layer_asks_for(trained, batches):
     model, _ = trained
     report = analyze(model, batches, CompreSSMConfig(tolerance=0.3))
-    ranks = [truncation_rank(energy.sort(descending=True).values, 0.3) for energy in report.energies.values()]
+    ranks = [truncation_rank(score.sort(descending=True).values, 0.3) for score in report.scores.values()]
     assert set(report.state_sizes.values()) == {max(ranks)}
     assert max(ranks) < 16
-    assert all(0 < share <= 0.3 for share in report.energy_discarded.values())
+    assert all(0 < share <= 0.3 for share in report.score_discarded.values())
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,9 @@ def test_analysis_does_not_depend_on_what_else_is_drawn(trained, batches):
     first = analyze(model, batches, config)
     torch.rand(3)
     second = analyze(model, batches, config)
-    assert {i: k.tolist() for i, k in first.keep.items()} == {i: k.tolist() for i, k in second.keep.items()}
+    assert {i: k.tolist() for i, k in first.kept_states.items()} == {
+        i: k.tolist() for i, k in second.kept_states.items()
+    }
     assert first.loss_after == second.loss_after
 
 
@@ -261,7 +263,7 @@ def test_a_trained_model_in_half_precision_is_analysed_in_float32_and_cast_back(
 def test_the_report_is_a_table_that_names_every_layer(trained, batches):
     text = str(analyze(trained[0], batches, CompreSSMConfig(target_state_size=5)))
     header, first, second, measured = text.splitlines()
-    assert header.split("  ") == ["layer", "N before", "N after", "energy discarded", "predicted loss change"]
+    assert header.split("  ") == ["layer", "N before", "N after", "score discarded", "predicted loss change"]
     assert first.split()[:3] == ["0", "16", "5"] and second.split()[:3] == ["1", "16", "5"]
     assert "%" in first and "nats" in first
     assert measured.startswith("measured loss: ")

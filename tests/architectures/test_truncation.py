@@ -98,7 +98,7 @@ def test_the_spectrum_is_that_of_the_dense_lyapunov_equations(model):
     report = analyze(model, None, CompreSSMConfig(target_state_size=5))
     for index, (eigenvalues, B, C) in enumerate(systems_of(model)):
         expected = hankel_singular_values(*gramians(torch.diag(eigenvalues), B, C))
-        assert report.energies[index].shape == (N,) and (report.energies[index].diff() <= 0).all()
+        assert report.scores[index].shape == (N,) and (report.scores[index].diff() <= 0).all()
         torch.testing.assert_close(report.hankel_singular_values[index], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -118,9 +118,9 @@ def test_an_analysis_of_the_weights_needs_no_data_and_changes_nothing(model):
     assert_identical(weights_of(model), before)
     assert_identical({name: parameter.grad for name, parameter in model.named_parameters()}, gradients)
     assert (report.criterion, report.compensate, report.tokens, report.measuring_seconds) == ("hankel", False, 0, 0)
-    assert (report.loss_before, report.loss_after, report.predicted_loss_change) == (None, None, {})
+    assert (report.loss_before, report.loss_after, report.single_layer_loss_change) == (None, None, {})
     assert report.state_sizes_before == {0: N, 1: N} and report.is_cut and not report.applied
-    assert "energy discarded" in str(report) and "loss" not in str(report)
+    assert "score discarded" in str(report) and "loss" not in str(report)
 
 
 @pytest.mark.parametrize("selection", ["largest", "random"])
@@ -134,7 +134,7 @@ def test_the_measured_losses_are_those_of_the_compressed_model(model, data, sele
         compress(alone, analyze(alone, None, CompreSSMConfig(**vars(config) | {"skip_layers": [kept]})))
         sequences = [{name: value[::2] for name, value in data[0].items()}]  # for two layers
         change = mean_loss(alone, sequences) - mean_loss(model, sequences)
-        assert report.predicted_loss_change[cut] == pytest.approx(change, abs=1e-5)
+        assert report.single_layer_loss_change[cut] == pytest.approx(change, abs=1e-5)
 
     event = compress(model, report)
     assert report.loss_after == pytest.approx(mean_loss(model, data[:4]), abs=1e-5)
@@ -155,8 +155,8 @@ def test_plans_with_the_same_largest_size_are_measured_each(model, data):
     plans = [analysis.plan({0: first, 1: second}) for first, second in ((N, 3), (3, N), (3, 3), (N, N))]
     with torch.no_grad():
         meter = LossMeter(model, data[:2], analysis.overrides)
-        losses = [meter.of(plan) for plan in plans]
-        assert losses == [LossMeter(model, data[:2], analysis.overrides).of(plan) for plan in plans]
+        losses = [meter.loss(plan) for plan in plans]
+        assert losses == [LossMeter(model, data[:2], analysis.overrides).loss(plan) for plan in plans]
     assert len(set(losses)) == 4 and losses[3] == pytest.approx(mean_loss(model, data[:2]), abs=1e-6)
 
 
@@ -166,7 +166,7 @@ def test_every_cut_layer_keeps_to_the_error_bound_at_all_frequencies(model, goal
     report = analyze(model, None, CompreSSMConfig(**goal))
     compress(model, report)
     for index, mixer in state_layers(model).items():
-        sigma, rank = report.energies[index], mixer.state_size
+        sigma, rank = report.scores[index], mixer.state_size
         reduced = systems_of(model)[index]
         error, scale = (
             gains(whole[index], reduced).max(),
@@ -180,7 +180,7 @@ def test_two_cuts_keep_to_the_sum_of_their_bounds(model):
     whole, bounds = systems_of(model), [0.0, 0.0]
     for size in (9, 4):
         report = analyze(model, None, CompreSSMConfig(target_state_size=size))
-        bounds = [bound + error_bound(report.energies[i], size) for i, bound in enumerate(bounds)]
+        bounds = [bound + error_bound(report.scores[i], size) for i, bound in enumerate(bounds)]
         compress(model, report)
         assert model.config.state_size == size
     for before, after, bound in zip(whole, systems_of(model), bounds, strict=True):
@@ -193,21 +193,21 @@ def test_each_layer_gets_the_smallest_rank_within_the_tolerance_or_all_the_large
     sizes = report.state_sizes
     assert sizes[0] != sizes[1]
     for index, size in sizes.items():
-        sigma = report.energies[index]
+        sigma = report.scores[index]
         assert tail_share(sigma, size) <= 0.05 < tail_share(sigma, size - 1)
-        assert report.energy_discarded[index] == pytest.approx(tail_share(sigma, size))
-        assert report.keep[index].tolist() == list(range(size))
+        assert report.score_discarded[index] == pytest.approx(tail_share(sigma, size))
+        assert report.kept_states[index].tolist() == list(range(size))
     assert analyze(model, None, CompreSSMConfig(tolerance=0.05, allocation="per_layer")).state_sizes == sizes
     uniform = analyze(model, None, CompreSSMConfig(tolerance=0.05, allocation="uniform")).state_sizes
     assert uniform == dict.fromkeys((0, 1), max(sizes.values()))
 
 
 def test_the_gate_keeps_a_layer_whole_unless_five_percent_of_it_goes():
-    energies = {
+    scores = {
         index: torch.tensor([1.0] * rank + [1e-9] * (20 - rank), dtype=torch.float64)
         for index, rank in enumerate((20, 19, 18, 5))
     }
-    chosen = choose_sizes(CompreSSMConfig(tolerance=1e-6), energies, "per_layer", None)
+    chosen = choose_sizes(CompreSSMConfig(tolerance=1e-6), scores, "per_layer", None)
     assert list(chosen.values()) == [20, 20, 18, 5]
 
 
@@ -251,7 +251,7 @@ def test_a_loss_budget_is_kept_and_the_next_smaller_candidate_breaks_it(model, d
         assert report.state_sizes[0] == report.state_sizes[1]
         smaller = CompreSSMConfig(target_state_size=report.state_sizes[0] - 1, **options)
     else:  # the next tolerance at which a layer loses a state
-        shares = [tail_share(report.energies[i], size - 1) for i, size in report.state_sizes.items() if size > 1]
+        shares = [tail_share(report.scores[i], size - 1) for i, size in report.state_sizes.items() if size > 1]
         smaller = CompreSSMConfig(tolerance=min(shares) + 1e-12, **options)
     assert sum(analyze(model, None, smaller).state_sizes.values()) < sum(report.state_sizes.values())
     assert analyze(model, data, smaller).loss_after > allowed
@@ -261,29 +261,29 @@ def test_a_loss_budget_is_kept_and_the_next_smaller_candidate_breaks_it(model, d
 @pytest.mark.parametrize("options", [{}, {"multiple_of": 4}, {"min_state_size": 5}])
 def test_a_loss_budget_can_choose_any_allowed_size_of_a_layer(uniform, options):
     for seed in range(10):
-        energies = {0: torch.rand(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
+        scores = {0: torch.rand(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
         for budget in range(1, N):
             config = CompreSSMConfig(loss_budget=budget, min_reduction=0.0, **options)
-            chosen = choose_sizes(config, energies, "uniform" if uniform else "per_layer", lambda sizes: N - sizes[0])
+            chosen = choose_sizes(config, scores, "uniform" if uniform else "per_layer", lambda sizes: N - sizes[0])
             assert chosen == {0: config.round_up(N - budget)}
 
 
-def test_a_loss_budget_drops_states_and_layers_that_have_no_energy():
-    energies = {0: torch.tensor([4.0, 2.0, 1.0, 0.0, 0.0]).double(), 1: torch.zeros(7).double()}
+def test_a_loss_budget_drops_states_and_layers_that_have_no_score():
+    scores = {0: torch.tensor([4.0, 2.0, 1.0, 0.0, 0.0]).double(), 1: torch.zeros(7).double()}
     for size in (3, 2, 1):
         config = CompreSSMConfig(loss_budget=3.5 - size)
-        chosen = choose_sizes(config, energies, "per_layer", lambda sizes: max(0, 3 - sizes[0]))
+        chosen = choose_sizes(config, scores, "per_layer", lambda sizes: max(0, 3 - sizes[0]))
         assert chosen == {0: size, 1: 1}
 
 
 def test_a_loss_budget_is_kept_by_the_sizes_behind_the_gate():
     """The cut that the gate takes back from layer 0 had lowered the loss."""
-    energies = {layer: torch.tensor([1.0] * rank + [1e-3] * (20 - rank)).double() for layer, rank in ((0, 19), (1, 8))}
+    scores = {layer: torch.tensor([1.0] * rank + [1e-3] * (20 - rank)).double() for layer, rank in ((0, 19), (1, 8))}
 
     def loss_of(sizes):
         return 0.014 * (sizes[1] < 20) - 0.01 * (sizes[0] < 20) + (sizes[0] < 19 or sizes[1] < 8)
 
-    chosen = choose_sizes(CompreSSMConfig(loss_budget=0.005), energies, "per_layer", loss_of)
+    chosen = choose_sizes(CompreSSMConfig(loss_budget=0.005), scores, "per_layer", loss_of)
     assert loss_of(chosen) <= 0.005
 
 
@@ -292,17 +292,17 @@ def test_the_largest_singular_values_matter_most(model, data):
     for selection in ("largest", "smallest", "random"):
         report = analyze(model, data, CompreSSMConfig(target_state_size=6, selection=selection))
         after[selection] = report.loss_after
-        assert all(len(keep) == 6 for keep in report.keep.values())
-        assert all((keep.diff() > 0).all() for keep in report.keep.values())
+        assert all(len(keep) == 6 for keep in report.kept_states.values())
+        assert all((keep.diff() > 0).all() for keep in report.kept_states.values())
         if selection == "smallest":
-            assert all(keep.tolist() == list(range(10, 16)) for keep in report.keep.values())
+            assert all(keep.tolist() == list(range(10, 16)) for keep in report.kept_states.values())
     assert after["largest"] < min(after["random"], after["smallest"]) - 0.02
 
 
 def test_a_random_selection_follows_from_the_seed_and_differs_between_layers(model):
     def keep(seed):
         config = CompreSSMConfig(target_state_size=6, selection="random", calibration_seed=seed)
-        return [tuple(keep.tolist()) for keep in analyze(model, None, config).keep.values()]
+        return [tuple(keep.tolist()) for keep in analyze(model, None, config).kept_states.values()]
 
     assert keep(0) == keep(0)
     assert len({*keep(0), *keep(1)}) == 4
@@ -496,9 +496,9 @@ def test_a_layer_without_outputs_is_cut_to_the_smallest_size(model, data):
     model.model.layers[0].mixer.C.data.zero_()
     logits = model(input_ids=data[1]["input_ids"]).logits
     report = analyze(model, data, CompreSSMConfig(loss_budget=1e-4, skip_layers=[1]))
-    assert report.state_sizes == {0: 1, 1: N} and math.isfinite(report.energy_discarded[0])
+    assert report.state_sizes == {0: 1, 1: N} and math.isfinite(report.score_discarded[0])
     event = compress(model, report)
-    assert math.isfinite(sum(event.energy_discarded))
+    assert math.isfinite(sum(event.score_discarded))
     torch.testing.assert_close(model(input_ids=data[1]["input_ids"]).logits, logits, rtol=0, atol=1e-6)
 
 
@@ -649,9 +649,9 @@ def test_a_mamba_is_observed_on_data_without_being_disturbed(batches):
 
 
 def test_one_size_for_all_is_one_size_where_layers_differ():
-    energies = {0: torch.linspace(10, 1, 10, dtype=torch.float64), 1: torch.linspace(20, 1, 20, dtype=torch.float64)}
+    scores = {0: torch.linspace(10, 1, 10, dtype=torch.float64), 1: torch.linspace(20, 1, 20, dtype=torch.float64)}
     for goal in ({"cut_fraction": 0.6}, {"tolerance": 0.3}, {"loss_budget": 0.5}):
-        chosen = choose_sizes(CompreSSMConfig(**goal), energies, "uniform", lambda sizes: 0.1 * (20 - sizes[1]))
+        chosen = choose_sizes(CompreSSMConfig(**goal), scores, "uniform", lambda sizes: 0.1 * (20 - sizes[1]))
         assert chosen[0] == min(10, chosen[1]) < 20
 
 

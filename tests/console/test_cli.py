@@ -57,17 +57,17 @@ def test_analyze_prints_a_table_and_writes_json_and_a_picture(models, text, tmp_
     printed = capsys.readouterr().out
     assert "16" in printed and "Written to" in printed
     assert contents(models) == before
-    assert sorted(os.listdir(tmp_path / "deep" / "out")) == ["analysis.json", "energies.png"]
-    assert (tmp_path / "deep" / "out" / "energies.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path / "deep" / "out")) == ["analysis.json", "scores.png"]
+    assert (tmp_path / "deep" / "out" / "scores.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "deep" / "out" / "analysis.json").read_text())
     assert content["config"]["target_state_size"] == 4 and content["criterion"] == "output"
     assert content["tokens"] > 0 and content["loss_before"] > 1 and content["loss_after"] > 1
     assert [layer["layer"] for layer in content["layers"]] == list(range(LAYERS))
     for layer in content["layers"]:
         assert layer["state_size"] == 16 and layer["proposed_state_size"] == 4
-        assert layer["energies"] == sorted(layer["energies"], reverse=True) and len(layer["energies"]) == 16
-        assert 0 <= layer["energy_discarded"] <= 1
-        assert layer["energy_discarded"] == pytest.approx(1 - sum(layer["energies"][:4]) / sum(layer["energies"]))
+        assert layer["scores"] == sorted(layer["scores"], reverse=True) and len(layer["scores"]) == 16
+        assert 0 <= layer["score_discarded"] <= 1
+        assert layer["score_discarded"] == pytest.approx(1 - sum(layer["scores"][:4]) / sum(layer["scores"]))
         assert layer["hankel_singular_values"] == sorted(layer["hankel_singular_values"], reverse=True)
 
 

@@ -62,7 +62,7 @@ def measured(model, batches) -> list[float]:
         config = replace(CONFIG, target_state_size=2, selection="smallest", compensate=False)
         report = analyze(model, batches, replace(config, recall_pairs=4))
         pooled = analyze(model, batches, replace(CONFIG, allocation="global"))
-    losses = [report.loss_before, report.loss_after, *report.predicted_loss_change.values()]
+    losses = [report.loss_before, report.loss_after, *report.single_layer_loss_change.values()]
     return [*losses, report.recall_before.loss, report.recall_after.loss, *pooled.state_sizes.values()]
 
 
@@ -78,13 +78,13 @@ def refitted(model, batches) -> list[float]:
 
 
 def scored_by_gradients(model, batches) -> list[float] | str:
-    """Energies of all layers by the criterion that needs gradients, or why there are none."""
+    """Scores of all layers by the criterion that needs gradients, or why there are none."""
     try:
         report = analyze(model, batches, replace(CONFIG, criterion="taylor"))
     except ValueError as error:
         return str(error)
     assert all(parameter.grad is None for parameter in model.parameters())
-    return torch.cat(list(report.energies.values())).tolist()
+    return torch.cat(list(report.scores.values())).tolist()
 
 
 def faults(model, batches, rank: int) -> dict[str, str]:
@@ -110,7 +110,7 @@ def faults(model, batches, rank: int) -> dict[str, str]:
     attempt("config", lambda: analyze(model, batches, other))
     report = analyze(model, batches, CONFIG)
     if rank == 1:
-        report.plan[0] = replace(report.plan[0], keep=torch.arange(8) + 1 + report.plan[0].keep[0])
+        report.plan[0] = replace(report.plan[0], kept_states=torch.arange(8) + 1 + report.plan[0].kept_states[0])
     attempt("plan", lambda: compress(model, report))
     damage("weights", bare.backbone.layers[0].mixer.A_log)
     damage("activations", bare.get_input_embeddings().weight)

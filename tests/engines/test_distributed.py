@@ -169,7 +169,7 @@ def test_hooks_on_the_wrapper_outlive_a_cut(looped, engine):
         ("config", "the processes were given different configurations"),
         ("plan", "this process was given another plan than the first"),
         ("weights", "layer 0 A_log holds NaN or Inf"),
-        ("activations", "the state energies are not finite"),
+        ("activations", "the state scores are not finite"),
     ],
 )
 def test_a_fault_in_one_process_stops_all_with_one_error(looped, engine, fault, message):

@@ -22,10 +22,10 @@ from hf_compressm import (
 )
 from hf_compressm.plotting import (
     plot_accuracy,
-    plot_energy_map,
     plot_event_spectra,
-    plot_kept_energy,
+    plot_kept_share,
     plot_loss,
+    plot_score_map,
     plot_spectra,
     plot_state_sizes,
     plot_trajectories,
@@ -230,9 +230,9 @@ def test_trajectories_of_what_was_not_recorded_are_refused(history):
             plot_trajectories(history, layer)
 
 
-def test_kept_energy_marks_the_rank_of_every_tolerance():
+def test_kept_share_marks_the_rank_of_every_tolerance():
     spectra, tolerances = spectra_of(2), [0.2, 0.05]
-    (axes,) = plot_kept_energy(spectra, tolerances).axes
+    (axes,) = plot_kept_share(spectra, tolerances).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("rank $r$", r"share of $\Sigma\sigma$ kept (%)")
     assert legend_of(axes) == ["layer 0", "layer 1"]
     dots = [line for line in axes.lines if line.get_linestyle() == "None"]
@@ -277,15 +277,15 @@ def test_sizes_are_plain_numbers_where_there_is_room():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["57.3"]
 
 
-def test_the_energy_map_shows_shares_in_per_cent_from_the_largest_down():
-    energies = {0: torch.tensor([1.0, 4.0, 3.0]), 1: torch.tensor([20.0]), 4: torch.tensor([1.0, 3.0])}
-    axes, bar = plot_energy_map(energies).axes
+def test_the_score_map_shows_shares_in_per_cent_from_the_largest_down():
+    scores = {0: torch.tensor([1.0, 4.0, 3.0]), 1: torch.tensor([20.0]), 4: torch.tensor([1.0, 3.0])}
+    axes, bar = plot_score_map(scores).axes
     (image,) = axes.images
     assert image.get_array().tolist() == [[50, 37.5, 12.5], [100, None, None], [75, 25, None]]
     assert image.get_extent() == [0.5, 3.5, 2.5, -0.5] and axes.patch.get_hatch()  # which shows where nothing is
     assert (image.norm.vmin, image.norm.vmax) == (10, 100) and type(image.norm).__name__ == "LogNorm"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("state, by rank $i$", "layer")
-    assert bar.get_ylabel() == "share of energy (%)" and image.colorbar.extend == "neither"
+    assert bar.get_ylabel() == "share of score (%)" and image.colorbar.extend == "neither"
     assert not len(bar.get_yticks(minor=True))
     assert [label.get_text() for label in bar.get_yticklabels() if 10 <= label.get_position()[1] <= 100] == [
         "10",
@@ -297,48 +297,48 @@ def test_the_energy_map_shows_shares_in_per_cent_from_the_largest_down():
     assert not axes.lines and axes.get_legend() is None
 
 
-def test_the_energy_map_of_a_report_marks_what_it_keeps():
+def test_the_score_map_of_a_report_marks_what_it_keeps():
     report = analyze(build_lru(3), None, CompreSSMConfig(tolerance=0.1))
     sizes = list(report.state_sizes.values())
     assert min(sizes) < 12
     for state_sizes in (report.state_sizes, sizes):
-        axes = plot_energy_map(report.energies, state_sizes).axes[0]
+        axes = plot_score_map(report.scores, state_sizes).axes[0]
         (line,) = axes.lines
         assert list(line.get_xdata()) == [sizes[row] + 0.5 for row in (0, 0, 1, 1, 2, 2)]
         assert list(line.get_ydata()) == [-0.5, 0.5, 0.5, 1.5, 1.5, 2.5]
         assert legend_of(axes) == ["kept: what lies left of the line"]
-    for row, energy in zip(axes.images[0].get_array(), report.energies.values(), strict=True):
-        assert row.tolist() == pytest.approx((100 * energy / energy.sum()).tolist())
+    for row, score in zip(axes.images[0].get_array(), report.scores.values(), strict=True):
+        assert row.tolist() == pytest.approx((100 * score / score.sum()).tolist())
 
 
-def test_the_energy_map_ends_where_energies_no_longer_count():
-    axes, _ = plot_energy_map([torch.tensor([1.0, 1e-3, 1e-9, 0.0]), torch.zeros(4)]).axes
+def test_the_score_map_ends_where_scores_no_longer_count():
+    axes, _ = plot_score_map([torch.tensor([1.0, 1e-3, 1e-9, 0.0]), torch.zeros(4)]).axes
     (image,) = axes.images
     assert image.get_array().tolist()[1] == [1e-4] * 4 and image.get_array().tolist()[0][2:] == [1e-4] * 2
     assert image.norm.vmin == 1e-4 and image.colorbar.extend == "min"
-    (image,) = plot_energy_map([torch.zeros(4)]).axes[0].images
+    (image,) = plot_score_map([torch.zeros(4)]).axes[0].images
     assert image.norm.vmin < image.norm.vmax
 
 
-def test_the_energy_map_grows_with_depth():
-    heights = [plot_energy_map([torch.ones(8)] * layers).get_figheight() for layers in (1, 24, 64)]
+def test_the_score_map_grows_with_depth():
+    heights = [plot_score_map([torch.ones(8)] * layers).get_figheight() for layers in (1, 24, 64)]
     assert heights == pytest.approx([2.4, 4.92, 7])
 
 
-@pytest.mark.parametrize("energy", [[1.0, -1.0], [1.0, math.nan], [math.inf], [], [[1.0]], 1.0])
-def test_a_map_of_what_are_no_energies_is_refused(energy):
-    with pytest.raises(ValueError, match=r"energies of layer 1 have the shape .* give \(N,\) finite numbers ≥ 0"):
-        plot_energy_map([torch.ones(2), torch.tensor(energy)])
+@pytest.mark.parametrize("score", [[1.0, -1.0], [1.0, math.nan], [math.inf], [], [[1.0]], 1.0])
+def test_a_map_of_what_are_no_scores_is_refused(score):
+    with pytest.raises(ValueError, match=r"scores of layer 1 have the shape .* give \(N,\) finite numbers ≥ 0"):
+        plot_score_map([torch.ones(2), torch.tensor(score)])
 
 
-def test_sizes_that_do_not_fit_the_energies_are_refused():
+def test_sizes_that_do_not_fit_the_scores_are_refused():
     with pytest.raises(ValueError, match="no spectra"):
-        plot_energy_map({})
-    with pytest.raises(ValueError, match=r"state_sizes of layers \[0\], energies of \[0, 1\]; give both for each"):
-        plot_energy_map([torch.ones(2)] * 2, [1])
+        plot_score_map({})
+    with pytest.raises(ValueError, match=r"state_sizes of layers \[0\], scores of \[0, 1\]; give both for each"):
+        plot_score_map([torch.ones(2)] * 2, [1])
     for size in (-1, 3):
         with pytest.raises(ValueError, match=rf"state_sizes\[1\] = {size}; allowed: 0 … 2"):
-            plot_energy_map([torch.ones(2)] * 2, [2, size])
+            plot_score_map([torch.ones(2)] * 2, [2, size])
 
 
 def test_every_event_gets_a_panel_of_its_spectra(history):

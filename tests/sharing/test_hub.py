@@ -204,7 +204,7 @@ def test_the_card_counts_what_is_there(hub, reduced):
     assert f"| {4 * channels * 32 / 1024:.1f} KiB | {4 * channels * 24 / 1024:.1f} KiB |" in text
     cut = history.events[0]
     losses = f"{cut.loss_before:.4f} → {cut.loss_after:.4f}"
-    assert f"| after training | 16 → 8-16 | {1 - max(cut.energy_discarded):.1%} | {losses} |" in text
+    assert f"| after training | 16 → 8-16 | {1 - max(cut.score_discarded):.1%} | {losses} |" in text
 
 
 def test_the_card_tells_what_was_recalled(hub, reduced):

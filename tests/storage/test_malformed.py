@@ -494,7 +494,15 @@ NUMBERS = ("seconds", "measuring_seconds", "loss_before", "loss_after")
     *((entry(HISTORY, "observations", value=value), "damaged") for value in ("x", 5, None, [5], [{}])),
     *(
         (no_entry(HISTORY, "events", 0, name), f"{name}")
-        for name in ("step", "state_sizes_before", "state_sizes_after", "keep", "tokens", "criterion", "loss_after")
+        for name in (
+            "step",
+            "state_sizes_before",
+            "state_sizes_after",
+            "kept_states",
+            "tokens",
+            "criterion",
+            "loss_after",
+        )
     ),
     *((event(step=value), "step = ") for value in ("x", 1.5, [1], NAN, True, -1)),
     *((event(rolled_back_at=value), "rolled_back_at = ") for value in ("x", 1.5, [1], NAN, True, -1)),
@@ -519,16 +527,19 @@ NUMBERS = ("seconds", "measuring_seconds", "loss_before", "loss_after")
         for value in ("x", 5, [], [4], [4, 4, 4], [4, 4.0], [0, 4], [-4, 4])
     ),
     *((event(state_sizes_before=value), "malformed") for value in ([16, 16.0], [16, -16], [16, HUGE], [16, True])),
-    *((event(keep=value), "malformed") for value in ("x", 5, [], [[0, 1, 2, 3]], [4, 4], [[0, 1, 2, 3], [0, 1, 2]])),
     *(
-        (event(keep=[[0, 1, 2, 3], value]), "kept states .* of 16")
+        (event(kept_states=value), "malformed")
+        for value in ("x", 5, [], [[0, 1, 2, 3]], [4, 4], [[0, 1, 2, 3], [0, 1, 2]])
+    ),
+    *(
+        (event(kept_states=[[0, 1, 2, 3], value]), "kept states .* of 16")
         for value in ([0, 1, 2, 16], [0, 1, 2, -1], [0, 1, 2, 2], [0, 1, 2, "3"], [0, 1, 2, 3.0], [0, 1, 2, [3]])
     ),
     *(
-        (event(energy_discarded=value), "malformed")
+        (event(score_discarded=value), "malformed")
         for value in ("x", 5, [], [0.1], [0.1, "x"], [0.1, 1.5], [0.1, -0.5], [0.1, NAN], [0.1, None])
     ),
-    *((event(predicted_loss_change=value), "malformed") for value in ("x", 5, [], [0.1], [0.1, "x"], [0.1, None])),
+    *((event(single_layer_loss_change=value), "malformed") for value in ("x", 5, [], [0.1], [0.1, "x"], [0.1, None])),
     (gone(SPECTRA), "hsv.safetensors is missing"),
     (replaced(SPECTRA, lambda path: path.symlink_to("nowhere")), "hsv.safetensors is missing"),
     (replaced(SPECTRA, Path.mkdir), "the history in .* is damaged"),

@@ -65,7 +65,7 @@ def test_moments_follow_their_states(run):
     }
     compress(model, report, optimizer)
     after = optimizer.state[mixer.A_log]
-    keep = report.keep[1]
+    keep = report.kept_states[1]
     assert before
     for key, value in before.items():
         along_states = value.ndim > 0 and value.shape[-1] == 16

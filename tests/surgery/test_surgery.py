@@ -27,7 +27,7 @@ def mask_states(model, optimizer, selections) -> None:
         for path, value in masked_tensors(mixer, layout, selection).items():
             mixer.get_parameter(path).data.copy_(value)
         for path, tensor in layout.tensors.items():
-            kept = source_index(mixer, layout, tensor, selection.keep)
+            kept = source_index(mixer, layout, tensor, selection.kept_states)
             parameter = mixer.get_parameter(path)
             for moment in ("exp_avg", "exp_avg_sq"):
                 state = optimizer.state[parameter][moment]
@@ -83,7 +83,7 @@ def test_a_gradient_that_is_waiting_for_its_step_follows(trained, batches):
     gradient = model.backbone.layers[0].mixer.A_log.grad.clone()
     report = analyze(model, batches, CompreSSMConfig(target_state_size=6))
     compress(model, report, optimizer)
-    assert torch.equal(model.backbone.layers[0].mixer.A_log.grad, gradient[:, report.keep[0]])
+    assert torch.equal(model.backbone.layers[0].mixer.A_log.grad, gradient[:, report.kept_states[0]])
 
 
 def test_padding_is_exact_inert_and_reversible(trained, batches):

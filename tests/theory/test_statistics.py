@@ -195,8 +195,8 @@ def test_output_energy_is_the_error_of_the_gated_output_when_a_state_is_removed(
 def test_ghost_is_what_removing_a_state_changes_before_the_gate_and_the_output_projection():
     scan = random_scan()
     bare = scan | {"gate": None, "channel_weight": torch.ones(5, dtype=torch.float64)}
-    energy = CRITERIA["ghost"](layer_states(scan))
-    torch.testing.assert_close(energy, CRITERIA["output"](layer_states(bare)), rtol=1e-12, atol=0)
+    score = CRITERIA["ghost"](layer_states(scan))
+    torch.testing.assert_close(score, CRITERIA["output"](layer_states(bare)), rtol=1e-12, atol=0)
 
 
 def test_aire_and_last_are_energy_and_squared_peak_gain_of_the_frozen_systems_response():
@@ -219,7 +219,7 @@ def test_decays_too_slow_for_their_eigenvalue_to_be_told_from_one_are_scored_exa
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_gramian_energies_sum_the_channels_of_their_surrogate(surrogate):
+def test_gramian_scores_sum_the_channels_of_their_surrogate(surrogate):
     scan = random_scan()
     P, Q = sampled_gramians(measure(scan), surrogate)  # all five channels are in the sample
     expected = (P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)).sqrt().sum(0)
@@ -241,7 +241,7 @@ def test_random_scores_repeat_with_their_generator():
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_every_criterion_gives_a_float64_energy_per_state(name):
+def test_every_criterion_gives_a_float64_score_per_state(name):
     single = {key: tensor.float() for key, tensor in random_scan().items()}
     scores = CRITERIA[name](layer_states(single))
     assert scores.shape == (7,) and scores.dtype == torch.float64 and (scores >= 0).all()

@@ -282,7 +282,7 @@ def test_a_history_that_contradicts_the_weights_is_refused(tmp_path, dataset):
     path = tmp_path / "checkpoint-8" / "trainer_state.json"
     state = json.loads(path.read_text())
     exported = state["stateful_callbacks"]["CompreSSMCallback"]["attributes"]["exported_history"]
-    exported["events"][-1] |= {"state_sizes_after": [7, 7], "keep": [list(range(7))] * 2}
+    exported["events"][-1] |= {"state_sizes_after": [7, 7], "kept_states": [list(range(7))] * 2}
     path.write_text(json.dumps(state))
     resumed = build_trainer(tmp_path, dataset, **SAVING)
     cutting_callback().attach(resumed)

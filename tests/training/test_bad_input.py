@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite_are_refused(batches, value):
 def test_statistics_and_losses_that_are_not_finite_are_refused(batches):
     model = build_model()
     model.backbone.layers[0].mixer.in_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layer 0: the state energies are not finite"):
+    with pytest.raises(ValueError, match="layer 0: the state scores are not finite"):
         analyze(model, batches, TARGET)
     model = build_model()
     model.backbone.norm_f.weight.data.fill_(float("inf"))
@@ -341,7 +341,7 @@ def test_a_damaged_checkpoint_is_refused(checkpoint, damage, error, message):
             lambda f: edit_json(f / "compressm.json", lambda c: c["events"].pop()),
             "of which compressm.json knows nothing",
         ),
-        (lambda f: edit_json(f / "compressm.json", lambda c: c["events"][0].pop("keep")), "malformed history"),
+        (lambda f: edit_json(f / "compressm.json", lambda c: c["events"][0].pop("kept_states")), "malformed history"),
         (lambda f: (f / "hsv.safetensors").write_bytes(b"no"), "is damaged"),
     ],
 )
@@ -354,7 +354,7 @@ def test_a_damaged_history_is_refused(checkpoint, damage, message):
 def test_a_history_that_contradicts_the_weights_is_refused(checkpoint, dataset):
     def change(content):
         event = content["stateful_callbacks"]["CompreSSMCallback"]["attributes"]["exported_history"]["events"][-1]
-        event |= {"state_sizes_after": [5] * LAYERS, "keep": [list(range(5))] * LAYERS}
+        event |= {"state_sizes_after": [5] * LAYERS, "kept_states": [list(range(5))] * LAYERS}
 
     edit_json(checkpoint / "trainer_state.json", change)
     trainer = build_trainer(checkpoint.parent, dataset, [CompreSSMCallback(TARGET, SCHEDULE)])

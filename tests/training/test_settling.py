@@ -58,7 +58,7 @@ def test_rank_correlation_counts_pairs_and_leaves_ties_out():
     assert (rank_correlation(flat, flat), rank_correlation(flat, torch.rand(4))) == (1.0, 0.0)
 
 
-def test_share_distance_is_the_energy_that_changed_its_state():
+def test_share_distance_is_the_score_that_changed_its_state():
     left, right = torch.tensor([3.0, 1, 0, 0]), torch.tensor([2.0, 2, 2, 2])
     assert share_distance(left, right) == pytest.approx(0.5)
     assert share_distance(left, 7 * left) == pytest.approx(0) and share_distance(left, left.flip(0)) == pytest.approx(
@@ -75,23 +75,23 @@ def test_a_layer_stands_still_only_within_the_noise_and_where_there_is_a_ranking
 
 
 def first_cut(movement, seed: int, draws: int = 2, **schedule) -> tuple[int, list[str]]:
-    """Step and reason of the cut of a model of one layer whose energies go as `movement` says, in 200 steps.
+    """Step and reason of the cut of a model of one layer whose scores go as `movement` says, in 200 steps.
 
-    Each draw sees the energies through noise of its own, which is the same at every step, as its batches are.
+    Each draw sees the scores through noise of its own, which is the same at every step, as its batches are.
     """
     model = build_model(num_hidden_layers=1, state_size=32)
     schedule = CompreSSMSchedule(**SETTLED | {"settled_patience": 2} | schedule)
     trigger = Trigger(schedule, CompreSSMConfig(target_state_size=4), 200)
     history, generator = History({}), torch.Generator().manual_seed(seed)
     noise = [(0.3 * torch.randn(32, generator=generator, dtype=torch.float64)).exp() for _ in range(2)]
-    energy = torch.randn(32, generator=generator, dtype=torch.float64).exp()
+    score = torch.randn(32, generator=generator, dtype=torch.float64).exp()
     for step in range(2, 201, 2):
-        energy = movement(energy, generator)
-        first, second = energy * noise[0], energy * noise[1]
+        score = movement(score, generator)
+        first, second = score * noise[0], score * noise[1]
         if draws == 1:  # the second has nothing to do with the first
             second = second[torch.randperm(32, generator=generator)]
         floor = compare_rankings(first, second)
-        measured = {"energies": [first], "rank_noise": [floor.correlation], "share_noise": [floor.distance]}
+        measured = {"scores": [first], "rank_noise": [floor.correlation], "share_noise": [floor.distance]}
         observation = Observation(step, [32], None, None, 0.0, [first.sort(descending=True).values], **measured)
         trigger.compare(observation, history)
         history.observations.append(observation)
@@ -101,18 +101,18 @@ def first_cut(movement, seed: int, draws: int = 2, **schedule) -> tuple[int, lis
     raise AssertionError("never cut")
 
 
-def shuffled(energy, generator):
-    return energy[torch.randperm(len(energy), generator=generator)]
+def shuffled(score, generator):
+    return score[torch.randperm(len(score), generator=generator)]
 
 
-def unmoved(energy, generator):
-    return energy
+def unmoved(score, generator):
+    return score
 
 
-def drifting(energy, generator):
+def drifting(score, generator):
     """Their logarithms are a stationary process, of correlation 0.97 from one point to the next."""
-    step = torch.randn(len(energy), generator=generator, dtype=torch.float64)
-    return (0.97 * energy.log() + (1 - 0.97**2) ** 0.5 * step).exp()
+    step = torch.randn(len(score), generator=generator, dtype=torch.float64)
+    return (0.97 * score.log() + (1 - 0.97**2) ** 0.5 * step).exp()
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -167,7 +167,7 @@ def test_each_layer_is_cut_by_itself_when_it_has_settled(run):
         (seen,) = [each for each in callback.history.observations if each.step == event.step]
         (then,) = [each for each in callback.history.observations if each.step == seen.compared_with]
         assert then.step == event.step - 12
-        moved = compare_rankings(then.energies[layer], seen.energies[layer])
+        moved = compare_rankings(then.scores[layer], seen.scores[layer])
         assert (moved.correlation, moved.distance) == (seen.rank_correlation[layer], seen.share_distance[layer])
         assert moved.correlation >= seen.rank_noise[layer] and moved.distance <= seen.share_noise[layer]
         assert seen.settled_points[layer] == 1
@@ -181,7 +181,7 @@ def test_with_one_size_for_all_the_last_layer_to_settle_decides(tmp_path, datase
     (event,) = callback.history.events
     assert event.reasons == ["settled", "settled"] and trainer.model.config.state_size == 4
     assert run[1].history.events[0].step < event.step < 54
-    assert callback.history.observations[-1].energies is None  # nothing waits any longer
+    assert callback.history.observations[-1].scores is None  # nothing waits any longer
 
 
 def test_what_has_not_settled_is_cut_at_the_end_of_the_window(tmp_path, dataset, capsys):
@@ -213,11 +213,12 @@ def test_an_interrupted_run_cuts_at_the_same_steps(tmp_path, dataset, run, place
     assert losses_of(resumed) == losses_of(trainer)
     assert_identical(weights_of(resumed.model), weights_of(trainer.model))
     for left, right in zip(again.history.observations, callback.history.observations, strict=True):
-        left = replace(left, seconds=0.0, hankel_singular_values=[], energies=None)
-        assert left == replace(right, seconds=0.0, hankel_singular_values=[], energies=None)
+        left = replace(left, seconds=0.0, hankel_singular_values=[], scores=None)
+        assert left == replace(right, seconds=0.0, hankel_singular_values=[], scores=None)
     events = zip(again.history.events, callback.history.events, strict=True)
     assert all(
-        (left.step, left.keep, left.reasons) == (right.step, right.keep, right.reasons) for left, right in events
+        (left.step, left.kept_states, left.reasons) == (right.step, right.kept_states, right.reasons)
+        for left, right in events
     )
 
 
@@ -225,8 +226,8 @@ def test_the_files_hold_what_the_decision_rests_on(run):
     trainer, callback = run
     loaded = load_history(f"{trainer.args.output_dir}/checkpoint-60")
     assert loaded.to_dict() == callback.history.to_dict()
-    energies = [seen.energies for seen in loaded.observations]
-    assert energies[0][1].shape == (16,) and energies[-1] is None
+    scores = [seen.scores for seen in loaded.observations]
+    assert scores[0][1].shape == (16,) and scores[-1] is None
 
 
 def history_of(*events: tuple[int, list[str | None], int | None]) -> History:
@@ -235,9 +236,9 @@ def history_of(*events: tuple[int, list[str | None], int | None]) -> History:
         step=0,
         state_sizes_before=[16, 16, 16],
         state_sizes_after=[16, 16, 8],
-        keep=[list(range(16)), list(range(16)), list(range(8))],
-        energy_discarded=[0.0, 0.0, 0.1],
-        predicted_loss_change=None,
+        kept_states=[list(range(16)), list(range(16)), list(range(8))],
+        score_discarded=[0.0, 0.0, 0.1],
+        single_layer_loss_change=None,
         loss_before=2.0,
         loss_after=2.01,
         tokens=1,
@@ -349,10 +350,10 @@ def test_the_options_come_from_the_command_line():
 @pytest.mark.parametrize(
     "change",
     [
-        {"energies": [[1.0] * 16]},
-        {"energies": [[1.0] * 15, [1.0] * 16]},
-        {"energies": [[-1.0] * 16, [1.0] * 16]},
-        {"energies": [[0.0] * 16, [1.0] * 16]},
+        {"scores": [[1.0] * 16]},
+        {"scores": [[1.0] * 15, [1.0] * 16]},
+        {"scores": [[-1.0] * 16, [1.0] * 16]},
+        {"scores": [[0.0] * 16, [1.0] * 16]},
         {"rank_noise": [0.5]},
         {"rank_correlation": ["x", 1.0]},
         {"settled_points": [-1, 0]},
@@ -391,13 +392,13 @@ def test_a_picture_shows_every_layer_with_the_noise_and_its_cut(run, tmp_path):
     save_figure(figure, tmp_path / "settling.png")
 
 
-def test_a_picture_of_one_layer_shows_its_energy_shares_as_well(run):
+def test_a_picture_of_one_layer_shows_its_score_shares_as_well(run):
     history = run[1].history
     above, below = plot_settling(history, layer=1).axes
     compared = [seen for seen in history.observations if seen.settled_points is not None]
     distances = [seen.share_distance[1] for seen in compared if seen.share_distance[1] is not None]
     assert [y for y in below.lines[1].get_ydata() if not math.isnan(y)] == distances
-    assert below.get_ylabel() == "distance of energy shares" and above.get_title(loc="left") == "layer 1"
+    assert below.get_ylabel() == "distance of score shares" and above.get_title(loc="left") == "layer 1"
     with pytest.raises(ValueError, match="layer = 2; allowed: 0 … 1, or None for all"):
         plot_settling(history, layer=2)
     with pytest.raises(ValueError, match="no comparison of rankings: train with CompreSSMSchedule"):

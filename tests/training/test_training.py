@@ -64,7 +64,7 @@ def test_a_run_cuts_at_its_steps_and_says_so(tmp_path, dataset, capsys):
     assert trainer.model.config.state_size == 4
     printed = capsys.readouterr().out
     assert "CompreSSM, step 5 of 20: state size 16 → 8" in printed
-    assert "energy discarded" in printed and "measured loss" in printed
+    assert "score discarded" in printed and "measured loss" in printed
     losses = losses_of(trainer)
     assert losses[20] < losses[10] < losses[1]
 
@@ -161,7 +161,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, dataset, 
 
     histories = [load_history(tmp_path / run / "checkpoint-20") for run in "ab"]
     for left, right in zip(*(history.events for history in histories), strict=True):
-        assert (left.step, left.keep, left.loss_after) == (right.step, right.keep, right.loss_after)
+        assert (left.step, left.kept_states, left.loss_after) == (right.step, right.kept_states, right.loss_after)
 
 
 def test_a_loss_budget_holds_over_a_run_with_several_cuts_and_a_resume(tmp_path, dataset, learned):
