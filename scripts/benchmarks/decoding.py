@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from hf_compressm.arguments import Arguments
-from hf_compressm.measuring import SHARE, Limits, median, ratio_quartiles, show, table, time_in_turn
 
 from hf_compressm import install_scan, uninstall_scan
-from hf_compressm.training import build_model
+
+from .arguments import Arguments
+from .measuring import SHARE, Limits, median, ratio_quartiles, show, table, time_in_turn
+from .training import build_model
 
 
 def study_decoding(args: Arguments, limits: Limits) -> list[dict]:

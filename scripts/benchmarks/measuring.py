@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from hf_compressm.arguments import Arguments
 
 from hf_compressm import env_report, install_scan
+
+from .arguments import Arguments
 
 SHARE = "share of the machine's limit"
 RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: "5" sets the peak of this process to what it holds now

@@ -8,8 +8,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from hf_compressm.arguments import Arguments
-from hf_compressm.measuring import (
+from torch import Tensor
+from transformers.models.mamba import modeling_mamba
+from transformers.utils.import_utils import is_mambapy_available
+
+from hf_compressm.kernels import selective_scan
+from hf_compressm.kernels.dispatch import mamba_ssm_serves
+
+from .arguments import Arguments
+from .measuring import (
     SHARE,
     Limits,
     added_peak,
@@ -20,12 +27,6 @@ from hf_compressm.measuring import (
     table,
     time_in_turn,
 )
-from torch import Tensor
-from transformers.models.mamba import modeling_mamba
-from transformers.utils.import_utils import is_mambapy_available
-
-from hf_compressm.kernels import selective_scan
-from hf_compressm.kernels.dispatch import mamba_ssm_serves
 
 TRANSFORMERS_SCAN = inspect.unwrap(modeling_mamba.mamba_selective_scan)  # the PyTorch one, even beside mamba-ssm
 LOOP, MAMBAPY, MAMBA_SSM = "Transformers' loop", "mambapy", "mamba-ssm"

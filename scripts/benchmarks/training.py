@@ -6,8 +6,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from hf_compressm.arguments import Arguments
-from hf_compressm.measuring import (
+from transformers import MambaConfig, MambaForCausalLM
+
+from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
+from hf_compressm.kernels.dispatch import VARIABLE, mamba_ssm_serves
+
+from .arguments import Arguments
+from .measuring import (
     SHARE,
     Limits,
     added_peak,
@@ -19,11 +24,7 @@ from hf_compressm.measuring import (
     time_in_turn,
     timed,
 )
-from hf_compressm.scan import FLOPS, least_bytes
-from transformers import MambaConfig, MambaForCausalLM
-
-from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
-from hf_compressm.kernels.dispatch import VARIABLE, mamba_ssm_serves
+from .scan import FLOPS, least_bytes
 
 MAMBAPY = "mambapy"
 EVENTS = 4

@@ -26,7 +26,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from hf_compressm.arms import (
+from transformers import set_seed
+
+from .arms import (
     as_long_as,
     cut_at,
     difficulty_trial,
@@ -36,13 +38,11 @@ from hf_compressm.arms import (
     refitted,
     throughout,
 )
-from hf_compressm.language_results import clock_of, report, seconds_of, steps_of
-from hf_compressm.running import all_results, by_arm, carry_out_all, name_of
-from hf_compressm.tasks import AssociativeRecall, SelectiveCopying
-from transformers import set_seed
-
-from hf_compressm.console.text import EnglishText
-from hf_compressm.training import WHEN_FLAT, Recipe, build, trained
+from .language_results import clock_of, report, seconds_of, steps_of
+from .running import all_results, by_arm, carry_out_all, name_of
+from .tasks import AssociativeRecall, SelectiveCopying
+from .text import EnglishText
+from .training import WHEN_FLAT, Recipe, build, trained
 
 TUNING_SEED = 100  # of what comes before the comparison
 MIDDLE = 0.50  # when the ablations are cut

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 from benchmarks.measuring import table
-from hf_compressm.arms import as_long_as, cut_at, from_scratch, refitted, throughout
-from hf_compressm.running import by_arm
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from reduction_results import doubling_ticks
@@ -15,6 +13,9 @@ from reduction_results import doubling_ticks
 from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_aside
 from hf_compressm.theory.rankings import rank_correlation
+
+from .arms import as_long_as, cut_at, from_scratch, refitted, throughout
+from .running import by_arm
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
 MEASURES = (("accuracy", 100, "accuracy, %"), ("loss", 1, "loss, nats"))

@@ -18,13 +18,14 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from hf_compressm.tasks import Sequences, answered
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 
 from hf_compressm.analysis.recall import recall_probe
 from hf_compressm.storage.files import write_aside
+
+from .tasks import Sequences, answered
 
 ROOT = Path(os.environ.get("ENGLISH_TEXT", "/"))
 PACKAGES = {

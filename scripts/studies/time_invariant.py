@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from hf_compressm.running import by_arm, carry_out_all, name_of, result_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
@@ -25,7 +24,6 @@ from hf_compressm import (
     LRUForSequenceClassification,
     analyze,
     compress,
-    image_sequences,
     parameter_groups,
 )
 from hf_compressm.architectures.family import state_layers
@@ -34,6 +32,9 @@ from hf_compressm.storage.checkpoint import last_complete_checkpoint
 from hf_compressm.storage.files import write_aside
 from hf_compressm.storage.history import load_history, save_history
 from hf_compressm.theory.hankel import hankel_nuclear_norm
+
+from . import image_sequences
+from .running import by_arm, carry_out_all, name_of, result_file
 
 OBSERVATIONS = 50  # of the singular values, in each run that is reduced
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from hf_compressm.tasks import Sequences
 from transformers import (
     MambaConfig,
     MambaForCausalLM,
@@ -23,6 +22,8 @@ from hf_compressm.architectures.family import layout_of, state_layers, state_siz
 from hf_compressm.storage.history import save_history
 from hf_compressm.surgery.shrink_and_grow import grow_state, maps_in
 from hf_compressm.training.monitor import StateMonitor
+
+from .tasks import Sequences
 
 OBSERVATIONS = 10  # in each run: after every tenth of the steps
 RANKING_BATCHES = 8  # two draws of four
