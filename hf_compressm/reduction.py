@@ -6,16 +6,18 @@ The callback, the scripts and any hand-written training loop all go through thes
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from .analysis.allocation import choose_sizes
 from .analysis.calibration import undisturbed
 from .analysis.checks import allocation_of, check_config, split_batches
 from .analysis.losses import LossMeter
+from .analysis.masking import masked_parameters
 from .analysis.recall import RecallProbe
-from .analysis.states import analyze_states
-from .architectures.family import state_sizes
+from .analysis.states import StateAnalysis, analyze_states
+from .architectures import state_layers
 from .architectures.mamba_scan import scan_installed
 from .config import CompreSSMConfig
 from .engines import from_first_process, raise_in_all_processes, unwrap
@@ -23,6 +25,7 @@ from .report import StateReport
 from .storage.records import ReductionEvent
 from .surgery.shrink_and_grow import shrink_state
 from .surgery.transaction import check_state_tensors
+from .theory.criteria import squared_errors
 from .theory.plan import plan_fingerprint
 
 
@@ -52,27 +55,32 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
             raise ValueError(
                 f"the processes were given different configurations: {config_of_first} and {config.to_dict()}."
             )
-        check_state_tensors(model)
-        check_config(config, model)
-        sizes = state_sizes(model)
-        statistics_batches, held_out, loss_batches = split_batches(model, batches, config)
+        layers = state_layers(model)
+        check_state_tensors(layers)
+        check_config(config, layers)
+        sizes = layers.sizes
+        statistics_batches, held_out, loss_batches = split_batches(layers, batches, config)
         if config.loss_budget is not None and not loss_batches:
             raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
 
     with undisturbed(model), scan_installed():
-        analysis = analyze_states(model, statistics_batches, config, held_out)
-        losses = LossMeter(model, loss_batches, analysis.overrides) if loss_batches else None
-        allocation = allocation_of(config, model)
+        analysis = analyze_states(layers, statistics_batches, config, held_out)
+        losses = LossMeter(layers, loss_batches) if loss_batches else None
+        allocation = allocation_of(config, layers)
         chosen = choose_sizes(
             config,
             analysis.scores,
             allocation,
             loss_of=lambda some: losses.loss(analysis.plan(sizes | some)),
-            errors=analysis.squared_errors() if allocation == "global" else None,
+            errors=_squared_errors(analysis) if allocation == "global" else None,
         )
         plan = from_first_process({index: entry.cpu() for index, entry in analysis.plan(chosen).items()})
         spectra = analysis.hankel_singular_values()
-        recall = RecallProbe(model, config.recall_pairs, analysis.overrides) if config.recall_pairs else None
+        recall = (
+            RecallProbe(model, config.recall_pairs, partial(masked_parameters, layers))
+            if config.recall_pairs
+            else None
+        )
         loss_before = losses.loss({}) if losses else None
         loss_after = losses.loss(plan) if losses else None
         recall_before, recall_after = (recall.measure({}), recall.measure(plan)) if recall else (None, None)
@@ -95,6 +103,15 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         seconds=time.perf_counter() - started,
         measuring_seconds=losses.seconds if losses else 0.0,
     )
+
+
+def _squared_errors(analysis: StateAnalysis) -> dict[int, Tensor]:
+    """Layer → squared error of the states that go when the r strongest stay, r = 0 … N, (N + 1,)."""
+    covariances = analysis.covariances if analysis.compensate else dict.fromkeys(analysis.scores)
+    return {
+        index: squared_errors(scores, analysis.score_power, covariances[index])
+        for index, scores in analysis.scores.items()
+    }
 
 
 def compress(
@@ -120,7 +137,7 @@ def compress(
         ValueError: the report was applied before or was made for other sizes; anything `shrink_state` refuses.
     """
     started = time.perf_counter()
-    sizes, fingerprint = state_sizes(unwrap(model)), from_first_process(plan_fingerprint(report.plan))
+    sizes, fingerprint = state_layers(unwrap(model)).sizes, from_first_process(plan_fingerprint(report.plan))
     with raise_in_all_processes():
         if report.applied:
             raise ValueError("this report has been applied already; call analyze again.")

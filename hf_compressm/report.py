@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .analysis.recall import RecallResult, chance
 from .config import CompreSSMConfig
-from .theory.plan import Plan, Selection
+from .theory.plan import Plan
 
 
 @dataclass
@@ -69,7 +69,7 @@ class StateReport:
     @property
     def is_refitted(self) -> bool:
         """Whether layers are refitted; where that did not help on held-out batches, they are not."""
-        return any(isinstance(entry, Selection) and entry.refit is not None for entry in self.plan.values())
+        return any(entry.is_refitted for entry in self.plan.values())
 
     @property
     def score_discarded(self) -> dict[int, float]:

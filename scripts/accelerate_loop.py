@@ -22,6 +22,7 @@ from transformers import default_data_collator, get_cosine_schedule_with_warmup,
 from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress, install_scan, parameter_groups
 from hf_compressm.analysis.calibration import draw_batches
 from hf_compressm.analysis.checks import reducible_size
+from hf_compressm.architectures import state_layers
 from hf_compressm.storage.history import History, load_history, save_history
 from hf_compressm.surgery.shrink_and_grow import set_state_sizes
 
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             draw = (config.calibration_batches, config.calibration_seed, step, *processes)
             calibration = draw_batches(dataset, default_data_collator, args.batch_size, *draw)
             events_left = len(event_steps) - event_steps.index(step)
-            size = reducible_size(config, accelerator.unwrap_model(model))
+            size = reducible_size(config, state_layers(accelerator.unwrap_model(model)))
             goal = config.for_event(size, events_left, history.loss_spent)
             report = analyze(model, calibration, goal)  # the wrapped model: every process takes part
             event = compress(model, report, optimizer, step=step, companions=[average] if keep_average else [])

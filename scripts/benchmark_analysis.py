@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, analyze, compress
-from hf_compressm.architectures.family import state_layers
+from hf_compressm.architectures import state_layers
 from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_aside
 from hf_compressm.theory.hankel import diagonal_gramians, hankel_nuclear_norm

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser, MambaConfig, MambaForCausalLM, set_seed
 
 from hf_compressm import install_scan, parameter_groups
-from hf_compressm.architectures.family import state_sizes
+from hf_compressm.architectures import state_sizes
 from hf_compressm.surgery.shrink_and_grow import shrink_state
 from hf_compressm.theory.plan import Selection
 

@@ -37,7 +37,7 @@ from hf_compressm.analysis.losses import mean_loss
 from hf_compressm.analysis.masking import masked_parameters
 from hf_compressm.analysis.recall import RecallProbe
 from hf_compressm.analysis.selective import SelectiveAnalysis
-from hf_compressm.architectures.family import state_sizes
+from hf_compressm.architectures import state_layers
 from hf_compressm.config import option
 from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_json
@@ -166,14 +166,15 @@ def measured(args: Arguments, subject: Subject) -> dict:
     model, calibration, validation = loaded(args, subject)
     quarter, thirds = subject.state_size // 4, thirds_of(calibration, args.batches)
     with undisturbed(model):
-        loss, probe = mean_loss(model, validation, {}), RecallProbe(model, PAIRS, partial(masked_parameters, model))
+        masked = partial(masked_parameters, state_layers(model))
+        loss, probe = mean_loss(model, validation, {}), RecallProbe(model, PAIRS, masked)
         recall = probe.measure({}).loss
 
         def rise(config: CompreSSMConfig, thirds, size: int) -> dict:
             started = time.perf_counter()
             plan = plan_of(model, config, thirds, size)
             seconds = time.perf_counter() - started
-            risen = mean_loss(model, validation, masked_parameters(model, plan)) - loss
+            risen = mean_loss(model, validation, masked(plan)) - loss
             return {"rise": risen, "recall": probe.measure(plan).loss - recall, "seconds": seconds}
 
         rises, curve = [], []
@@ -210,22 +211,22 @@ def thirds_of(batches: list[dict], count: int) -> tuple[list[dict], list[dict]]:
 
 
 def plan_of(model, config: CompreSSMConfig, thirds: tuple[list[dict], list[dict]], size: int):
-    analysis = SelectiveAnalysis(model, thirds[0], config, thirds[1])
-    return analysis.plan(dict.fromkeys(state_sizes(model), size))
+    layers = state_layers(model)
+    return SelectiveAnalysis(layers, thirds[0], config, thirds[1]).plan(dict.fromkeys(layers, size))
 
 
 def predictions(model, state_size: int, calibration: list[dict], validation: list[dict], loss: float) -> list[dict]:
     """By size and layer what a report predicts of cutting it alone, and of all, and what validation text says."""
-    points = []
+    points, masked = [], partial(masked_parameters, state_layers(model))
     for divisor in DIVISORS:
         report = analyze(model, calibration, CompreSSMConfig(target_state_size=state_size // divisor))
         cuts = {index: {index: entry} for index, entry in report.plan.items()}
-        found = {i: mean_loss(model, validation, masked_parameters(model, cut)) - loss for i, cut in cuts.items()}
+        found = {i: mean_loss(model, validation, masked(cut)) - loss for i, cut in cuts.items()}
         points += [
             {"divisor": divisor, "layer": index, "predicted": change, "measured": found[index]}
             for index, change in report.single_layer_loss_change.items()
         ]
-        total = mean_loss(model, validation, masked_parameters(model, report.plan)) - loss
+        total = mean_loss(model, validation, masked(report.plan)) - loss
         points.append(
             {
                 "divisor": divisor,

@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
-from hf_compressm.architectures.family import state_sizes
+from hf_compressm.architectures import state_sizes
 from hf_compressm.config import GOALS
 from hf_compressm.engines import from_first_process, unwrap
 from hf_compressm.storage.checkpoint import check_complete, last_complete_checkpoint

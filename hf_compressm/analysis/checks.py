@@ -1,12 +1,9 @@
-"""Which analysis a model gets, on which batches, and whether a configuration fits it."""
+"""Whether a configuration fits a model, and which batches an analysis gets."""
 
 import inspect
 from collections.abc import Iterable
 
-from torch import nn
-
-from ..architectures.family import SelectiveLayout, layout_of, state_sizes
-from ..architectures.state_sizes import check_per_layer
+from ..architectures import StateLayers
 from ..config import CompreSSMConfig
 from ..theory.criteria import criterion_name, taylor
 from .calibration import Batch, take_batches
@@ -14,59 +11,58 @@ from .losses import check_gradients
 from .recall import check_recall
 
 
-def allocation_of(config: CompreSSMConfig, model: nn.Module) -> str:
+def allocation_of(config: CompreSSMConfig, layers: StateLayers) -> str:
     """How sizes are allocated to layers: what the configuration says, or else what suits the architecture."""
-    return config.allocation or ("per_layer" if layout_of(model).per_layer_by_default else "uniform")
+    return config.allocation or ("per_layer" if layers.family.is_per_layer(layers.model) else "uniform")
 
 
-def check_config(config: CompreSSMConfig, model: nn.Module) -> None:
+def check_config(config: CompreSSMConfig, layers: StateLayers) -> None:
     """Refuse a configuration that does not fit the model.
 
     Raises:
         ValueError: names the option, what is allowed, and what the model is.
     """
-    layout, sizes = layout_of(model), state_sizes(model)
-    model_type = model.config.model_type
-    uniform = allocation_of(config, model) == "uniform"
+    family, model_type = layers.family, layers.model.config.model_type
+    uniform = allocation_of(config, layers) == "uniform"
     if not uniform:
-        check_per_layer(model)
-    if config.skip_layers and (uniform or not set(config.skip_layers) < set(sizes)):
+        family.check_per_layer(layers.model)
+    if config.skip_layers and (uniform or not set(config.skip_layers) < set(layers)):
         raise ValueError(
-            f"skip_layers = {config.skip_layers}; allowed: some of the layers {sorted(sizes)}, in a model where each "
+            f"skip_layers = {config.skip_layers}; allowed: some of the layers {list(layers)}, in a model where each "
             "may have a size of its own."
         )
-    if config.criterion is not None and not isinstance(layout, SelectiveLayout):
+    if config.criterion is not None and not family.needs_data:
         raise ValueError(
             f"criterion = '{criterion_name(config.criterion)}'; the states of model type '{model_type}' are ranked by "
             "their Hankel singular values: leave it out."
         )
-    if config.refit and not isinstance(layout, SelectiveLayout):
+    if config.refit and not family.can_refit:
         raise ValueError(f"refit = True; a model of type '{model_type}' is balanced instead: leave it out.")
-    if config.allocation == "global" and not isinstance(layout, SelectiveLayout):
+    if config.allocation == "global" and not family.can_allocate_globally:
         raise ValueError(
             f"allocation = 'global'; the layers of model type '{model_type}' are reduced from their weights alone, "
             "without the losses that would compare them: allowed are 'per_layer' and 'uniform'."
         )
     if config.criterion in (taylor, taylor.__name__):
-        check_gradients(model)
+        check_gradients(layers.model)
     if config.recall_pairs:
-        check_recall(model, config.recall_pairs)
-    config.check_target(reducible_size(config, model))
+        check_recall(layers.model, config.recall_pairs)
+    config.check_target(reducible_size(config, layers))
 
 
-def reducible_size(config: CompreSSMConfig, model: nn.Module) -> int:
+def reducible_size(config: CompreSSMConfig, layers: StateLayers) -> int:
     """The largest N among the layers that may be cut; of a global allocation their mean, as its target is."""
-    sizes = [size for index, size in state_sizes(model).items() if index not in config.skip_layers]
+    sizes = [size for index, size in layers.sizes.items() if index not in config.skip_layers]
     return sum(sizes) // len(sizes) if config.allocation == "global" else max(sizes)
 
 
 def split_batches(
-    model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig
+    layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """Batches for statistics, for the judgement of refits, and for losses, on the model's device."""
-    selective = isinstance(layout_of(model), SelectiveLayout)
+    model, needs_data = layers.model, layers.family.needs_data
     if batches is None:
-        if selective:
+        if needs_data:
             raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
         return [], [], []
     if "labels" not in inspect.signature(model.forward).parameters:
@@ -76,8 +72,8 @@ def split_batches(
     device = next(model.parameters()).device
     taken = [
         {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches, own_labels=selective)
+        for batch in take_batches(batches, config.calibration_batches, own_labels=layers.family.is_language_model)
     ]
-    if not selective:
+    if not needs_data:
         return [], [], taken
     return (taken[0::3], taken[1::3], taken[2::3]) if config.refit else (taken[0::2], [], taken[1::2])

@@ -2,27 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from ..architectures import StateLayers
 from ..engines import forward_with, from_first_process, is_sharded, raise_in_all_processes, sum_over_processes
 from ..theory.plan import Plan
 from .calibration import Batch, prediction_count, predictions
+from .masking import masked_parameters
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
 class LossMeter:
-    """Measures losses on held-out batches, with some parameters overridden; each process on its own, then averaged.
+    """Measures losses, on held-out batches, of a model as a plan would leave it; averaged over all processes."""
 
-    Args:
-        overrides: plan → parameter name → the value with which the model computes what it will after the cut.
-    """
-
-    def __init__(self, model: nn.Module, batches: list[Batch], overrides: Callable[[Plan], dict[str, Tensor]]):
-        self.model, self.batches, self.overrides, self.seconds = model, batches, overrides, 0.0
+    def __init__(self, layers: StateLayers, batches: list[Batch]):
+        self.layers, self.batches, self.seconds = layers, batches, 0.0
         self._measured: dict[tuple[int, ...], float] = {}
         self._of_sample: float | None = None
 
@@ -30,14 +28,14 @@ class LossMeter:
         """Mean loss over all batches, nats per prediction; plans of the same sizes are measured once."""
         key = tuple(len(entry.kept_states) for entry in plan.values())
         if key not in self._measured:
-            overrides = self.overrides(plan)
+            overrides = masked_parameters(self.layers, plan)
             unchanged = plan and not overrides
             self._measured[key] = self.loss({}) if unchanged else self._mean_loss(self.batches, overrides)
         return self._measured[key]
 
     def single_layer_change(self, index: int, plan: Plan) -> float:
         """Change of the loss when only this layer is cut; on so few sequences that all layers cost about one batch."""
-        overrides = self.overrides({index: plan[index]})
+        overrides = masked_parameters(self.layers, {index: plan[index]})
         if not overrides:
             return 0.0
         sample = [_every_other_sequence(self.batches[0], len(plan))]
@@ -47,7 +45,7 @@ class LossMeter:
 
     def _mean_loss(self, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
         started = time.perf_counter()
-        loss = mean_loss(self.model, batches, overrides)
+        loss = mean_loss(self.layers.model, batches, overrides)
         self.seconds += time.perf_counter() - started
         return loss
 
@@ -116,8 +114,3 @@ def forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):
     halves = {name: parameter.float() for name, parameter in model.named_parameters() if parameter.dtype in HALVES}
     overrides = halves | {name: value.float() if name in halves else value for name, value in overrides.items()}
     return forward_with(model, {**batch, "use_cache": False}, overrides)
-
-
-def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Parameter → its name in the whole model."""
-    return {parameter: name for name, parameter in model.named_parameters()}

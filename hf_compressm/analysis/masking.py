@@ -1,44 +1,20 @@
-"""A selective model as a plan would leave it, at its full size and without touching it: dropped states masked."""
+"""A model as a plan would leave it, at its full size and without touching it: dropped states are masked."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..architectures.family import SelectiveLayout, layout_of, state_layers, state_size
-from ..engines import full
-from ..surgery.shrink_and_grow import maps_in
-from ..theory.plan import Plan, Selection
-from ..theory.selective import complement
-from .losses import parameter_names
+from ..architectures import StateLayers
+from ..theory.plan import Plan
 
 
-def masked_parameters(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Parameter name → value, for the layers that the plan cuts; see `masked_tensors`."""
-    layout, names, masked = layout_of(model), parameter_names(model), {}
-    for index, mixer in cut_layers(model, plan).items():
-        for path, value in masked_tensors(mixer, layout, plan[index]).items():
-            masked[names[mixer.get_parameter(path)]] = value
-    return masked
+def masked_parameters(layers: StateLayers, plan: Plan) -> dict[str, Tensor]:
+    """Parameter name → value, for the layers that the plan cuts, with which they compute what they will after it."""
+    return {
+        layers.parameter_name(index, path): value
+        for index in cut_layers(layers, plan)
+        for path, value in layers.family.masked(layers[index], plan[index]).items()
+    }
 
 
-def cut_layers(model: nn.Module, plan: Plan) -> dict[int, nn.Module]:
-    """The mixers that the plan takes states from, by layer."""
-    layout = layout_of(model)
-    mixers = {index: mixer for index, mixer in state_layers(model).items() if index in plan}
-    return {i: mixer for i, mixer in mixers.items() if len(plan[i].kept_states) < state_size(mixer, layout)}
-
-
-def masked_tensors(mixer: nn.Module, layout: SelectiveLayout, selection: Selection) -> dict[str, Tensor]:
-    """Path → value at full size with which the mixer computes what it will after the cut.
-
-    Rows of B and C that make dropped states are zero, the kept ones are as the cut leaves them. Decay rates change by
-    a refit only.
-    """
-    paths = layout.projection, layout.decay
-    tensors = {path: full(mixer.get_parameter(path).detach()).clone() for path in paths}
-    whole = maps_in(tensors, mixer, layout)
-    kept = selection.maps_after_cut(whole)
-    keep = selection.kept_states.to(whole.B_rows.device)
-    dropped = complement(keep, len(whole.B_rows))
-    for rows, values in ((whole.B_rows, kept.B_rows), (whole.C_rows, kept.C_rows)):
-        rows[dropped], rows[keep] = 0, values
-    whole.A_log[:, keep] = kept.A_log
-    return tensors if selection.refit is not None else {layout.projection: tensors[layout.projection]}
+def cut_layers(layers: StateLayers, plan: Plan) -> list[int]:
+    """The indices of the layers that the plan takes states from."""
+    return [index for index, size in layers.sizes.items() if index in plan and len(plan[index].kept_states) < size]

@@ -10,34 +10,15 @@ random.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import selective_scan
-from ..theory.selective import StateMaps, well_posed
+from ..theory.selective import LayerInputs, StateMaps, well_posed
 
 ROUND, ROUNDS = 10, 6  # steps of L-BFGS between two looks at other data, and how often
 WORTHWHILE = 0.02  # the share of the error by which a round has to lower it, for another to follow
 PAIRS = 20  # of steps and gradients that L-BFGS remembers
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What the scan of a layer is given.
-
-    Attributes:
-        u, time_step: input and effective Δ, (batch, D, L).
-        gate: z, (batch, D, L), or None.
-        mask: 1 for tokens that count, 0 for padding, (batch, L), or None.
-    """
-
-    u: Tensor
-    time_step: Tensor
-    gate: Tensor | None
-    mask: Tensor | None
 
 
 class OutputError:
@@ -45,7 +26,7 @@ class OutputError:
 
     Args:
         whole: maps of all N states.
-        output_projection: W_out, (hidden, D).
+        output: what a layer with these maps adds to the residual stream, (batch, hidden, L), differentiable.
         data: inputs by batch.
         summed: replaces tensors by their sums over all processes, in place.
     """
@@ -53,11 +34,11 @@ class OutputError:
     def __init__(
         self,
         whole: StateMaps,
-        output_projection: Tensor,
+        output: Callable[[StateMaps, LayerInputs], Tensor],
         data: list[LayerInputs],
         summed: Callable[[list[Tensor]], None],
     ):
-        self.output_projection, self.data, self.summed = output_projection.to(whole.A_log), data, summed
+        self.output, self.data, self.summed = output, data, summed
         with torch.no_grad():
             self.targets = [self._output(whole, inputs) for inputs in data]
             self.energy = torch.stack([target.square().sum() for target in self.targets]).sum()
@@ -84,14 +65,9 @@ class OutputError:
         return total
 
     def _output(self, maps: StateMaps, inputs: LayerInputs) -> Tensor:
-        """What these states add to the residual stream, (batch, hidden, L), in the dtype of the maps."""
-        with torch.autocast(inputs.u.device.type, enabled=False):
-            u, time_step = inputs.u.to(maps.A_log), inputs.time_step.to(maps.A_log)
-            B, C = (torch.einsum("nd,bdl->bnl", rows, u) for rows in (maps.B_rows, maps.C_rows))
-            y = selective_scan(u, time_step, -maps.A_log.exp(), B, C)
-            y = y if inputs.gate is None else y * F.silu(inputs.gate.to(y))
-            output = torch.einsum("hd,bdl->bhl", self.output_projection, y)
-            return output if inputs.mask is None else output * inputs.mask.unsqueeze(1)
+        """What these states add to the residual stream at the tokens that count, (batch, hidden, L)."""
+        output = self.output(maps, inputs)
+        return output if inputs.mask is None else output * inputs.mask.unsqueeze(1)
 
 
 def fit_states(error: OutputError, judge: OutputError, start: StateMaps, covariance: Tensor) -> StateMaps:

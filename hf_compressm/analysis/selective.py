@@ -4,19 +4,26 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..architectures.family import STATE_INPUT, STATE_OUTPUT, layout_of, projection_rows, state_layers
+from ..architectures import StateLayers
 from ..config import CompreSSMConfig
-from ..engines import full, raise_in_all_processes, sum_over_processes
+from ..engines import raise_in_all_processes, sum_over_processes
 from ..kernels.operators import CHUNK
-from ..theory.criteria import Criterion, LayerStates, choose_states, criterion_name, seeded_generator, state_scores
+from ..theory.criteria import (
+    Criterion,
+    LayerStates,
+    choose_states,
+    criterion_name,
+    score_power,
+    seeded_generator,
+    state_scores,
+)
 from ..theory.plan import Plan, Selection
-from ..theory.selective import Statistics, compensation, complement, layer_hankel_singular_values, unexplained_shares
+from ..theory.selective import Statistics, compensation, layer_hankel_singular_values
 from .activations import collect_statistics
 from .calibration import Batch
-from .losses import loss_gradients, parameter_names
-from .masking import masked_parameters
+from .losses import loss_gradients
 from .refit import refitted
 
 DEFAULT_CRITERION = "output"
@@ -31,20 +38,25 @@ class SelectiveAnalysis:
 
     Attributes:
         criterion: name of the score.
+        score_power: 1 where the score is the amplitude of an error, 2 where it is the square of one.
         compensate: whether kept states make up for dropped ones.
         tokens: calibration tokens behind the statistics.
         scores: layer → score of each state, in stored order, (N,).
+        covariances: layer → Π, (N, N).
     """
 
+    gramians = None  # a selective layer has no Gramians of its own, only surrogates
+
     def __init__(
-        self, model: nn.Module, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
+        self, layers: StateLayers, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
     ):
-        self.model, self.config, self.batches, self.held_out = model, config, batches, held_out
+        self.layers, self.config, self.batches, self.held_out = layers, config, batches, held_out
         self._plans: dict[tuple[int, ...], Plan] = {}
         criterion = config.criterion or DEFAULT_CRITERION
-        self.criterion, self.compensate = criterion_name(criterion), config.compensate
+        self.criterion, self.score_power = criterion_name(criterion), score_power(criterion)
+        self.compensate = config.compensate
         with raise_in_all_processes():
-            self.statistics = collect_statistics(model, batches)
+            self.statistics = collect_statistics(layers, batches)
         for statistics in self.statistics.values():
             sum_over_processes(vars(statistics).values())
         self.tokens = int(next(iter(self.statistics.values())).tokens)
@@ -54,34 +66,14 @@ class SelectiveAnalysis:
                     f"the calibration sequences are too short: states are sampled every {CHUNK} positions, and all of "
                     "these are padding. Give longer sequences, or pad on the left."
                 )
-        gradients = cache(lambda: projection_gradients(model, batches))  # for all layers, when first asked for
-        self.scores = score_states(model, self.statistics, criterion, gradients, config.calibration_seed)
+        gradients = cache(lambda: state_gradients(layers, batches))  # for all layers, when first asked for
+        self.scores = score_states(layers, self.statistics, criterion, gradients, config.calibration_seed)
+        self.covariances = {index: statistics.gated_covariance for index, statistics in self.statistics.items()}
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
         """Layer → σ of its surrogate Gramians, averaged over a sample of channels, (N,), descending."""
         surrogate = "mean" if self.criterion == "mean" else "second_moment"
         return {index: layer_hankel_singular_values(s, surrogate) for index, s in self.statistics.items()}
-
-    def squared_errors(self) -> dict[int, Tensor]:
-        """Layer → Σ e² of the states that go when the r strongest stay, r = 0 … N, (N + 1,).
-
-        Of a compensated state only what the others do not predict counts.
-        """
-        errors = {}
-        for index, score in self.scores.items():
-            order, covariance = score.argsort(descending=True), self.statistics[index].gated_covariance
-            errors[index] = score.new_zeros(len(score) + 1)
-            errors[index][0] = score.square().sum()
-            for size in range(1, len(score)):
-                keep = order[:size].sort().values
-                lost = score[complement(keep, len(score))].square()
-                lost = lost * unexplained_shares(covariance, keep) if self.compensate else lost
-                errors[index][size] = lost.sum()
-        return errors
-
-    def gramians(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Nothing: a selective layer has no Gramians of its own, only surrogates."""
-        return {}
 
     def plan(self, sizes: dict[int, int]) -> Plan:
         """What is kept of each layer at these sizes; a plan is made once."""
@@ -89,60 +81,53 @@ class SelectiveAnalysis:
         if key not in self._plans:
             plan = self._selected(sizes)
             if self.config.refit and self.held_out:
-                covariances = {index: statistics.gated_covariance for index, statistics in self.statistics.items()}
-                plan = refitted(self.model, plan, covariances, self.batches, self.held_out)
+                plan = refitted(self.layers, plan, self.covariances, self.batches, self.held_out)
             self._plans[key] = plan
         return self._plans[key]
 
     def _selected(self, sizes: dict[int, int]) -> Plan:
         plan = {}
-        for index, score in self.scores.items():
-            size, whole = sizes[index], len(score)
+        for index, scores in self.scores.items():
+            size, whole = sizes[index], len(scores)
             generator = seeded_generator(self.config.calibration_seed, index)
-            keep = choose_states(score, size, self.config.selection, generator)
-            covariance = self.statistics[index].gated_covariance
-            plan[index] = Selection(keep, compensation(covariance, keep) if self.compensate and size < whole else None)
+            kept = choose_states(scores, size, self.config.selection, generator)
+            compensated = self.compensate and size < whole
+            plan[index] = Selection(kept, compensation(self.covariances[index], kept) if compensated else None)
         return plan
 
-    def overrides(self, plan: Plan) -> dict[str, Tensor]:
-        """Parameter name → value, for the layers that the plan cuts; see `masking`."""
-        return masked_parameters(self.model, plan)
 
-
-def projection_gradients(model: nn.Module, batches: list[Batch]) -> dict[int, Tensor]:
-    """Layer → gradient of the mean loss over all predictions for the layer's projection, float64."""
-    layout, names = layout_of(model), parameter_names(model)
-    paths = {i: names[mixer.get_parameter(layout.projection)] for i, mixer in state_layers(model).items()}
-    gradients = loss_gradients(model, batches, paths.values())
-    return {index: gradients[name] for index, name in paths.items()}
+def state_gradients(layers: StateLayers, batches: list[Batch]) -> dict[int, dict[str, Tensor]]:
+    """Layer → path → gradient of the mean loss over all predictions for that state tensor, float64."""
+    names = {index: {path: layers.parameter_name(index, path) for path in layers.family.tensors} for index in layers}
+    gradients = loss_gradients(layers.model, batches, [name for paths in names.values() for name in paths.values()])
+    return {index: {path: gradients[name] for path, name in paths.items()} for index, paths in names.items()}
 
 
 def score_states(
-    model: nn.Module,
+    layers: StateLayers,
     statistics: dict[int, Statistics],
     criterion: Criterion | str,
-    gradients: Callable[[], dict[int, Tensor]],
+    gradients: Callable[[], dict[int, dict[str, Tensor]]],
     seed: int = 0,
 ) -> dict[int, Tensor]:
     """Layer → score of each state by a criterion, (N,).
 
     Args:
-        gradients: layer → gradient for its projection, when it is called.
+        gradients: layer → path → gradient for that state tensor, when it is called.
 
     Raises:
         ValueError: a score is not finite, or a layer has none at all.
     """
-    layout, scores = layout_of(model), {}
-    for index, mixer in state_layers(model).items():
-        projection = full(mixer.get_parameter(layout.projection).detach())
-        B, C = (projection_rows(mixer, layout, block) for block in (STATE_INPUT, STATE_OUTPUT))
-        layer = LayerStates(
-            statistics=statistics[index],
-            B_rows=projection[B],
-            C_rows=projection[C],
-            gradients=lambda index=index, B=B, C=C: (gradients()[index][B], gradients()[index][C]),
-            generator=seeded_generator(seed, index),
-        )
+    scores = {}
+    for index, mixer in layers.items():
+        maps = layers.family.maps(layers.whole_tensors(index), mixer)
+
+        def gradient_rows(index=index, mixer=mixer) -> tuple[Tensor, Tensor]:
+            of_maps = layers.family.maps(gradients()[index], mixer)
+            return of_maps.B_rows, of_maps.C_rows
+
+        generator = seeded_generator(seed, index)
+        layer = LayerStates(statistics[index], maps.B_rows, maps.C_rows, gradient_rows, generator)
         scores[index] = state_scores(criterion, layer)
         if not torch.isfinite(scores[index]).all() or scores[index].sum() <= 0:
             raise ValueError(

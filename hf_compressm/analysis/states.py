@@ -1,20 +1,51 @@
-"""The analysis that an architecture asks for."""
+"""What an analysis of a model's states offers, and the one that an architecture asks for."""
 
-from torch import nn
+from typing import Protocol
 
-from ..architectures.family import TimeInvariantLayout, layout_of
+from torch import Tensor
+
+from ..architectures import StateLayers
 from ..config import CompreSSMConfig
+from ..theory.plan import Plan
 from .calibration import Batch
 from .selective import SelectiveAnalysis
 from .time_invariant import TimeInvariantAnalysis
 
-StateAnalysis = SelectiveAnalysis | TimeInvariantAnalysis
+
+class StateAnalysis(Protocol):
+    """The states of a model, ranked, and the plans that keep some of them.
+
+    Attributes:
+        criterion: how states are ranked: the name of a score, or "hankel" for balanced truncation.
+        score_power: 1 where a score is the amplitude of an error, 2 where it is the square of one.
+        compensate: whether kept states make up for dropped ones.
+        tokens: calibration tokens behind the statistics; 0 where none were needed.
+        scores: layer → score of each state, (N,): in stored order, or of the balanced states, descending.
+        covariances: layer → Π, how far states predict each other, (N, N); None where balanced states do not.
+        gramians: layer → (P, Q), (N, N) each, of which the singular values are; None where there are only surrogates.
+    """
+
+    criterion: str
+    score_power: int
+    compensate: bool
+    tokens: int
+    scores: dict[int, Tensor]
+    covariances: dict[int, Tensor] | None
+    gramians: dict[int, tuple[Tensor, Tensor]] | None
+
+    def hankel_singular_values(self) -> dict[int, Tensor]:
+        """Layer → σ, (N,), descending."""
+        ...
+
+    def plan(self, sizes: dict[int, int]) -> Plan:
+        """What becomes of each layer at these sizes."""
+        ...
 
 
 def analyze_states(
-    model: nn.Module, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
+    layers: StateLayers, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
 ) -> StateAnalysis:
-    """The analysis that the architecture asks for, of an unwrapped model in eval mode."""
-    if isinstance(layout_of(model), TimeInvariantLayout):
-        return TimeInvariantAnalysis(model, config)
-    return SelectiveAnalysis(model, batches, config, held_out)
+    """The analysis that the architecture asks for, of a model in eval mode."""
+    if layers.family.needs_data:
+        return SelectiveAnalysis(layers, batches, config, held_out)
+    return TimeInvariantAnalysis(layers, config)

@@ -1,220 +1,300 @@
-"""Where the state axis sits in a model: data, one entry for each supported `model_type`."""
+"""What one architecture declares of its state: where it lies, what is true of it, and what the library asks of it.
 
-from dataclasses import dataclass, replace
+A family is one object of a class in a file of its own; `registry.py` knows all of them. The mathematics lies in
+`theory`, the scans in `kernels`: a family connects them with the modules of a Transformers model.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-STATE_INPUT, STATE_OUTPUT, STATE = "B", "C", "state"
-STATE_BLOCKS = (STATE_INPUT, STATE_OUTPUT, STATE)  # one entry per state; other blocks name an attribute of the mixer
+from ..engines import full
+from ..theory.plan import PlanEntry, Projection, Selection
+from ..theory.selective import LayerInputs, StateMaps, complement
+
+# An observer runs a scan in the place of the model: of its arguments (u, time_step, A, B, C, D, gate, time_step_bias,
+# softplus) it makes (y, last_state).
+Observer = Callable[..., tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class StateTensor:
-    """A tensor of the mixer with a state axis: the axis, and the blocks that lie along it, in order."""
-
-    axis: int
-    blocks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class StateLayout:
-    """How one architecture stores its state.
+class Block(NamedTuple):
+    """Entries that lie side by side on the state axis of a tensor.
 
     Attributes:
-        mixer_class: name of the module that owns the state; it has a `layer_idx` and a `config`.
-        tensors: path of each parameter within the mixer → its state axis.
-        size_attribute: the mixer's attribute that holds N.
-        size_field: the config's field that holds N.
-        per_layer_by_default: whether a reduction gives each layer a size of its own, unless it is told otherwise.
+        name: says what they are. Of a block without entries per state it is the attribute of the mixer that holds the
+            block's length.
+        per_state: how many entries there are for each state: a number, 0 for none, or the attribute of the mixer that
+            holds the number (its groups; the states of one group then lie side by side).
     """
 
-    mixer_class: str
-    tensors: dict[str, StateTensor]
-    size_attribute: str
-    size_field: str
-    per_layer_by_default: bool
-
-    @property
-    def marker(self) -> str:
-        """Path of a parameter that has an entry per state and nothing else on its state axis."""
-        return next(path for path, tensor in self.tensors.items() if tensor.blocks == (STATE,))
+    name: str
+    per_state: int | str = 1
 
 
-@dataclass(frozen=True)
-class SelectiveLayout(StateLayout):
-    """A selective (time-varying) layer: states are kept or dropped as they are.
+class StateTensor(NamedTuple):
+    """A parameter of the mixer with a state axis: the axis, and the blocks that lie along it, in order."""
+
+    axis: int
+    blocks: tuple[Block, ...] = (Block("state"),)
+
+
+class Family(ABC):
+    """What every family declares.
 
     Attributes:
-        projection: path of the parameter whose blocks are the maps B and C.
+        model_types: `config.model_type` of its models.
+        mixer_class: name of the module that owns the state; it has a `layer_idx` and a `config`.
+        size_attribute: the attribute of the mixer that holds N.
+        size_field: the field of the config that holds N.
+        tensors: path of each parameter within the mixer that has a state axis → where its states lie.
+        needs_data: whether the states are ranked by what they do on data, rather than by the weights alone.
+        is_language_model: whether its models have a language modelling head, and so a model card.
+        can_refit: whether kept states can be fitted to what the uncut layer did.
+        can_allocate_globally: whether losses can tell which layer needs its states most.
+        title: what the card calls a model of the family.
+        limits: what the card says of the reduction's limits.
+    """
+
+    model_types: tuple[str, ...]
+    mixer_class: str
+    size_attribute: str
+    size_field: str = "state_size"
+    tensors: Mapping[str, StateTensor]
+    needs_data: bool
+    is_language_model: bool
+    can_refit: bool = False
+    can_allocate_globally: bool = False
+    title: str
+    limits: str
+
+    # Where states lie
+
+    def mixers_in(self, model: nn.Module) -> dict[int, nn.Module]:
+        """Layer index → mixer, ascending, whatever sizes the mixers have."""
+        names = self.mixer_class, f"FSDP{self.mixer_class}"  # FSDP2 derives a class from that of every module it wraps
+        mixers = {module.layer_idx: module for module in model.modules() if type(module).__name__ in names}
+        return dict(sorted(mixers.items()))
+
+    def state_size(self, mixer: nn.Module) -> int:
+        """N of one layer."""
+        return getattr(mixer, self.size_attribute)
+
+    def axis_length(self, mixer: nn.Module, path: str, size: int | None = None) -> int:
+        """The number of entries that a tensor has on its state axis, at N = `size` if that is given."""
+        return sum(self._block_length(mixer, block, size) for block in self.tensors[path].blocks)
+
+    def size_at(self, mixer: nn.Module, path: str, length: int) -> int:
+        """The N at which a tensor has `length` entries on its state axis."""
+        fixed = self.axis_length(mixer, path, 0)
+        return (length - fixed) // (self.axis_length(mixer, path, 1) - fixed)
+
+    def block_slice(self, mixer: nn.Module, path: str, name: str, size: int | None = None) -> slice:
+        """The entries of a block on the state axis of its tensor, at N = `size` if that is given."""
+        start = 0
+        for block in self.tensors[path].blocks:
+            length = self._block_length(mixer, block, size)
+            if block.name == name:
+                return slice(start, start + length)
+            start += length
+        raise KeyError(name)
+
+    def source_index(self, mixer: nn.Module, path: str, source: Tensor) -> Tensor:
+        """The positions along a tensor's state axis that a resize takes its entries from, -1 where a state is new.
+
+        Args:
+            source: for each state after the resize the one it comes from, or -1: (N',) for all groups alike, or
+                (groups, N').
+        """
+        positions, start = [], 0
+        for block in self.tensors[path].blocks:
+            length, groups = self._block_length(mixer, block), self._entries_per_state(mixer, block)
+            if groups:
+                first = start + self.state_size(mixer) * torch.arange(groups, device=source.device).unsqueeze(1)
+                positions.append(torch.where(source < 0, -1, first + source).flatten())
+            else:
+                positions.append(torch.arange(start, start + length, device=source.device))
+            start += length
+        return torch.cat(positions)
+
+    def size_in_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """N of a layer, by the shapes of its state tensors as a checkpoint has them, by path.
+
+        This one reads a tensor whose state axis holds nothing but states; a family without such a tensor has its own.
+        """
+        path, tensor = next(
+            (path, tensor) for path, tensor in self.tensors.items() if all(block.per_state for block in tensor.blocks)
+        )
+        return shapes[path][tensor.axis] // sum(block.per_state for block in tensor.blocks)
+
+    def layers_of_config(self, config: Mapping) -> list[int]:
+        """The indices of the layers that have a state, by the content of a `config.json`; here all of them."""
+        return list(range(config["num_hidden_layers"]))
+
+    # What a model says of its sizes
+
+    def check_mixer(self, mixer: nn.Module, index: int) -> None:
+        """Refuse a mixer whose tensors are not as the family declares them.
+
+        Raises:
+            ValueError: a tensor does not have the size that the mixer claims.
+        """
+        for path, tensor in self.tensors.items():
+            given, expected = mixer.get_parameter(path).shape[tensor.axis], self.axis_length(mixer, path)
+            if given != expected:
+                raise ValueError(
+                    f"layer {index}: {path} has {given} entries on its state axis, but state_size = "
+                    f"{self.state_size(mixer)} asks for {expected}; the model's weights and config disagree."
+                )
+
+    @abstractmethod
+    def is_per_layer(self, model: nn.Module) -> bool:
+        """Whether a reduction of this model gives each layer a size of its own, unless it is told otherwise."""
+
+    def check_per_layer(self, model: nn.Module) -> None:  # noqa: B027
+        """Refuse layers with sizes of their own in a model that could not be saved with them.
+
+        Raises:
+            ValueError: the class of the model knows one size only.
+        """
+
+    def record_in_mixer(self, mixer: nn.Module, size: int) -> None:
+        """Make true again what a mixer says of its size, after its tensors were resized."""
+        setattr(mixer, self.size_attribute, size)
+
+    @abstractmethod
+    def record_in_model(self, model: nn.Module, sizes: dict[int, int]) -> None:
+        """Make true again what the config and the class of a model say of the sizes of all its layers."""
+
+    # What is done to the tensors of a layer
+
+    @abstractmethod
+    def reduce(self, entry: PlanEntry, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Finish, in place, the tensors `new` of the kept states, by path, as an entry of a plan says.
+
+        Args:
+            old: the layer's tensors before the cut, whole, by path.
+        """
+
+    @abstractmethod
+    def masked(self, mixer: nn.Module, entry: PlanEntry) -> dict[str, Tensor]:
+        """The tensors, by path, with which a layer at its full size computes what it will after the cut.
+
+        Every process has to ask, since a process may hold a part of each tensor.
+        """
+
+    def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
+        """Fill, in place, the entries of states that are new in a layer that grows to `size` states.
+
+        Raises:
+            ValueError: layers of this family cannot grow.
+        """
+        raise ValueError(f"The states of a {self.title} cannot grow; use pad_state.")
+
+    def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
+        """The parameters of a mixer that weight decay would ruin."""
+        return iter(())
+
+    # What a card says
+
+    @abstractmethod
+    def values_per_state(self, config: Mapping) -> int:
+        """How many numbers a sequence carries for each state of a layer, by the content of a `config.json`."""
+
+    def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How many parameters each state of a layer has, by the shapes of its state tensors, by path."""
+        return sum(
+            sum(block.per_state for block in tensor.blocks) * math.prod(shapes[path]) // shapes[path][tensor.axis]
+            for path, tensor in self.tensors.items()
+        )
+
+    def _block_length(self, mixer: nn.Module, block: Block, size: int | None = None) -> int:
+        per_state = self._entries_per_state(mixer, block)
+        if not per_state:
+            return getattr(mixer, block.name)
+        return per_state * (self.state_size(mixer) if size is None else size)
+
+    def _entries_per_state(self, mixer: nn.Module, block: Block) -> int:
+        return getattr(mixer, block.per_state) if isinstance(block.per_state, str) else block.per_state
+
+
+class SelectiveFamily(Family):
+    """Layers whose maps depend on their input: Mamba-1 and its kin. States are kept or dropped as they are.
+
+    Attributes:
         decay: path of the parameter that holds log(-A), (D, N).
         output_projection: path of the weight that mixes the D channels, (hidden, D).
     """
 
-    projection: str
+    needs_data = True
+    is_language_model = True
+    can_refit = True
+    can_allocate_globally = True
     decay: str
     output_projection: str
 
+    @abstractmethod
+    def maps(self, tensors: Mapping[str, Tensor], mixer: nn.Module, size: int | None = None) -> StateMaps:
+        """Views of the maps in a layer's tensors, by path, which have `size` states if not the mixer's own number."""
 
-@dataclass(frozen=True)
-class TimeInvariantLayout(StateLayout):
-    """A diagonal time-invariant layer: its mixer offers `system()` and `parameters_of(eigenvalues, B, C)`."""
+    @abstractmethod
+    def observed_scan(self, observer: Observer) -> AbstractContextManager[None]:
+        """A block in which the observer runs every scan of a model of the family in eval mode."""
 
+    @abstractmethod
+    def layer_output(self, mixer: nn.Module) -> Callable[[StateMaps, LayerInputs], Tensor]:
+        """What a layer adds to the residual stream, (batch, hidden, L), as a function of its maps and inputs.
 
-MAMBA = SelectiveLayout(
-    mixer_class="MambaMixer",
-    tensors={
-        "x_proj.weight": StateTensor(axis=0, blocks=("time_step_rank", STATE_INPUT, STATE_OUTPUT)),
-        "A_log": StateTensor(axis=1, blocks=(STATE,)),
-    },
-    projection="x_proj.weight",
-    decay="A_log",
-    output_projection="out_proj.weight",
-    size_attribute="ssm_state_size",
-    size_field="state_size",
-    per_layer_by_default=False,
-)
-LAYOUTS = {
-    "mamba": MAMBA,
-    "compressm_mamba": replace(MAMBA, per_layer_by_default=True),
-    "lru": TimeInvariantLayout(
-        mixer_class="LRUMixer",
-        tensors={
-            "nu_log": StateTensor(axis=0, blocks=(STATE,)),
-            "theta_log": StateTensor(axis=0, blocks=(STATE,)),
-            "gamma_log": StateTensor(axis=0, blocks=(STATE,)),
-            "B": StateTensor(axis=0, blocks=(STATE,)),
-            "C": StateTensor(axis=1, blocks=(STATE,)),
-        },
-        size_attribute="state_size",
-        size_field="state_size",
-        per_layer_by_default=True,
-    ),
-}
+        It is differentiable in the maps. Every process has to ask for it.
+        """
 
-UNSUPPORTED = {
-    "falcon_mamba": "it normalises B and C over the state, so a masked state is not inert",
-    "mamba2": "its state is shared within heads and groups",
-    **dict.fromkeys(
-        ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba", "zamba2"),
-        "hybrids of attention and state space layers are not handled yet",
-    ),
-}
+    def reduce(self, entry: Selection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Give the kept states the maps by which they make up for the dropped ones."""
+        kept = self.maps(new, mixer, len(entry.kept_states))
+        for target, value in zip(kept, entry.maps_after_cut(self.maps(old, mixer)), strict=True):
+            target.copy_(value)
+
+    def masked(self, mixer: nn.Module, entry: Selection) -> dict[str, Tensor]:
+        """Rows of B and C that make dropped states are zero, the kept ones are as the cut leaves them.
+
+        Decay rates change by a refit only; a tensor that does not change is left out.
+        """
+        tensors = {path: full(mixer.get_parameter(path).detach()) for path in self.tensors}
+        changed = {path: tensor.clone() for path, tensor in tensors.items()}
+        whole = self.maps(changed, mixer)
+        after = entry.maps_after_cut(whole)
+        kept_states = entry.kept_states.to(whole.B_rows.device)
+        dropped = complement(kept_states, len(whole.B_rows))
+        for rows, values in ((whole.B_rows, after.B_rows), (whole.C_rows, after.C_rows)):
+            rows[dropped], rows[kept_states] = 0, values
+        whole.A_log[:, kept_states] = after.A_log
+        return {path: value for path, value in changed.items() if not torch.equal(value, tensors[path])}
 
 
-def layout_of(model: nn.Module) -> StateLayout:
-    """The layout of an unwrapped Transformers model.
+class TimeInvariantFamily(Family):
+    """Diagonal time-invariant layers: balanced truncation replaces their system by a smaller one."""
 
-    Raises:
-        ValueError: an architecture that is refused or unknown; the message lists the known ones.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if model_type in LAYOUTS:
-        return LAYOUTS[model_type]
-    reason = UNSUPPORTED.get(model_type, "it is not known to have a state that can be resized")
-    raise ValueError(
-        f"cannot resize the state of model type '{model_type}': {reason}. Supported: {', '.join(LAYOUTS)}."
-    )
+    needs_data = False
+    is_language_model = False
 
+    @abstractmethod
+    def system(self, mixer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """(λ, B, C) of a layer, complex128: (N,), (N, H_in) and (H_out, N). All parameters are whole."""
 
-def state_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """The mixers of an unwrapped model by layer index, checked.
+    @abstractmethod
+    def tensors_of(self, mixer: nn.Module, eigenvalues: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
+        """The state tensors, float64, by path, of a layer that has this system: the inverse of `system`."""
 
-    Raises:
-        ValueError: no layer has a state, a mixer's tensors do not have the sizes it claims, or its projection is not
-            a plain linear layer (an adapter or a quantised layer in its place).
-    """
-    layout, mixers = layout_of(model), mixers_of(model)
-    if not mixers:
-        raise ValueError(f"{type(model).__name__} has no {layout.mixer_class}: there is no state to resize.")
-    for index, mixer in mixers.items():
-        _check_mixer(mixer, layout, index)
-    return mixers
+    def reduce(self, entry: PlanEntry, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Put the tensors of the smaller system in place."""
+        for path in entry.tensors:
+            new[path].copy_(entry.tensors[path])
 
-
-def mixers_of(model: nn.Module) -> dict[int, nn.Module]:
-    """The mixers of an unwrapped model by layer index, even while they do not have the sizes they claim."""
-    layout = layout_of(model)
-    # FSDP2 derives a class of its own from that of every module that it wraps.
-    names = (layout.mixer_class, f"FSDP{layout.mixer_class}")
-    mixers = {module.layer_idx: module for module in model.modules() if type(module).__name__ in names}
-    return dict(sorted(mixers.items()))
-
-
-def state_size(mixer: nn.Module, layout: StateLayout) -> int:
-    """N of one layer."""
-    return getattr(mixer, layout.size_attribute)
-
-
-def state_sizes(model: nn.Module) -> dict[int, int]:
-    """N by layer index."""
-    layout = layout_of(model)
-    return {index: state_size(mixer, layout) for index, mixer in state_layers(model).items()}
-
-
-def projection_module(mixer: nn.Module, layout: SelectiveLayout) -> nn.Module:
-    """The module that owns the projection."""
-    return mixer.get_submodule(layout.projection.rpartition(".")[0])
-
-
-def projection_rows(mixer: nn.Module, layout: SelectiveLayout, block: str, size: int | None = None) -> slice:
-    """The rows of the projection that make `block` (`STATE_INPUT`: B, `STATE_OUTPUT`: C), at N = `size` if given."""
-    start = 0
-    for name in layout.tensors[layout.projection].blocks:
-        length = _block_length(mixer, layout, name, size)
-        if name == block:
-            return slice(start, start + length)
-        start += length
-    raise KeyError(block)
-
-
-def axis_length(mixer: nn.Module, layout: StateLayout, tensor: StateTensor, size: int | None = None) -> int:
-    """Entries that a tensor has on its state axis, at N = `size` if given."""
-    return sum(_block_length(mixer, layout, block, size) for block in tensor.blocks)
-
-
-def state_size_of(length: int, mixer: nn.Module, layout: StateLayout, tensor: StateTensor) -> int:
-    """The N at which a tensor has `length` entries on its state axis."""
-    fixed = axis_length(mixer, layout, tensor, size=0)
-    return (length - fixed) // (axis_length(mixer, layout, tensor, size=1) - fixed)
-
-
-def source_index(mixer: nn.Module, layout: StateLayout, tensor: StateTensor, source: Tensor) -> Tensor:
-    """Positions along the tensor's state axis that a resize to the states `source` takes, -1 where a state is new.
-
-    Args:
-        source: for each state after the resize the one it comes from, or -1, (N',).
-    """
-    positions, start = [], 0
-    for name in tensor.blocks:
-        length = _block_length(mixer, layout, name)
-        entries = source if name in STATE_BLOCKS else torch.arange(length, device=source.device)
-        positions.append(torch.where(entries < 0, -1, start + entries))
-        start += length
-    return torch.cat(positions)
-
-
-def _block_length(mixer: nn.Module, layout: StateLayout, block: str, size: int | None = None) -> int:
-    if block in STATE_BLOCKS:
-        return state_size(mixer, layout) if size is None else size
-    return getattr(mixer, block)
-
-
-def _check_mixer(mixer: nn.Module, layout: StateLayout, index: int) -> None:
-    if isinstance(layout, SelectiveLayout) and not _is_plain_linear(projection_module(mixer, layout)):
-        raise ValueError(
-            f"layer {index}: {layout.projection} belongs to a {type(projection_module(mixer, layout)).__name__}, "
-            "expected a plain nn.Linear. Merge adapters or dequantise first."
-        )
-    for path, tensor in layout.tensors.items():
-        given = mixer.get_parameter(path).shape[tensor.axis]
-        expected = axis_length(mixer, layout, tensor)
-        if given != expected:
-            raise ValueError(
-                f"layer {index}: {path} has {given} entries on its state axis, but state_size = "
-                f"{state_size(mixer, layout)} asks for {expected}; the model's weights and config disagree."
-            )
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module).__name__ == "FSDPLinear"
+    def masked(self, mixer: nn.Module, entry: Projection) -> dict[str, Tensor]:
+        """The tensors of the smaller system, which compute at their own size."""
+        parameters = {path: mixer.get_parameter(path) for path in entry.tensors}
+        return {path: entry.tensors[path].to(old.device, old.dtype) for path, old in parameters.items()}

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..architectures.family import state_sizes
+from ..architectures import state_sizes
 from ..architectures.mamba_scan import install_scan
 from ..config import GOALS, CompreSSMConfig
 from ..plotting import plot_score_map, save_figure

@@ -10,8 +10,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import CONFIG_NAME
 
-from ..architectures.family import LAYOUTS, SelectiveLayout
-from ..storage.checkpoint import check_checkpoint, weight_shapes
+from ..architectures.registry import FAMILIES
+from ..storage.checkpoint import check_checkpoint, state_tensor_shapes, weight_shapes
 from ..storage.files import read_json, write_aside
 from ..storage.history import History, load_history
 from ..storage.records import ReductionEvent, sizes_text
@@ -81,7 +81,7 @@ def check_language_model(folder: Path) -> None:
         ValueError: not a language model.
     """
     model_type = read_json(folder / CONFIG_NAME)["model_type"]
-    if not isinstance(LAYOUTS[model_type], SelectiveLayout):
+    if not FAMILIES[model_type].is_language_model:
         raise ValueError(f"{folder} holds a model of type '{model_type}'; cards are for language models.")
 
 
@@ -113,22 +113,26 @@ def _card_data(details: CardDetails, name: str) -> ModelCardData:
     )
 
 
-def _facts(folder: Path, sizes: list[int], history: History) -> dict:
+def _facts(folder: Path, by_layer: dict[int, int], history: History) -> dict:
     """Sizes, parameters and state, before and after."""
-    cuts = history.standing_cuts
+    config, sizes, cuts = read_json(folder / CONFIG_NAME), list(by_layer.values()), history.standing_cuts
+    family = FAMILIES[config["model_type"]]
     before, live = (cuts[0].state_sizes_before, cuts[-1].state_sizes_after) if cuts else (sizes, sizes)
-    shapes = weight_shapes(folder)
-    channels = next(shape[0] for name, shape in shapes.items() if name.endswith(".A_log"))
-    parameters = sum(math.prod(shape) for shape in shapes.values())
-    per_state = 3 * channels  # a column of A_log, a row of B and one of C
+    parameters = sum(math.prod(shape) for shape in weight_shapes(folder).values())
+    per_state = map(family.parameters_per_state, state_tensor_shapes(folder, family).values())
+    removed = sum(each * (then - now) for each, then, now in zip(per_state, before, sizes, strict=True))
+    state_bytes = 4 * family.values_per_state(config)
     return {
+        "title": family.title,
+        "limits": family.limits,
+        "plain_class": config["architectures"][0],
         "sizes_before": sizes_text(before),
         "sizes_after": sizes_text(live) + (f" (padded to {sizes_text(sizes)})" if sizes != live else ""),
         "is_uniform": len(set(sizes)) == 1,
-        "parameters_before": f"{(parameters + per_state * (sum(before) - sum(sizes))) / 1e6:.2f} M",
+        "parameters_before": f"{(parameters + removed) / 1e6:.2f} M",
         "parameters_after": f"{parameters / 1e6:.2f} M",
-        "state_before": _bytes_text(4 * channels * sum(before)),
-        "state_after": _bytes_text(4 * channels * sum(sizes)),
+        "state_before": _bytes_text(state_bytes * sum(before)),
+        "state_after": _bytes_text(state_bytes * sum(sizes)),
         "configuration": json.dumps({"config": history.config, "schedule": history.schedule}, indent=2),
         "library_version": history.library_version,
     }

@@ -10,8 +10,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ..architectures.family import LAYOUTS, StateLayout
-from ..architectures.state_sizes import recorded_state_sizes
+from ..architectures.family import Family
+from ..architectures.recorded_sizes import recorded_state_sizes
+from ..architectures.registry import FAMILIES
 from .files import read_json
 from .history import History
 
@@ -23,11 +24,11 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; others would be ca
 _LAYER = re.compile(r"layers\.(\d+)\.")  # the layer in a parameter's name
 
 
-def check_checkpoint(folder: str | Path) -> list[int]:
+def check_checkpoint(folder: str | Path) -> dict[int, int]:
     """Read the headers of a checkpoint and refuse what could not be loaded right.
 
     Returns:
-        The state size of each layer.
+        The state size of each layer that has a state, by layer index.
 
     Raises:
         FileNotFoundError: no config or no safetensors weights in the folder.
@@ -35,27 +36,27 @@ def check_checkpoint(folder: str | Path) -> list[int]:
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME)
-    if config.get("model_type") not in list(LAYOUTS):  # it may be of any type
+    if config.get("model_type") not in list(FAMILIES):  # it may be of any type
         raise ValueError(
-            f"{folder} holds a model of type '{config.get('model_type')}'; supported: {', '.join(LAYOUTS)}. Give the "
+            f"{folder} holds a model of type '{config.get('model_type')}'; supported: {', '.join(FAMILIES)}. Give the "
             "folder of a checkpoint of such a model."
         )
     try:
         expected = recorded_state_sizes(config)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}; take another checkpoint.") from error
-    layout = LAYOUTS[config["model_type"]]
-    sizes = _sizes_in_weights(folder, layout)
-    if [index for index, _ in sizes] != list(range(len(expected))):
+    sizes = _sizes_in_weights(folder, FAMILIES[config["model_type"]])
+    if sizes.keys() != expected.keys():
         raise ValueError(
-            f"the weights in {folder} hold {layout.marker} of the layers {[index for index, _ in sizes]}, "
-            f"{CONFIG_NAME} speaks of {len(expected)} layers; the checkpoint is incomplete, take another."
+            f"the weights in {folder} hold the states of the layers {list(sizes)}, {CONFIG_NAME} speaks of "
+            f"{list(expected)}; the checkpoint is incomplete, take another."
         )
-    for index, size in sizes:
+    for index, size in sizes.items():
         if size != expected[index]:
             raise ValueError(
-                f"{folder}: layer {index} has {size} states, {CONFIG_NAME} says {layout.size_field} = "
-                f"{expected[index]}; the files do not belong together, take another checkpoint."
+                f"{folder}: layer {index} has {size} states, {CONFIG_NAME} says "
+                f"{FAMILIES[config['model_type']].size_field} = {expected[index]}; the files do not belong together, "
+                "take another checkpoint."
             )
     return expected
 
@@ -165,16 +166,31 @@ def _shapes_in_header(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _sizes_in_weights(folder: Path, layout: StateLayout) -> list[tuple[int, int]]:
-    """(layer, N) as the weights have them, in order; a name twice or without its layer is no such model's."""
-    axis, sizes = layout.tensors[layout.marker].axis, []
+def state_tensor_shapes(folder: Path, family: Family) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Layer → path → shape of its state tensors, as the weights have them, by layer index.
+
+    Raises:
+        ValueError: a tensor is not a layer's, or has too few axes; no model of the family has such a one.
+    """
+    found = {}
     for name, shape in weight_shapes(folder).items():
-        if name.endswith("." + layout.marker):
+        path = next((path for path in family.tensors if name.endswith(f".{path}")), None)
+        if path is not None:
             layer = _LAYER.search(name)
-            if layer is None or len(shape) <= axis:
+            if layer is None or len(shape) <= family.tensors[path].axis:
                 raise ValueError(f"{folder}: {name} of shape {shape} is not a layer's; take another checkpoint.")
-            sizes.append((int(layer[1]), shape[axis]))
-    return sorted(sizes)
+            found.setdefault(int(layer[1]), {})[path] = shape
+    return dict(sorted(found.items()))
+
+
+def _sizes_in_weights(folder: Path, family: Family) -> dict[int, int]:
+    """Layer → N, as the weights have it."""
+    sizes = {}
+    for index, shapes in state_tensor_shapes(folder, family).items():
+        if missing := family.tensors.keys() - shapes.keys():
+            raise ValueError(f"{folder}: layer {index} has no {min(missing)}; take another checkpoint.")
+        sizes[index] = family.size_in_weights(shapes)
+    return sizes
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..architectures.family import state_sizes
+from ..architectures import state_sizes
 from ..architectures.mamba_scan import scan_installed
 from ..surgery.shrink_and_grow import pad_state
 from .files import check_new, folder_aside

@@ -7,11 +7,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from ..architectures.registry import FAMILIES
 from .checkpoint import check_checkpoint, weight_shapes
 from .files import read_json
 from .mamba_ssm_format import read_mamba_ssm
 
-LANGUAGE_MODELS = ("mamba", "compressm_mamba")
 # Entries of a config by which Transformers takes code, kernels or weights from elsewhere, or other weights than float.
 FROM_ELSEWHERE = ("attn_implementation", "_attn_implementation", "quantization_config", "transformers_weights")
 TRUST = {"trust_remote_code": False}  # code beside the weights is not run: the classes are our own
@@ -45,10 +45,9 @@ def load_language_model(folder: str | Path) -> PreTrainedModel:
     if "model_type" not in config and "d_model" in config:
         return read_mamba_ssm(folder).eval()
     check_checkpoint(folder)
-    if config["model_type"] not in LANGUAGE_MODELS:
-        raise ValueError(
-            f"{folder} holds a model of type '{config['model_type']}'; allowed: {', '.join(LANGUAGE_MODELS)}."
-        )
+    if not FAMILIES[config["model_type"]].is_language_model:
+        allowed = ", ".join(model_type for model_type, family in FAMILIES.items() if family.is_language_model)
+        raise ValueError(f"{folder} holds a model of type '{config['model_type']}'; allowed: {allowed}.")
     _check_own_weights(folder, config)
     try:
         config = AutoConfig.from_pretrained(folder, **TRUST)

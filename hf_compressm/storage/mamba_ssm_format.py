@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.utils import CONFIG_NAME, WEIGHTS_NAME, logging
 
-from ..architectures.family import state_sizes
+from ..architectures import state_sizes
 from .files import write_aside
 
 logger = logging.get_logger(__name__)

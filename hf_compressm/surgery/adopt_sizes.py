@@ -7,19 +7,19 @@ at its original size, and Trainer copies the smaller weights into it.
 import torch
 from torch import nn
 
-from ..architectures.family import axis_length, layout_of, mixers_of, state_layers, state_size, state_size_of
-from ..architectures.state_sizes import record_state_sizes
+from ..architectures import StateLayers, state_layers
+from ..architectures.recorded_sizes import record_state_sizes
 from ..engines import new_parameter_like, unwrap
 
 
 def adopt_checkpoint_sizes(model: nn.Module):
     """Let every layer take the state size of the weights that are loaded into it, just before they are copied.
 
-    For `load_state_dict` on a model built at another size, as Trainer does when it resumes. The resized tensors are
-    new Parameters, so an optimizer has to be built afterwards.
+    This is for `load_state_dict` on a model built at another size, as Trainer does when it resumes. The resized
+    tensors are new Parameters, so an optimizer has to be built afterwards.
 
     Returns:
-        A handle; call `.remove()` on it to stop.
+        A handle; its `.remove()` ends it.
     """
     state_layers(unwrap(model))
     return unwrap(model).register_load_state_dict_pre_hook(_adopt_sizes)
@@ -27,27 +27,26 @@ def adopt_checkpoint_sizes(model: nn.Module):
 
 def _adopt_sizes(model: nn.Module, state_dict: dict, prefix: str, *args) -> None:
     """Weights may come in several parts, and those of one layer in different ones."""
-    layout, sizes = layout_of(model), {}
-    paths = {module: path for path, module in model.named_modules()}
-    for index, mixer in mixers_of(model).items():
-        for path, tensor in layout.tensors.items():
-            weights = state_dict.get(f"{prefix}{paths[mixer]}.{path}")
+    layers, sizes = StateLayers(model), {}
+    for index, mixer in layers.items():
+        for path, tensor in layers.family.tensors.items():
+            weights = state_dict.get(prefix + layers.parameter_name(index, path))
             if weights is not None:
-                size = state_size_of(weights.shape[tensor.axis], mixer, layout, tensor)
-                if size != state_size(mixer, layout):
+                size = layers.family.size_at(mixer, path, weights.shape[tensor.axis])
+                if size != layers.family.state_size(mixer):
                     sizes[index] = size
     for index, size in sizes.items():
-        _resize_empty(mixers_of(model)[index], layout, size)
+        _resize_empty(layers, index, size)
     if sizes:
-        record_state_sizes(model, sizes)
+        record_state_sizes(layers, sizes)
 
 
 @torch.no_grad()
-def _resize_empty(mixer: nn.Module, layout, size: int) -> None:
-    """New Parameters of the right shape, about to be overwritten."""
-    for path, tensor in layout.tensors.items():
-        old = mixer.get_parameter(path)
+def _resize_empty(layers: StateLayers, index: int, size: int) -> None:
+    """Put new Parameters of the right shape in place, which are about to be overwritten."""
+    for path, old in layers.parameters(index).items():
         shape = list(old.shape)
-        shape[tensor.axis] = axis_length(mixer, layout, tensor, size)
+        shape[layers.family.tensors[path].axis] = layers.family.axis_length(layers[index], path, size)
         module_path, _, name = path.rpartition(".")
-        mixer.get_submodule(module_path)._parameters[name] = new_parameter_like(old, old.new_zeros(shape))
+        module = layers[index].get_submodule(module_path)
+        module._parameters[name] = new_parameter_like(old, old.new_zeros(shape))

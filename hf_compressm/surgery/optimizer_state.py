@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..architectures.family import LAYOUTS, TimeInvariantLayout
+from ..architectures.registry import FAMILIES
 
 # Factored second moments (Adafactor of Transformers and of torch): which axis of the parameter each one keeps.
 FACTORED = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1, "row_var": 0, "col_var": 1}
@@ -24,12 +24,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Returns:
         `[{"params": […], "weight_decay": weight_decay}, {"params": […], "weight_decay": 0.0}]`, trainable ones only.
     """
-    recurrences = {layout.mixer_class for layout in LAYOUTS.values() if isinstance(layout, TimeInvariantLayout)}
-    exempt = {p for m in model.modules() if type(m).__name__ in recurrences for p in m.parameters()}
+    exempt = {
+        parameter
+        for family in set(FAMILIES.values())
+        for mixer in family.mixers_in(model).values()
+        for parameter in family.undecayed(mixer)
+    }
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith("A_log") and parameter not in exempt
+            is_decay_rate = name.endswith("A_log")  # in Mambas that are not served yet, too
+            decays = parameter.ndim > 1 and not is_decay_rate and parameter not in exempt
             (decayed if decays else others).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 

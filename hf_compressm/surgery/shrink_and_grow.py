@@ -9,20 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..architectures.family import (
-    STATE_INPUT,
-    STATE_OUTPUT,
-    SelectiveLayout,
-    StateLayout,
-    layout_of,
-    projection_rows,
-    state_layers,
-    state_size,
-    state_sizes,
-)
+from ..architectures import StateLayers, family_of, state_layers, state_sizes
 from ..engines import unwrap
-from ..theory.plan import Plan, Projection
-from ..theory.selective import StateMaps
+from ..theory.plan import Plan
 from .transaction import Edit, resize
 
 
@@ -42,21 +31,15 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Seque
         ValueError: a plan that does not fit the model, weights that are not finite, half-precision masters, or an
             optimizer that cannot follow. Nothing has been changed then.
     """
-    layout, mixers = layout_of(unwrap(model)), state_layers(unwrap(model))
-    _check_plan(plan, mixers, layout)
-    projected = {index for index, entry in plan.items() if isinstance(entry, Projection)}
+    layers = state_layers(unwrap(model))
+    _check_plan(plan, layers)
+    afresh = {index for index, entry in plan.items() if entry.starts_afresh}
 
     def finish(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        entry = plan[index]
-        if isinstance(entry, Projection):
-            new.update({path: entry.tensors[path].to(new[path]) for path in new})
-        else:
-            put_maps(
-                entry.maps_after_cut(maps_in(old, mixer, layout)), maps_in(new, mixer, layout, len(entry.kept_states))
-            )
+        layers.family.reduce(plan[index], mixer, old, new)
 
     sources = {index: entry.kept_states for index, entry in plan.items()}
-    resize(model, sources, optimizer, finish, projected, companions)
+    resize(model, sources, optimizer, finish, afresh, companions)
 
 
 def pad_state(model: nn.Module, size: int) -> None:
@@ -73,18 +56,10 @@ def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Gen
     Rows of C are zero, rows of B come from the model's initialiser, decay rates continue its ramp -1, -2, …, moments
     are zero.
     """
-    bare = unwrap(model)
-    layout = layout_of(bare)
-    if not isinstance(layout, SelectiveLayout):
-        raise ValueError(f"grow_state knows selective models only, not '{bare.config.model_type}'; use pad_state.")
+    family = family_of(unwrap(model))
 
     def initialise(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        old_size = state_size(mixer, layout)
-        rows = new[layout.projection][projection_rows(mixer, layout, STATE_INPUT, size)]
-        std = bare.config.initializer_range
-        rows[old_size:] = torch.empty(rows[old_size:].shape).normal_(0, std, generator=generator).to(rows)
-        ramp = torch.arange(old_size + 1, size + 1).log()
-        new[layout.decay][:, old_size:] = ramp.to(new[layout.decay])
+        family.initialise(mixer, new, size, generator)
 
     _enlarge(model, size, optimizer, initialise)
 
@@ -112,21 +87,6 @@ def set_state_sizes(
     resize(model, sources, optimizer, _as_gathered, **options)
 
 
-def maps_in(
-    tensors: dict[str, Tensor], mixer: nn.Module, layout: SelectiveLayout, size: int | None = None
-) -> StateMaps:
-    """Views of the maps in a layer's tensors, by path; of `size` states, if not of the mixer's own number."""
-    projection = tensors[layout.projection]
-    rows = (projection[projection_rows(mixer, layout, block, size)] for block in (STATE_INPUT, STATE_OUTPUT))
-    return StateMaps(*rows, tensors[layout.decay])
-
-
-def put_maps(maps: StateMaps, into: StateMaps) -> None:
-    """Overwrite the tensors that `into` views."""
-    for target, value in zip(into, maps, strict=True):
-        target.copy_(value)
-
-
 def _enlarge(model: nn.Module, size: int, optimizer, edit: Edit) -> None:
     sizes = state_sizes(unwrap(model))
     largest = max(sizes.values())
@@ -143,12 +103,12 @@ def _as_gathered(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict
     """Leave new entries at zero."""
 
 
-def _check_plan(plan: Plan, mixers: dict[int, nn.Module], layout: StateLayout) -> None:
-    if plan.keys() != mixers.keys():
-        raise ValueError(f"a plan for layers {sorted(plan)} given to a model with layers {sorted(mixers)}.")
-    for index, mixer in mixers.items():
-        keep, size = plan[index].kept_states, state_size(mixer, layout)
-        if len(keep) == 0 or (keep.diff() <= 0).any() or keep[0] < 0 or keep[-1] >= size:
+def _check_plan(plan: Plan, layers: StateLayers) -> None:
+    if plan.keys() != layers.keys():
+        raise ValueError(f"a plan for layers {sorted(plan)} given to a model with layers {sorted(layers)}.")
+    for index, size in layers.sizes.items():
+        kept = plan[index].kept_states
+        if len(kept) == 0 or (kept.diff() <= 0).any() or kept[0] < 0 or kept[-1] >= size:
             raise ValueError(
-                f"layer {index}: kept states must be sorted, distinct and within 0 … {size - 1}; got {keep}."
+                f"layer {index}: kept states must be sorted, distinct and within 0 … {size - 1}; got {kept}."
             )

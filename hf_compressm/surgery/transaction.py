@@ -10,10 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..architectures.family import layout_of, source_index, state_layers, state_sizes
-from ..architectures.state_sizes import check_per_layer, record_state_sizes
+from ..architectures import StateLayers, state_layers
+from ..architectures.recorded_sizes import record_state_sizes
 from ..engines import Engine, full, local, raise_in_all_processes, shard_like, unwrap_optimizer
 from .optimizer_state import check_optimizer, gather, resized_state, swap_parameter
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A model that is resized, as its engine has it, with the optimizer that trains it, if one does."""
+
+    engine: Engine
+    layers: StateLayers
+    optimizer: torch.optim.Optimizer | None
+
+    @classmethod
+    def of(cls, engine: Engine, optimizer=None) -> "_Target":
+        return cls(engine, state_layers(engine.model), unwrap_optimizer(optimizer))
 
 
 @dataclass(frozen=True)
@@ -67,37 +80,29 @@ def resize(
     Raises:
         ValueError: nothing has been changed then, in any process.
     """
-    targets = [(Engine(model, trains=is_prepared), unwrap_optimizer(optimizer))]
-    targets += [(Engine(companion, trains=False), None) for companion in companions]
-    changing = _changing_layers(targets[0][0].model, sources, afresh)
-    sizes = {index: len(source) for index, source in sources.items()}
+    targets = [_Target.of(Engine(model, trains=is_prepared), optimizer)]
+    targets += [_Target.of(Engine(companion, trains=False)) for companion in companions]
+    sizes = {index: source.shape[-1] for index, source in sources.items()}
     with raise_in_all_processes():
-        for engine, target_optimizer in targets:
-            check_state_tensors(engine.model, target_optimizer, is_overwritten)
-            if len(set(sizes.values())) > 1:
-                check_per_layer(engine.model)
-            if state_sizes(engine.model) != state_sizes(targets[0][0].model):
-                raise ValueError(
-                    f"a companion has state sizes {state_sizes(engine.model)}, the model has "
-                    f"{state_sizes(targets[0][0].model)}: they have to be resized together from the start."
-                )
-    wholes = [_whole_tensors(engine.model, changing, target_optimizer) for engine, target_optimizer in targets]
+        for target in targets:
+            _check_target(target, targets[0], sizes, is_overwritten)
+    changing = _changing_layers(targets[0].layers, sources, afresh)
+    wholes = [_whole_tensors(target, changing) for target in targets]
     with raise_in_all_processes():
         replacements = [
-            _replacements(engine.model, whole, sources, target_optimizer, edit, afresh)
-            for (engine, target_optimizer), whole in zip(targets, wholes, strict=True)
+            _replacements(target, whole, sources, edit, afresh) for target, whole in zip(targets, wholes, strict=True)
         ]
         if not is_overwritten:
             _check_finite(replacements)
-    for (engine, target_optimizer), replaced in zip(targets, replacements, strict=True):
-        _carry_out(engine, replaced, target_optimizer)
-        record_state_sizes(engine.model, sizes)
+    for target, replaced in zip(targets, replacements, strict=True):
+        _carry_out(target, replaced)
+        record_state_sizes(target.layers, sizes)
         if replaced:
-            engine.finish()
+            target.engine.finish()
 
 
 def check_state_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, is_overwritten: bool = False
+    layers: StateLayers, optimizer: torch.optim.Optimizer | None = None, is_overwritten: bool = False
 ) -> None:
     """Refuse a model or an optimizer whose state could not be resized well.
 
@@ -107,10 +112,9 @@ def check_state_tensors(
     Raises:
         ValueError: not finite; float16 or bfloat16 masters in training; an optimizer that cannot follow.
     """
-    layout = layout_of(model)
-    parameters = {}
-    for index, mixer in state_layers(model).items():
-        parameters |= {f"layer {index} {path}": mixer.get_parameter(path) for path in layout.tensors}
+    parameters = {
+        f"layer {index} {path}": parameter for index in layers for path, parameter in layers.parameters(index).items()
+    }
     for name, parameter in parameters.items():
         if not is_overwritten and not torch.isfinite(local(parameter)).all():
             raise ValueError(f"{name} holds NaN or Inf: training has diverged; go back to an earlier checkpoint.")
@@ -123,49 +127,61 @@ def check_state_tensors(
         check_optimizer(optimizer, parameters)
 
 
-def _changing_layers(model: nn.Module, sources: dict[int, Tensor], afresh: frozenset | set) -> list[int]:
-    sizes = state_sizes(model)
-    return [i for i, size in sizes.items() if i in afresh or not torch.equal(sources[i].cpu(), torch.arange(size))]
+def _check_target(target: _Target, first: _Target, sizes: dict[int, int], is_overwritten: bool) -> None:
+    layers, expected = target.layers, first.layers.sizes
+    check_state_tensors(layers, target.optimizer, is_overwritten)
+    if len(set(sizes.values())) > 1:
+        layers.family.check_per_layer(layers.model)
+    if layers.sizes != expected:
+        raise ValueError(
+            f"a companion has state sizes {layers.sizes}, the model has {expected}: they have to be resized together "
+            "from the start."
+        )
 
 
-def _whole_tensors(
-    model: nn.Module, indices: list[int], optimizer: torch.optim.Optimizer | None
-) -> dict[int, dict[str, _Whole]]:
+def _changing_layers(layers: StateLayers, sources: dict[int, Tensor], afresh: frozenset | set) -> list[int]:
+    return [
+        index
+        for index, size in layers.sizes.items()
+        if index in afresh or not torch.equal(sources[index].cpu(), torch.arange(size))
+    ]
+
+
+def _whole_tensors(target: _Target, indices: list[int]) -> dict[int, dict[str, _Whole]]:
     """Layer → path → parameter, gathered from all processes where it is sharded."""
-    layout, mixers = layout_of(model), state_layers(model)
 
     def whole(parameter: nn.Parameter) -> _Whole:
-        held = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        held = target.optimizer.state.get(parameter, {}) if target.optimizer is not None else {}
         state = {key: full(value) for key, value in held.items()}
         grad = None if parameter.grad is None else full(parameter.grad)
         return _Whole(parameter, full(parameter.detach()), grad, state)
 
-    return {i: {path: whole(mixers[i].get_parameter(path)) for path in layout.tensors} for i in indices}
+    return {i: {path: whole(old) for path, old in target.layers.parameters(i).items()} for i in indices}
 
 
 def _replacements(
-    model: nn.Module,
+    target: _Target,
     whole: dict[int, dict[str, _Whole]],
     sources: dict[int, Tensor],
-    optimizer: torch.optim.Optimizer | None,
     edit: Edit,
     afresh: frozenset | set,
 ) -> list[_Replacement]:
     """All new values, gradients and optimizer states; nothing is changed yet."""
-    layout, mixers = layout_of(model), state_layers(model)
-    replacements = []
+    family, replacements = target.layers.family, []
     for index, old in whole.items():
-        mixer = mixers[index]
-        axes = {path: tensor.axis for path, tensor in layout.tensors.items()}
-        positions = {path: source_index(mixer, layout, t, sources[index]) for path, t in layout.tensors.items()}
-        new = {path: gather(old[path].value, axes[path], positions[path]) for path in axes}
-        edit(index, mixer, {path: old[path].value for path in axes}, new)
+        mixer = target.layers[index]
+        entries = {  # path → (axis, positions)
+            path: (tensor.axis, family.source_index(mixer, path, sources[index]))
+            for path, tensor in family.tensors.items()
+        }
+        new = {path: gather(old[path].value, *entries[path]) for path in entries}
+        edit(index, mixer, {path: old[path].value for path in entries}, new)
         for path, value in new.items():
             grad, state = None, {}
             if index not in afresh:
-                name, entries = f"layer {index} {path}", (axes[path], positions[path])
-                state = resized_state(optimizer, name, old[path].state, old[path].value.shape, *entries)
-                grad = None if old[path].grad is None else gather(old[path].grad, *entries)
+                name, shape = f"layer {index} {path}", old[path].value.shape
+                state = resized_state(target.optimizer, name, old[path].state, shape, *entries[path])
+                grad = None if old[path].grad is None else gather(old[path].grad, *entries[path])
             module_path, _, attribute = path.rpartition(".")
             module = mixer.get_submodule(module_path)
             label = f"layer {index}: the resized {path}"
@@ -179,11 +195,12 @@ def _check_finite(replacements: list[list[_Replacement]]) -> None:
             raise ValueError(f"{replacement.label} would hold NaN or Inf; nothing was changed.")
 
 
-def _carry_out(engine: Engine, replacements: list[_Replacement], optimizer: torch.optim.Optimizer | None) -> None:
+def _carry_out(target: _Target, replacements: list[_Replacement]) -> None:
+    optimizer = target.optimizer
     for replacement in replacements:
         old = replacement.old.parameter
         state = {key: shard_like(value, optimizer.state[old][key]) for key, value in replacement.state.items()}
-        new = engine.replace(replacement.module, replacement.name, replacement.value)
+        new = target.engine.replace(replacement.module, replacement.name, replacement.value)
         if replacement.grad is not None:
             new.grad = shard_like(replacement.grad, old.grad)
         if optimizer is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .selective import Statistics, Surrogate, gramian_diagonals
+from .selective import Statistics, Surrogate, complement, gramian_diagonals, unexplained_shares
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,21 @@ class LayerStates:
 
 
 Criterion = Callable[[LayerStates], Tensor]
+CRITERIA: dict[str, Criterion] = {}  # by name
 
 
+def _criterion(power: int) -> Callable[[Criterion], Criterion]:
+    """Register a criterion, and say whether its score is the amplitude of an error, 1, or the square of one, 2."""
+
+    def register(function: Criterion) -> Criterion:
+        function.power = power
+        CRITERIA[function.__name__] = function
+        return function
+
+    return register
+
+
+@_criterion(power=1)
 def output(layer: LayerStates) -> Tensor:
     """S_n = sqrt(E Σ_d w_d silu(z)_d² (C_n h_dn)²): the error in the layer's output when state n alone is removed.
 
@@ -43,21 +56,25 @@ def output(layer: LayerStates) -> Tensor:
     return (layer.statistics.output_energy / layer.statistics.tokens).sqrt()
 
 
+@_criterion(power=1)
 def second_moment(layer: LayerStates) -> Tensor:
     """e_n = Σ_d sqrt(P_d[n, n] Q_d[n, n]) of the mean-square Gramians (see `selective.sampled_gramians`)."""
     return _gramian_score(layer, "second_moment")
 
 
+@_criterion(power=1)
 def mean(layer: LayerStates) -> Tensor:
     """e_n = Σ_d sqrt(P_d[n, n] Q_d[n, n]) of the system frozen at its means: the surrogate of arXiv 2510.02823."""
     return _gramian_score(layer, "mean")
 
 
+@_criterion(power=1)
 def magnitude(layer: LayerStates) -> Tensor:
     """‖row n of B‖ ‖row n of C‖: weights alone, no data; the usual baseline of pruning."""
     return (layer.B_rows.double().norm(dim=1) * layer.C_rows.double().norm(dim=1)).to(layer.statistics.tokens.device)
 
 
+@_criterion(power=1)
 def ghost(layer: LayerStates) -> Tensor:
     """sqrt(E Σ_d (C_n h_dn)²): what state n adds to the scan's output, before the gate and out_proj.
 
@@ -66,6 +83,7 @@ def ghost(layer: LayerStates) -> Tensor:
     return (layer.statistics.product_energy / layer.statistics.tokens).sqrt()
 
 
+@_criterion(power=2)
 def aire(layer: LayerStates) -> Tensor:
     """Σ_d c_n² b_dn² / (1 - λ_dn²): energy of the impulse response, of the system frozen at its means.
 
@@ -75,6 +93,7 @@ def aire(layer: LayerStates) -> Tensor:
     return ((c * b).square() / (x * (2 - x))).sum(0)
 
 
+@_criterion(power=2)
 def last(layer: LayerStates) -> Tensor:
     """Σ_d c_n² b_dn² / (1 - λ_dn)²: the squared peak gain (H∞ norm), of the system frozen at its means.
 
@@ -85,6 +104,7 @@ def last(layer: LayerStates) -> Tensor:
     return (c * b / x).square().sum(0)
 
 
+@_criterion(power=2)
 def taylor(layer: LayerStates) -> Tensor:
     """|Σ gradient · weight| over the rows of B and C of state n: to first order the change of the loss without it.
 
@@ -97,6 +117,7 @@ def taylor(layer: LayerStates) -> Tensor:
     return (B_gradient.double() * layer.B_rows + C_gradient.double() * layer.C_rows).sum(1).abs()
 
 
+@_criterion(power=1)
 def random(layer: LayerStates) -> Tensor:
     """Uniform draws: the baseline that every other score has to beat."""
     scores = torch.rand(len(layer.B_rows), generator=layer.generator, dtype=torch.float64)
@@ -112,12 +133,6 @@ def _frozen_system(layer: LayerStates) -> tuple[Tensor, Tensor, Tensor]:
     """1 - λ and b, (D, N) each, and c, (N,). Not λ: of slow decays, 1 - λ would be round-off."""
     s = layer.statistics
     return s.decay / s.tokens, s.input_map / s.tokens, s.output_map / s.tokens
-
-
-CRITERIA: dict[str, Criterion] = {
-    function.__name__: function
-    for function in (output, second_moment, mean, ghost, aire, last, taylor, magnitude, random)
-}
 
 
 def criterion_name(criterion: Criterion | str) -> str:
@@ -144,6 +159,32 @@ def state_scores(criterion: Criterion | str, layer: LayerStates) -> Tensor:
     return scores.detach().to(layer.statistics.tokens)
 
 
+def score_power(criterion: Criterion | str) -> int:
+    """1 where a score is the amplitude of an error, 2 where it is the square of one.
+
+    A function of the user's own says so by an attribute `power`; without one its scores count as amplitudes.
+    """
+    return getattr(CRITERIA[criterion] if isinstance(criterion, str) else criterion, "power", 1)
+
+
+def squared_errors(scores: Tensor, power: int, covariance: Tensor | None = None) -> Tensor:
+    """The squared error of the states that go when the r of largest score stay, r = 0 … N, (N + 1,).
+
+    Args:
+        scores: (N,), in any order.
+        power: of the score, see `score_power`.
+        covariance: Π, (N, N), where kept states make up for dropped ones; only what they do not predict then counts.
+    """
+    order, errors = scores.argsort(descending=True), scores.new_zeros(len(scores) + 1)
+    single = scores ** (2 // power)
+    errors[0] = single.sum()
+    for size in range(1, len(scores)):
+        kept = order[:size].sort().values
+        lost = single[complement(kept, len(scores))]
+        errors[size] = (lost if covariance is None else lost * unexplained_shares(covariance, kept)).sum()
+    return errors
+
+
 SELECTIONS = ("largest", "smallest", "random")
 
 
@@ -160,7 +201,7 @@ def choose_states(score: Tensor, size: int, selection: str, generator: torch.Gen
         generator: on the CPU, for the random selection.
     """
     if selection == "random":
-        keep = torch.randperm(len(score), generator=generator)[:size].to(score.device)
+        kept = torch.randperm(len(score), generator=generator)[:size].to(score.device)
     else:
-        keep = score.topk(size, largest=selection == "largest").indices
-    return keep.sort().values
+        kept = score.topk(size, largest=selection == "largest").indices
+    return kept.sort().values

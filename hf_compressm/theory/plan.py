@@ -22,6 +22,13 @@ class Selection:
     compensation: Tensor | None = None
     refit: StateMaps | None = None
 
+    starts_afresh = False  # the kept states are those of before, and so are their moments
+
+    @property
+    def is_refitted(self) -> bool:
+        """Whether a refit added something."""
+        return self.refit is not None
+
     def cpu(self) -> "Selection":
         """The same on the CPU."""
         compensation = None if self.compensation is None else self.compensation.cpu()
@@ -40,10 +47,10 @@ class Selection:
         Args:
             whole: the maps of all states.
         """
-        keep = self.kept_states.to(whole.B_rows.device)
-        maps = whole.kept(keep)
+        kept_states = self.kept_states.to(whole.B_rows.device)
+        maps = whole.kept(kept_states)
         if self.compensation is not None:
-            dropped = whole.C_rows[complement(keep, len(whole.C_rows))].double()
+            dropped = whole.C_rows[complement(kept_states, len(whole.C_rows))].double()
             C_rows = maps.C_rows.double() + self.compensation.to(dropped).mT @ dropped
             maps = replace(maps, C_rows=C_rows.to(maps.C_rows.dtype))
         if self.refit is not None:
@@ -57,13 +64,16 @@ class Projection:
 
     kept_states: Tensor
     tensors: dict[str, Tensor]
+    starts_afresh = True  # old moments know nothing of the new coordinates
+    is_refitted = False
 
     def cpu(self) -> "Projection":
         """The same on the CPU."""
         return Projection(self.kept_states.cpu(), {path: tensor.cpu() for path, tensor in self.tensors.items()})
 
 
-Plan = dict[int, Selection | Projection]
+PlanEntry = Selection | Projection
+Plan = dict[int, PlanEntry]  # by layer index
 
 
 def plan_fingerprint(plan: Plan) -> str:

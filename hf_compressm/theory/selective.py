@@ -140,6 +140,22 @@ class StateMaps:
         return StateMaps(self.B_rows[keep], self.C_rows[keep], self.A_log[:, keep])
 
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the scan of a layer is given.
+
+    Attributes:
+        u, time_step: input and effective Δ, (batch, D, L).
+        gate: z, (batch, D, L), or None.
+        mask: 1 for tokens that count, 0 for padding, (batch, L), or None.
+    """
+
+    u: Tensor
+    time_step: Tensor
+    gate: Tensor | None
+    mask: Tensor | None
+
+
 def sampled_channels(channels: int) -> Tensor:
     """The channels whose full Gramians are kept: evenly spread, at most `SAMPLED_CHANNELS`."""
     return torch.linspace(0, channels - 1, min(channels, SAMPLED_CHANNELS)).round().long()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from ..architectures.family import state_sizes
+from ..architectures import state_sizes
 from ..engines import check_engine, from_first_process, process_index, raise_in_all_processes, unwrap
 from ..sharing.model_card import CardDetails
 from ..storage.checkpoint import check_complete, history_of_checkpoint, last_complete_checkpoint, recorded_history

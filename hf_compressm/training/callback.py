@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..analysis.calibration import draw_batches, is_stream, take_batches
 from ..analysis.checks import check_config
-from ..architectures.family import SelectiveLayout, layout_of, state_sizes
+from ..architectures import StateLayers, family_of, state_layers, state_sizes
 from ..architectures.mamba_scan import reference_loop_would_run
 from ..config import CompreSSMConfig
 from ..engines import Engine, check_training_arguments, raise_in_all_processes, unwrap, unwrap_optimizer
@@ -93,7 +93,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             )
         self.history = self._new_history()
         self.exported_history: dict | None = None  # where Trainer puts the saved history; read from its state instead
-        self._trigger: Trigger | None = None  # from the start of training on
+        self._trigger: Trigger | None = None  # from the start of training on, as the layers are
+        self._layers: StateLayers | None = None
         self._stream_batches: list | None = None
         self._monitor = StateMonitor()
         self._rollback: Rollback | None = None  # during training
@@ -115,7 +116,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         """The only moment before a checkpoint is loaded: make the model take the checkpoint's size."""
-        layout_of(unwrap(model))
+        family_of(unwrap(model))
         adopt_checkpoint_sizes(model)
 
     def on_train_begin(
@@ -139,14 +140,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 raise ValueError("push_to_hub=True: call callback.attach(trainer), so that pushes carry the history.")
             if self.trainer is not None and unwrap(self.trainer.model_wrapped) is not unwrap(model):
                 raise ValueError("the callback is attached to another trainer: make one for each.")
-            bare = Engine(self._as_wrapped(model)).model
-            check_state_tensors(bare, unwrap_optimizer(optimizer))
-            self._check_companions(args, bare)
+            self._layers = layers = state_layers(Engine(self._as_wrapped(model)).model)
+            check_state_tensors(layers, unwrap_optimizer(optimizer))
+            self._check_companions(args, layers)
             self._trigger = Trigger(self.schedule, self.config, state.max_steps)
-            self._restore_history(state, list(state_sizes(bare).values()))
+            self._restore_history(state, list(layers.sizes.values()))
             self._check_calibration(args, train_dataloader)
-            check_config(self.config, bare)
-            check_trigger(self.schedule, self.config, bare)
+            check_config(self.config, layers)
+            check_trigger(self.schedule, self.config, layers)
             steps = self._trigger.steps, _steps_per_epoch(args, state, train_dataloader)
             self._rollback = build_rollback(self.schedule, args, state, self.history, *steps, self.companions)
         if self._rollback is not None:
@@ -164,8 +165,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 "observations, and every checkpoint holds all of them: a larger number of steps keeps it small."
             )
         self._monitor = StateMonitor(self.history.observations[-1] if self.history.observations else None)
-        device = next(bare.parameters()).device
-        if isinstance(layout_of(bare), SelectiveLayout) and reference_loop_would_run(device.type):
+        device = next(layers.model.parameters()).device
+        if layers.family.needs_data and reference_loop_would_run(device.type):
             logger.warning(
                 "Transformers' own Mamba loop is about to run: its training step is quadratic in the sequence length. "
                 "Call hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
@@ -184,7 +185,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Observe and cut, whatever is due."""
         if self.schedule.monitor_steps and state.global_step % self.schedule.monitor_steps == 0:
             self._observe(args, state, model, train_dataloader)
-        due = None if self._is_stopped else self._trigger.due(unwrap(model), self.history, state.global_step)
+        due = None if self._is_stopped else self._trigger.due(self._layers, self.history, state.global_step)
         if due is not None:
             self._cut(args, state, model, optimizer, train_dataloader, due)
 
@@ -268,11 +269,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _observe(self, args: TrainingArguments, state: TrainerState, model, train_dataloader) -> None:
         # Always the same batches: what moves is then the model, not the draw.
-        needs_data = isinstance(layout_of(unwrap(model)), SelectiveLayout)
         with raise_in_all_processes():
-            batches = self._calibration_batches(args, 0, train_dataloader) if needs_data else None
-        draws = 0 if self._is_stopped else self._trigger.draws(unwrap(model), self.history, state.global_step)
-        observation = self._monitor.observe(model, batches, self.config, state.global_step, draws)
+            batches = self._calibration_batches(args, 0, train_dataloader) if self._layers.family.needs_data else None
+        draws = 0 if self._is_stopped else self._trigger.draws(self._layers, self.history, state.global_step)
+        observation = self._monitor.observe(self._layers, batches, self.config, state.global_step, draws)
         self._trigger.compare(observation, self.history)
         self.history.observations.append(observation)
         self._announce(observed_text(observation, state), observed_numbers(observation), state)
@@ -310,16 +310,16 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """The model as its engine has it; Trainer shows callbacks the bare one."""
         return model if self.trainer is None else self.trainer.model_wrapped
 
-    def _check_companions(self, args: TrainingArguments, model: nn.Module) -> None:
+    def _check_companions(self, args: TrainingArguments, layers: StateLayers) -> None:
         if self.companions and args.load_best_model_at_end:
             raise ValueError(
                 "companions cannot follow the model to another checkpoint: set load_best_model_at_end=False."
             )
         for companion in self.companions:
-            if state_sizes(unwrap(companion)) != state_sizes(model):
+            if state_sizes(unwrap(companion)) != layers.sizes:
                 raise ValueError(
                     f"a companion has state sizes {state_sizes(unwrap(companion))}, the model has "
-                    f"{state_sizes(model)}. After a resume load the companion's own weights first; "
+                    f"{layers.sizes}. After a resume load the companion's own weights first; "
                     "hf_compressm.adoption.adopt_checkpoint_sizes(companion) lets it take their size."
                 )
 

@@ -6,15 +6,15 @@ For the trigger "settled" it watches the scores by which states are ranked as we
 import time
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..analysis.calibration import undisturbed
 from ..analysis.checks import split_batches
 from ..analysis.states import StateAnalysis, analyze_states
-from ..architectures.family import state_sizes
+from ..architectures import StateLayers
 from ..architectures.mamba_scan import scan_installed
 from ..config import CompreSSMConfig
-from ..engines import from_first_process, unwrap
+from ..engines import from_first_process
 from ..storage.records import Observation
 from ..theory.hankel import weyl_bound
 from ..theory.rankings import compare_rankings
@@ -30,10 +30,10 @@ class StateMonitor:
 
     def __init__(self, last: Observation | None = None):
         self._last = last
-        self._last_gramians: dict[int, tuple[Tensor, Tensor]] = {}
+        self._last_gramians: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def observe(
-        self, model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig, step: int, draws: int = 0
+        self, layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig, step: int, draws: int = 0
     ) -> Observation:
         """Measure the spectrum of every layer.
 
@@ -45,22 +45,21 @@ class StateMonitor:
                 the noise. The second are the batches on which `analyze` measures losses.
         """
         started = time.perf_counter()
-        model = unwrap(model)
-        statistics_batches, _, other_batches = split_batches(model, batches, config)
-        with undisturbed(model), scan_installed():
-            analysis = analyze_states(model, statistics_batches, config)
+        statistics_batches, _, other_batches = split_batches(layers, batches, config)
+        with undisturbed(layers.model), scan_installed():
+            analysis = analyze_states(layers, statistics_batches, config)
             spectra = [spectrum.cpu() for spectrum in analysis.hankel_singular_values().values()]
-            gramians = analysis.gramians()
+            gramians = analysis.gramians
             scores = _shared_scores(analysis) if draws else None
-            other = _shared_scores(analyze_states(model, other_batches, config)) if draws == 2 else None
+            other = _shared_scores(analyze_states(layers, other_batches, config)) if draws == 2 else None
         noise = list(map(compare_rankings, scores, other)) if other is not None else None
-        sizes = list(state_sizes(model).values())
+        sizes = list(layers.sizes.values())
         comparable = self._last is not None and self._last.state_sizes == sizes
         observation = Observation(
             step=step,
             state_sizes=sizes,
             movement=self._movement(spectra) if comparable else None,
-            weyl_bound=self._weyl_bounds(gramians) if comparable and self._last_gramians else None,
+            weyl_bound=self._weyl_bounds(gramians) if comparable and gramians and self._last_gramians else None,
             seconds=time.perf_counter() - started,
             hankel_singular_values=spectra,
             scores=scores,

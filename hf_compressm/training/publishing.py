@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import CONFIG_NAME, logging
 
-from ..architectures.family import SelectiveLayout, layout_of
+from ..architectures import family_of
 from ..architectures.per_layer import modeling_compressm_mamba
 from ..engines import raise_in_all_processes, unwrap
 from ..sharing.hub import as_push_error, check_may_push
@@ -99,7 +99,7 @@ class Publisher:
 
     @property
     def _is_language_model(self) -> bool:
-        return isinstance(layout_of(unwrap(self.model)), SelectiveLayout)
+        return family_of(unwrap(self.model)).is_language_model
 
     def _write_card(self, folder: Path, details: CardDetails) -> None:
         details = replace(details, log_history=self.state.log_history)

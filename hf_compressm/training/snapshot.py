@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..architectures.family import state_sizes
+from ..architectures import state_sizes
 from ..engines import local, process_count, process_index, raise_in_all_processes, unwrap, unwrap_optimizer
 from ..storage.files import write_aside
 from ..surgery.shrink_and_grow import set_state_sizes

@@ -5,10 +5,8 @@ The records go into every checkpoint, so an interrupted run decides as the unint
 
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from ..analysis.checks import allocation_of, reducible_size
-from ..architectures.family import SelectiveLayout, layout_of, state_sizes
+from ..architectures import StateLayers
 from ..config import CompreSSMConfig
 from ..storage.history import History
 from ..storage.records import REASONS, Observation
@@ -19,7 +17,7 @@ SETTLED, WINDOW_ENDED = REASONS
 NOT_MEASURED = ("magnitude", "random")  # criteria that take nothing from data, and so have no noise
 
 
-def check_trigger(schedule: CompreSSMSchedule, config: CompreSSMConfig, model: nn.Module | None = None) -> None:
+def check_trigger(schedule: CompreSSMSchedule, config: CompreSSMConfig, layers: StateLayers | None = None) -> None:
     """Refuse to wait for rankings that have no noise to compare with.
 
     Raises:
@@ -32,11 +30,11 @@ def check_trigger(schedule: CompreSSMSchedule, config: CompreSSMConfig, model: n
             f"trigger = 'settled' with criterion = '{config.criterion}', which ranks states without data: there is no "
             "noise to compare a movement with. Give another criterion, or trigger = 'fixed'."
         )
-    if model is not None and not isinstance(layout_of(model), SelectiveLayout):
+    if layers is not None and not layers.family.needs_data:
         raise ValueError(
-            f"trigger = 'settled' with a model of type '{model.config.model_type}', whose states are ranked by its "
-            "weights alone: there is no noise to compare a movement with. Give trigger = 'fixed'; monitor_steps shows "
-            "how far the singular values still move."
+            f"trigger = 'settled' with a model of type '{layers.model.config.model_type}', whose states are ranked by "
+            "its weights alone: there is no noise to compare a movement with. Give trigger = 'fixed'; monitor_steps "
+            "shows how far the singular values still move."
         )
 
 
@@ -78,19 +76,19 @@ class Trigger:
             return [due for due in self.steps if due <= step]
         return history.steps or [due for due in self.steps[-1:] if due <= step]
 
-    def due(self, model: nn.Module, history: History, step: int) -> DueEvent | None:
-        """The event after this step, of an unwrapped model; None where there is none."""
+    def due(self, layers: StateLayers, history: History, step: int) -> DueEvent | None:
+        """The event after this step; None where there is none."""
         if step not in self.steps:
             return None
         if self.waits:
-            return self._due_when_settled(model, history, step)
-        size = reducible_size(self.config, model)
+            return self._due_when_settled(layers, history, step)
+        size = reducible_size(self.config, layers)
         events_left = len(self.steps) - self.steps.index(step)
         return DueEvent(self.config.for_event(size, events_left, history.loss_spent, history.rollbacks))
 
-    def draws(self, model: nn.Module, history: History, step: int) -> int:
+    def draws(self, layers: StateLayers, history: History, step: int) -> int:
         """Of how many calibration draws an observation takes the scores: none, one to be compared later, or two."""
-        if not self.waits or step > self.steps[-1] or not self._waiting(model, history):
+        if not self.waits or step > self.steps[-1] or not self._waiting(layers, history):
             return 0
         return 2 if step in self._comparison_steps else 1
 
@@ -116,27 +114,26 @@ class Trigger:
         observation.share_distance = [None if each is None else each.distance for each in moved]
         observation.settled_points = [n + 1 if still else 0 for n, still in zip(points, stands, strict=True)]
 
-    def _due_when_settled(self, model: nn.Module, history: History, step: int) -> DueEvent | None:
-        waiting, together = self._waiting(model, history), allocation_of(self.config, model) != "per_layer"
+    def _due_when_settled(self, layers: StateLayers, history: History, step: int) -> DueEvent | None:
+        waiting, as_one = self._waiting(layers, history), allocation_of(self.config, layers) != "per_layer"
         why = {index: SETTLED for index in waiting if self._has_settled(index, history)}
         if step == self.steps[-1]:
             why = dict.fromkeys(waiting, WINDOW_ENDED) | why
-        if not why or (together and len(why) < len(waiting)):
+        if not why or (as_one and len(why) < len(waiting)):
             return None
-        layers = list(state_sizes(model))
-        others = self.config.skip_layers if together else [index for index in layers if index not in why]
+        others = self.config.skip_layers if as_one else [index for index in layers if index not in why]
         config = replace(self.config, skip_layers=others)
-        size, part = reducible_size(config, model), len(why) / len(waiting)
+        size, part = reducible_size(config, layers), len(why) / len(waiting)
         config = config.for_event(size, 1, history.loss_spent, history.rollbacks, part)
         return DueEvent(config, [why.get(index) for index in layers])
 
-    def _waiting(self, model: nn.Module, history: History) -> list[int]:
+    def _waiting(self, layers: StateLayers, history: History) -> list[int]:
         """The layers still to be cut: above the target, and not cut before, or taken back."""
         reasons = [event.reasons for event in history.events if event.reasons and event.rolled_back_at is None]
         done = {index for each in reasons for index, reason in enumerate(each) if reason is not None}
         done |= set(self.config.skip_layers)
         smallest = self.config.target_state_size or 0
-        return [index for index, size in state_sizes(model).items() if index not in done and size > smallest]
+        return [index for index, size in layers.sizes.items() if index not in done and size > smallest]
 
     def _has_settled(self, layer: int, history: History) -> bool:
         """Once is enough: with one size for all, a layer that has settled waits for the others."""

@@ -26,7 +26,7 @@ from hf_compressm import (
     compress,
     parameter_groups,
 )
-from hf_compressm.architectures.family import state_layers
+from hf_compressm.architectures import state_layers
 from hf_compressm.plotting import plot_accuracy, plot_trajectories, save_figure
 from hf_compressm.storage.checkpoint import last_complete_checkpoint
 from hf_compressm.storage.files import write_aside

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
-from hf_compressm.architectures.family import layout_of, state_layers, state_sizes
+from hf_compressm.architectures import state_layers, state_sizes
 from hf_compressm.storage.history import save_history
-from hf_compressm.surgery.shrink_and_grow import grow_state, maps_in
+from hf_compressm.surgery.shrink_and_grow import grow_state
 from hf_compressm.training.monitor import StateMonitor
 
 from .tasks import Sequences
@@ -101,7 +101,7 @@ class Observer(TrainerCallback):
         if state.global_step % max(1, state.max_steps // OBSERVATIONS):
             return
         config = CompreSSMConfig(tolerance=0.5, calibration_batches=len(self.batches))
-        seen = self.monitor.observe(model, self.batches, config, state.global_step, draws=2)
+        seen = self.monitor.observe(state_layers(model), self.batches, config, state.global_step, draws=2)
         self.curve.append(
             {
                 "step": state.global_step,
@@ -145,7 +145,7 @@ class Regrowth(TrainerCallback):
     def is_flat(self, model) -> bool:
         """Whether no layer has states to spare: exp of the entropy of its scores comes near their number."""
         config = CompreSSMConfig(tolerance=0.5, calibration_batches=len(self.batches))
-        scores = self.monitor.observe(model, self.batches, config, 0, draws=1).scores
+        scores = self.monitor.observe(state_layers(model), self.batches, config, 0, draws=1).scores
         return all(effective_number(layer) >= FLAT * len(layer) for layer in scores)
 
 
@@ -168,9 +168,9 @@ class Afresh(TrainerCallback):
         size = max(state_sizes(model).values())
         if size == self.size:
             return
-        std = model.config.initializer_range
-        for mixer in state_layers(model).values():
-            maps = maps_in(dict(mixer.named_parameters()), mixer, layout_of(model))
+        std, layers = model.config.initializer_range, state_layers(model)
+        for index, mixer in layers.items():
+            maps = layers.family.maps(layers.whole_tensors(index), mixer)
             if "decay rates" in self.parts:
                 maps.A_log.copy_(torch.arange(1, size + 1).log().expand_as(maps.A_log))
             if "maps" in self.parts:

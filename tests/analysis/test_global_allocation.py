@@ -16,7 +16,7 @@ from hf_compressm import (
     compress,
 )
 from hf_compressm.analysis.allocation import choose_sizes, predicted_changes
-from hf_compressm.architectures.family import state_sizes
+from hf_compressm.architectures import state_sizes
 from hf_compressm.architectures.per_layer import CompreSSMMambaForCausalLM
 
 N = 12

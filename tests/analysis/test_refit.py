@@ -6,18 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import assert_identical, build_model, train_steps, weights_of
+from torch import nn
 
 from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, analyze, compress, parameter_groups
 from hf_compressm.analysis.activations import collect_statistics, layer_inputs
 from hf_compressm.analysis.calibration import undisturbed
 from hf_compressm.analysis.losses import mean_loss
 from hf_compressm.analysis.masking import masked_parameters
-from hf_compressm.analysis.output_fit import LayerInputs, OutputError, fit_states
+from hf_compressm.analysis.output_fit import OutputError, fit_states
 from hf_compressm.analysis.refit import refitted
-from hf_compressm.architectures.family import layout_of, state_layers
+from hf_compressm.architectures import state_layers
+from hf_compressm.architectures.mamba import MAMBA
 from hf_compressm.engines import sum_over_processes
-from hf_compressm.surgery.shrink_and_grow import maps_in
-from hf_compressm.theory.selective import StateMaps
+from hf_compressm.theory.selective import LayerInputs, StateMaps
 
 CONFIG = CompreSSMConfig(target_state_size=3, refit=True, calibration_batches=6)
 
@@ -45,28 +46,31 @@ def random_layer(states=4, channels=6, hidden=5, length=30, batch=3):
     maps = StateMaps(normal(states, channels) / 2, normal(states, channels) / 2, normal(channels, states) / 2)
     gate, u = normal(batch, channels, length), normal(batch, channels, length)
     step = torch.nn.functional.softplus(normal(batch, channels, length) - 2)
-    return maps, normal(hidden, channels), LayerInputs(u, step, gate, None)
+    mixer = nn.Module()
+    mixer.out_proj = nn.Linear(channels, hidden, bias=False)
+    mixer.out_proj.weight.data = normal(hidden, channels)
+    return maps, MAMBA.layer_output(mixer), LayerInputs(u, step, gate, None)
 
 
 def test_states_that_can_do_all_that_others_did_learn_it():
-    maps, output_projection, inputs = random_layer()
+    maps, output, inputs = random_layer()
     twins = [torch.cat([rows, 0.5 * rows]) for rows in (maps.B_rows, maps.C_rows)]
     whole = StateMaps(*twins, torch.cat([maps.A_log, maps.A_log], 1))  # twice the states, two by two alike
-    error = OutputError(whole, output_projection, [inputs], sum_over_processes)
+    error = OutputError(whole, output, [inputs], sum_over_processes)
     start = whole.kept(torch.arange(4))
     assert error.relative_error(start) > 1e-2
     assert error.relative_error(fit_states(error, error, start, torch.eye(4, dtype=torch.float64))) < 1e-4
 
 
 def test_the_error_is_that_of_the_layers_output(model, batches):
-    """As a share of the score of what all states add to it, which is the output without the skip connection."""
-    layout, mixer, batch = layout_of(model), state_layers(model)[1], batches[0]
+    """As a share of the energy of what all states add to it, which is the output without the skip connection."""
+    layers, batch = state_layers(model), batches[0]
+    mixer = layers[1]
     with undisturbed(model):
         plan = analyze(model, with_labels(batches), replace(CONFIG, refit=False)).plan
-        tensors = {path: mixer.get_parameter(path).detach() for path in (layout.projection, layout.decay)}
-        whole = maps_in(tensors, mixer, layout)
-        (inputs,) = layer_inputs(model, [batch], 1, {})
-        error = OutputError(whole, mixer.out_proj.weight, [inputs], sum_over_processes)
+        whole = layers.family.maps(layers.whole_tensors(1), mixer)
+        (inputs,) = layer_inputs(layers, [batch], 1, {})
+        error = OutputError(whole, layers.family.layer_output(mixer), [inputs], sum_over_processes)
 
         seen = {}
 
@@ -76,7 +80,7 @@ def test_the_error_is_that_of_the_layers_output(model, batches):
             handle.remove()
 
         outputs_of("whole", {})
-        outputs_of("cut", masked_parameters(model, {1: plan[1]}))
+        outputs_of("cut", masked_parameters(layers, {1: plan[1]}))
         without_states = {"backbone.layers.1.mixer.x_proj.weight": torch.zeros_like(mixer.x_proj.weight)}
         outputs_of("none", without_states)  # neither B nor C: what the skip connection gives
     cut, none = ((seen["whole"] - seen[name]).square().sum() for name in ("cut", "none"))
@@ -84,24 +88,21 @@ def test_the_error_is_that_of_the_layers_output(model, batches):
 
 
 def test_padding_does_not_count():
-    maps, output_projection, inputs = random_layer()
+    maps, output, inputs = random_layer()
     mask = torch.ones(3, 30)
     mask[:, 20:] = 0
     disturbed = replace(inputs, mask=mask, u=inputs.u * (1 + 5 * (1 - mask[:, None])))
     short = LayerInputs(inputs.u[..., :20], inputs.time_step[..., :20], inputs.gate[..., :20], None)
     start = maps.kept(torch.arange(2))
-    errors = [
-        OutputError(maps, output_projection, [one], sum_over_processes).relative_error(start)
-        for one in (disturbed, short)
-    ]
+    errors = [OutputError(maps, output, [one], sum_over_processes).relative_error(start) for one in (disturbed, short)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
 def test_what_gets_worse_on_other_data_leaves_the_states_as_they_were():
-    maps, output_projection, inputs = random_layer()
+    maps, output, inputs = random_layer()
     start, covariance = maps.kept(torch.arange(2)), torch.eye(2, dtype=torch.float64)
-    error = OutputError(maps, output_projection, [inputs], sum_over_processes)
-    content = OutputError(start, output_projection, [inputs], sum_over_processes)  # nothing could please it more
+    error = OutputError(maps, output, [inputs], sum_over_processes)
+    content = OutputError(start, output, [inputs], sum_over_processes)  # nothing could please it more
     assert fit_states(error, content, start, covariance) is start
     assert fit_states(error, error, start, covariance) is not start
 
@@ -111,17 +112,19 @@ def test_what_gets_worse_on_other_data_leaves_the_states_as_they_were():
 
 def test_a_layer_is_fitted_behind_those_before_it_as_they_will_be(model, batches):
     """Layer 1 by hand: on the inputs that it gets from the refitted layer 0, judged on the held-out ones."""
-    layout, mixer = layout_of(model), state_layers(model)[1]
+    layers = state_layers(model)
+    mixer = layers[1]
     report = analyze(model, batches, CONFIG)
     plan = {index: replace(entry, refit=None) for index, entry in report.plan.items()}
     with undisturbed(model):
-        before = masked_parameters(model, {0: report.plan[0]})
-        inputs = [layer_inputs(model, some, 1, before) for some in (batches[0:6:3], batches[1:6:3])]
-        tensors = {path: mixer.get_parameter(path).detach() for path in (layout.projection, layout.decay)}
-        whole = maps_in(tensors, mixer, layout)
-        error, judge = (OutputError(whole, mixer.out_proj.weight, some, sum_over_processes) for some in inputs)
+        before = masked_parameters(layers, {0: report.plan[0]})
+        inputs = [layer_inputs(layers, some, 1, before) for some in (batches[0:6:3], batches[1:6:3])]
+        whole = layers.family.maps(layers.whole_tensors(1), mixer)
+        error, judge = (
+            OutputError(whole, layers.family.layer_output(mixer), some, sum_over_processes) for some in inputs
+        )
         keep, start = plan[1].kept_states, plan[1].maps_after_cut(whole)
-        covariance = collect_statistics(model, batches[0:6:3])[1].gated_covariance
+        covariance = collect_statistics(layers, batches[0:6:3])[1].gated_covariance
         fitted = fit_states(error, judge, start, covariance[keep][:, keep])
     for added, new, old in zip(report.plan[1].refit, fitted, start, strict=True):
         torch.testing.assert_close(added, new - old, rtol=1e-3, atol=1e-5)
@@ -133,7 +136,9 @@ def test_it_lowers_the_loss_and_the_cut_model_has_the_loss_that_was_measured(mod
     assert report.is_refitted and not plain.is_refitted and "\nrefitted" in str(report)
     held_out = with_labels(batches[6:])
     with undisturbed(model):
-        losses = [mean_loss(model, held_out, masked_parameters(model, some.plan)) for some in (plain, report)]
+        losses = [
+            mean_loss(model, held_out, masked_parameters(state_layers(model), some.plan)) for some in (plain, report)
+        ]
     event = compress(model, report)
     model.eval()
     with torch.no_grad():
@@ -173,8 +178,8 @@ def test_what_does_not_help_on_held_out_data_is_not_kept(model, batches):
     covariances = {index: torch.eye(16, dtype=torch.float64) for index in plan}
     narrow = [{"input_ids": torch.full((1, 2), 7), "labels": torch.full((1, 2), 7)}]  # nothing to learn the rest from
     with undisturbed(model):
-        assert refitted(model, plan, covariances, narrow, with_labels(batches[:2])) == plan
-        helped = refitted(model, plan, covariances, with_labels(batches[:2]), with_labels(batches[2:4]))
+        assert refitted(state_layers(model), plan, covariances, narrow, with_labels(batches[:2])) == plan
+        helped = refitted(state_layers(model), plan, covariances, with_labels(batches[:2]), with_labels(batches[2:4]))
     assert helped != plan and all(entry.refit is not None for entry in helped.values())
 
 

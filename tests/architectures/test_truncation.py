@@ -19,7 +19,7 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, 
 from hf_compressm.analysis.allocation import choose_sizes
 from hf_compressm.analysis.losses import LossMeter
 from hf_compressm.analysis.time_invariant import TimeInvariantAnalysis
-from hf_compressm.architectures.family import state_layers, state_sizes
+from hf_compressm.architectures import state_layers, state_sizes
 from hf_compressm.storage.checkpoint import check_checkpoint
 from hf_compressm.storage.history import load_history
 from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes

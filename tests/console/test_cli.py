@@ -12,7 +12,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_compressm.architectures.family import state_sizes
+from hf_compressm.architectures import state_sizes
 from hf_compressm.architectures.per_layer import CompreSSMMambaForCausalLM
 from hf_compressm.console import cli
 from hf_compressm.console.cli import main

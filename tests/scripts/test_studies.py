@@ -103,7 +103,7 @@ def test_answers_are_judged_where_they_are_asked_for(tasks):
 def test_parts_start_afresh_once_after_a_cut(tasks):
     from studies.training import AFRESH, Afresh, Recipe, build
 
-    from hf_compressm.architectures.family import state_layers
+    from hf_compressm.architectures import state_layers
     from hf_compressm.surgery.shrink_and_grow import shrink_state
     from hf_compressm.theory.plan import Selection
 
@@ -131,14 +131,13 @@ def test_states_grow_when_none_is_to_spare(tasks):
     from studies.training import WHEN_FLAT, Recipe, Regrowth, build, effective_number
     from transformers import TrainerState
 
-    from hf_compressm.architectures.family import layout_of, state_layers, state_sizes
-    from hf_compressm.surgery.shrink_and_grow import maps_in
+    from hf_compressm.architectures import state_layers, state_sizes
 
     assert effective_number(torch.tensor([3.0, 3.0, 3.0])) == pytest.approx(3)
     assert effective_number(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
     model = build(Recipe(2, 1e-3, 20), {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1})
-    (mixer,) = state_layers(model).values()
-    maps = maps_in(dict(mixer.named_parameters()), mixer, layout_of(model))
+    layers = state_layers(model)
+    maps = layers.family.maps(layers.whole_tensors(0), layers[0])
     with torch.no_grad():
         maps.A_log[:] = maps.A_log[:, :1]  # both states the same, but the second hardly seen
         maps.B_rows[:] = maps.B_rows[:1]

@@ -12,7 +12,7 @@ from conftest import assert_identical, contents, copy_of, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import MambaForCausalLM
 
-from hf_compressm.architectures.family import state_sizes
+from hf_compressm.architectures import state_sizes
 from hf_compressm.architectures.per_layer import CompreSSMMambaForCausalLM
 from hf_compressm.console.cli import main
 from hf_compressm.storage import export

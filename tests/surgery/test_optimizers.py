@@ -7,7 +7,7 @@ from transformers import Adafactor
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
-from hf_compressm.architectures.family import state_layers
+from hf_compressm.architectures import state_layers
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, foreach=False),

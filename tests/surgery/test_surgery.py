@@ -7,8 +7,7 @@ import torch
 from conftest import assert_identical, build_model, train_steps, weights_of
 
 from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
-from hf_compressm.analysis.masking import masked_tensors
-from hf_compressm.architectures.family import layout_of, source_index, state_layers
+from hf_compressm.architectures import state_layers
 from hf_compressm.surgery.shrink_and_grow import grow_state, pad_state, shrink_state
 from hf_compressm.theory.plan import Selection
 
@@ -21,13 +20,13 @@ def logits_of(model, batch) -> torch.Tensor:
 
 def mask_states(model, optimizer, selections) -> None:
     """The reference: states stay where they are, but their rows, columns and moments are zero."""
-    layout = layout_of(model)
-    for index, mixer in state_layers(model).items():
+    layers = state_layers(model)
+    for index, mixer in layers.items():
         selection = selections[index]
-        for path, value in masked_tensors(mixer, layout, selection).items():
+        for path, value in layers.family.masked(mixer, selection).items():
             mixer.get_parameter(path).data.copy_(value)
-        for path, tensor in layout.tensors.items():
-            kept = source_index(mixer, layout, tensor, selection.kept_states)
+        for path, tensor in layers.family.tensors.items():
+            kept = layers.family.source_index(mixer, path, selection.kept_states)
             parameter = mixer.get_parameter(path)
             for moment in ("exp_avg", "exp_avg_sq"):
                 state = optimizer.state[parameter][moment]

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
-from hf_compressm.architectures.family import state_sizes
+from hf_compressm.architectures import state_sizes
 from hf_compressm.sharing.pictures import PICTURES
 from hf_compressm.storage.checkpoint import check_complete, last_complete_checkpoint
 from hf_compressm.storage.history import load_history

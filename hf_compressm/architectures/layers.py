@@ -1,0 +1,75 @@
+"""The layers of one model that have a state: found and checked once, and handed down from there."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from ..engines import full
+from .registry import family_of
+
+
+class StateLayers(Mapping[int, nn.Module]):
+    """The mixers of an unwrapped model by layer index, and what its family says of them.
+
+    Layers without a state are absent, so that indices may have gaps. It stays true through a resize: mixers stay the
+    same modules, and sizes are read from them.
+
+    Attributes:
+        model: the unwrapped Transformers model.
+        family: what its architecture declares.
+
+    Raises:
+        ValueError: an architecture that is refused or unknown.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.family = model, family_of(model)
+        self._mixers = self.family.mixers_in(model)
+        names = {module: name for name, module in model.named_modules()}
+        self._names = {index: names[mixer] for index, mixer in self._mixers.items()}
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self._mixers[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._mixers)
+
+    def __len__(self) -> int:
+        return len(self._mixers)
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Layer index → N."""
+        return {index: self.family.state_size(mixer) for index, mixer in self.items()}
+
+    def parameters(self, index: int) -> dict[str, nn.Parameter]:
+        """The parameters of a layer with a state axis, by their paths within the mixer."""
+        return {path: self[index].get_parameter(path) for path in self.family.tensors}
+
+    def whole_tensors(self, index: int) -> dict[str, Tensor]:
+        """The same as whole tensors; every process has to ask."""
+        return {path: full(parameter.detach()) for path, parameter in self.parameters(index).items()}
+
+    def parameter_name(self, index: int, path: str) -> str:
+        """The name in the whole model of a parameter of a layer."""
+        return f"{self._names[index]}.{path}"
+
+
+def state_layers(model: nn.Module) -> StateLayers:
+    """The layers of an unwrapped model that have a state, checked.
+
+    Raises:
+        ValueError: an architecture that is refused or unknown, no layer has a state, or a mixer's tensors are not as
+            its family declares them.
+    """
+    layers = StateLayers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no {layers.family.mixer_class}: there is no state to resize.")
+    for index, mixer in layers.items():
+        layers.family.check_mixer(mixer, index)
+    return layers
+
+
+def state_sizes(model: nn.Module) -> dict[int, int]:
+    """N of each layer of an unwrapped model that has a state, by layer index."""
+    return state_layers(model).sizes

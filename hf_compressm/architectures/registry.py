@@ -1,0 +1,41 @@
+"""Every architecture that the library knows: those it serves, and those it refuses with a reason."""
+
+from torch import nn
+
+from .family import Family
+from .lru.family import LRU
+from .mamba import MAMBA
+
+FAMILIES: dict[str, Family] = {}  # by model type
+UNSUPPORTED = {
+    "falcon_mamba": "it normalises B and C over the state, so a masked state is not inert",
+    "mamba2": "its state is shared within heads and groups",
+    **dict.fromkeys(
+        ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba", "zamba2"),
+        "hybrids of attention and state space layers are not handled yet",
+    ),
+}
+
+
+def register(family: Family) -> None:
+    """Let the library serve the models of a family."""
+    FAMILIES.update(dict.fromkeys(family.model_types, family))
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of an unwrapped Transformers model.
+
+    Raises:
+        ValueError: an architecture that is refused or unknown; the message lists those that are served.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reason = UNSUPPORTED.get(model_type, "it is not known to have a state that can be resized")
+    raise ValueError(
+        f"cannot resize the state of model type '{model_type}': {reason}. Supported: {', '.join(FAMILIES)}."
+    )
+
+
+for served in (MAMBA, LRU):
+    register(served)
