@@ -155,12 +155,16 @@ class Family(ABC):
     def is_per_layer(self, model: nn.Module) -> bool:
         """Whether a reduction of this model gives each layer a size of its own, unless it is told otherwise."""
 
-    def check_per_layer(self, model: nn.Module) -> None:  # noqa: B027
+    def check_per_layer(self, model: nn.Module) -> None:
         """Refuse layers with sizes of their own in a model that could not be saved with them.
 
         Raises:
-            ValueError: the class of the model knows one size only.
+            ValueError: the class of the model knows one size only; so do all, unless their family says otherwise.
         """
+        raise ValueError(
+            f"layers of a {type(model).__name__} would have state sizes of their own; it knows one for all. Set "
+            "allocation='uniform'."
+        )
 
     def record_in_mixer(self, mixer: nn.Module, size: int) -> None:
         """Make true again what a mixer says of its size, after its tensors were resized."""

@@ -26,6 +26,9 @@ class LRUFamily(TimeInvariantFamily):
         """The config holds a list of sizes where they differ."""
         return True
 
+    def check_per_layer(self, model: nn.Module) -> None:
+        """Every model can be saved so."""
+
     def record_in_model(self, model: nn.Module, sizes: dict[int, int]) -> None:
         """One number where all layers have one size, else a list."""
         different = list(sizes.values())
