@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on a CPU; read when triton is imported
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -25,12 +27,24 @@ from transformers import (
     set_seed,
 )
 
-from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
+from hf_compressm import (
+    CompreSSMConfig,
+    LRUConfig,
+    LRUForSequenceClassification,
+    analyze,
+    compress,
+    install_scan,
+    parameter_groups,
+    uninstall_scan,
+)
+from hf_compressm.architectures import state_layers
 from hf_compressm.storage.history import History, save_history
 
 ROOT = Path(__file__).parent.parent
 LONGEST_FIRST = ("test_scripts.py", "test_distributed.py", "test_studies.py", "test_kill.py")  # a worker takes a file
 VOCABULARY, LENGTH, LAYERS, STATE_SIZE = 512, 32, 2, 16
+FADING = {"r_min": 0.0, "r_max": 0.9}  # |λ| of an LRU
+pytest_plugins = ["hub_fixtures", "settling_fixtures"]  # of tests/sharing, tests/training
 
 
 def pytest_collection_modifyitems(items):
@@ -80,6 +94,23 @@ def build_model(seed: int = 0, **changes) -> MambaForCausalLM:
     return MambaForCausalLM(MambaConfig(**(sizes | changes)))
 
 
+def build_lru(seed: int = 0, **changes) -> LRUForSequenceClassification:
+    """A small model of tokens; nothing in it is still at a neutral value of the initialiser."""
+    set_seed(seed)
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=12, state_size=16, num_hidden_layers=2, num_labels=2)
+    model = LRUForSequenceClassification(LRUConfig(**(sizes | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def label_of(blocks: torch.Tensor) -> torch.Tensor:
+    """Whether a rare token often follows a rare token: to tell, a layer has to remember."""
+    rare = blocks > blocks.float().median()
+    return ((rare[:, 1:] & rare[:, :-1]).sum(1) > 7).long()
+
+
 def train_steps(model, optimizer, batches) -> list[float]:
     """Plain training steps, one for each batch; the losses."""
     model.train()
@@ -111,6 +142,37 @@ def learned(blocks) -> dict[str, torch.Tensor]:
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).split(8)[:200]
     train_steps(model, optimizer, [{"input_ids": blocks[i], "labels": blocks[i]} for i in order])
     return weights_of(model)
+
+
+@pytest.fixture(scope="session")
+def labelled(blocks) -> Dataset:
+    """Sequences to classify, for an LRU."""
+    return Dataset.from_dict({"input_ids": blocks[:1000].tolist(), "labels": label_of(blocks)[:1000].tolist()})
+
+
+@pytest.fixture(scope="session")
+def lru_batches(blocks) -> list[dict]:
+    """Ten labelled batches of sixteen, the first one shorter."""
+    labels = label_of(blocks)
+    return [{"input_ids": blocks[i], "labels": labels[i]} for i in torch.arange(6, 160).split([10] + [16] * 9)]
+
+
+@pytest.fixture(scope="session")
+def learned_lru(blocks) -> dict[str, torch.Tensor]:
+    """Trained until the loss depends on the states; then some states of the first layer are made weak."""
+    model, labels = build_lru(hidden_dropout_prob=0.0, **FADING), label_of(blocks)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).split(16)[:150]
+    batches = [{"input_ids": blocks[i], "labels": labels[i]} for i in order]
+    train_steps(model, torch.optim.AdamW(model.parameters(), lr=2e-2), batches)
+    model.model.layers[0].mixer.C.data[:, 10:] *= 0.01
+    return weights_of(model)
+
+
+@pytest.fixture
+def lru(learned_lru) -> LRUForSequenceClassification:
+    model = build_lru(**FADING)
+    model.load_state_dict(learned_lru)
+    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +240,17 @@ def losses_of(trainer: Trainer) -> dict[int, float]:
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def systems_of(model) -> list[tuple[torch.Tensor, ...]]:
+    """(eigenvalues, B, C) of each layer of an LRU."""
+    return [tuple(tensor.clone() for tensor in mixer.system()) for mixer in state_layers(model).values()]
+
+
+def random_state() -> tuple:
+    """Of all generators that a training could draw from."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 def assert_identical(left: dict, right: dict) -> None:

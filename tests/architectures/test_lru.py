@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCABULARY, assert_identical, build_trainer, losses_of, weights_of
+from conftest import VOCABULARY, assert_identical, build_lru, build_trainer, label_of, losses_of, weights_of
 from datasets import Dataset
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, set_seed
 
@@ -12,23 +12,6 @@ from hf_compressm import LRUConfig, LRUForSequenceClassification, LRUModel
 from hf_compressm.architectures.lru import modeling_lru
 from hf_compressm.architectures.lru.linear_recurrence import linear_recurrence
 from hf_compressm.architectures.lru.modeling_lru import LRUMixer
-
-
-def build_lru(seed: int = 0, **changes) -> LRUForSequenceClassification:
-    """A small model of tokens; nothing in it is still at a neutral value of the initialiser."""
-    set_seed(seed)
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=12, state_size=16, num_hidden_layers=2, num_labels=2)
-    model = LRUForSequenceClassification(LRUConfig(**(sizes | changes)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
-    return model
-
-
-def label_of(blocks: torch.Tensor) -> torch.Tensor:
-    """Whether a rare token often follows a rare token: to tell, a layer has to remember."""
-    rare = blocks > blocks.float().median()
-    return ((rare[:, 1:] & rare[:, :-1]).sum(1) > 7).long()
 
 
 def recurrence_loop(eigenvalues: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

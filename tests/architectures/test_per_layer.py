@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_identical, build_model, build_trainer, losses_of, train_steps, weights_of
 from safetensors.torch import load_file, save_file
-from test_rollback import WorseAt
+from trainer_callbacks import WorseAt
 from transformers import AutoModel, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from hf_compressm import (

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from conftest import build_model, weights_of
 from datasets import load_from_disk
 from fsdp_on_cpu import enable_fsdp_on_cpu
-from test_rollback import SnapshotAndRestore, WorseAt
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from trainer_callbacks import SnapshotAndRestore, WorseAt
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan

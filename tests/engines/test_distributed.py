@@ -28,13 +28,7 @@ PROCESSES = 2
 
 def launch(script, *arguments, check=True) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    paths = [
-        str(ROOT / "tests"),
-        str(ROOT / "tests" / "training"),
-        str(ROOT),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*launcher, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=check, env=environment, timeout=300)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_scan import OPTIONAL, relative_error, require_gradients, scan_inputs, small_model, token_ids
+from scan_reference import OPTIONAL, relative_error, require_gradients, scan_inputs, small_model, token_ids
 from torch.library import opcheck
 
 from hf_compressm import env_report, install_scan, uninstall_scan
@@ -75,7 +75,7 @@ def env_report_of_a_process(environment) -> str:
 WITHOUT_A_COMPILER = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_scan import reference_scan, relative_error, scan_inputs
+from scan_reference import reference_scan, relative_error, scan_inputs
 from hf_compressm.kernels import selective_scan
 inputs = scan_inputs(dtype=torch.float32)
 for _ in range(3):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_scan import OPTIONAL, reference_scan, relative_error, require_gradients, scan_inputs
+from scan_reference import OPTIONAL, reference_scan, relative_error, require_gradients, scan_inputs
 
 from hf_compressm.kernels import selective_scan
 from hf_compressm.kernels.dispatch import scan_name

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import VOCABULARY, build_trainer
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from trainer_callbacks import WorseAt
+from transformers import set_seed
 
 from hf_compressm import (
     CompreSSMCallback,
@@ -63,12 +64,6 @@ def history(blocks, tmp_path_factory):
     return callback.history
 
 
-class WorseAfterTheFirstCut(TrainerCallback):
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.global_step == 6:
-            metrics["eval_loss"] = state.log_history[-1]["eval_loss"] = 9.0
-
-
 @pytest.fixture(scope="module")
 def rolled_back(dataset, tmp_path_factory):
     """History and log of a run that cuts layers 16 → 8 at step 5, undoes it at step 6, cuts 16 → 12 at step 10."""
@@ -77,7 +72,7 @@ def rolled_back(dataset, tmp_path_factory):
         CompreSSMSchedule(end=0.5, events=2, rollback_tolerance=0.05, on_rollback="halve"),
     )
     options = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": dataset.select(range(16))}
-    trainer = build_trainer(tmp_path_factory.mktemp("run"), dataset, [WorseAfterTheFirstCut(), callback], **options)
+    trainer = build_trainer(tmp_path_factory.mktemp("run"), dataset, [WorseAt(6, value=9.0), callback], **options)
     trainer.train()
     events = callback.history.events
     assert [(event.step, event.rolled_back_at, event.state_sizes_after) for event in events] == [

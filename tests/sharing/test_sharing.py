@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import build_trainer
 from safetensors.torch import load_file, save_file
-
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
+from trainer_callbacks import cutting_callback
 
 STOCK = """
     import sys
@@ -35,8 +34,7 @@ STOCK = """
 def saved(tmp_path_factory, dataset, blocks):
     """(folder, model, ids) of a run that cut twice."""
     folder = tmp_path_factory.mktemp("saved")
-    callback = CompreSSMCallback(CompreSSMConfig(target_state_size=4), CompreSSMSchedule(end=0.5, events=2))
-    trainer = build_trainer(folder, dataset, [callback], max_steps=60)
+    trainer = build_trainer(folder, dataset, [cutting_callback()], max_steps=60)
     trainer.train()
     trainer.save_model()
     ids = blocks[:3, :11].clone()

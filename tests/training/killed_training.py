@@ -14,9 +14,10 @@ from pathlib import Path
 from conftest import build_model, build_trainer, weights_of
 from datasets import load_from_disk
 from safetensors.torch import save_file
+from trainer_callbacks import cutting_callback
 from transformers import TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
+from hf_compressm import install_scan
 from hf_compressm.storage.checkpoint import last_complete_checkpoint
 
 
@@ -48,7 +49,7 @@ class DiskFull(TrainerCallback):
 def main() -> None:
     folder = Path(sys.argv[1])
     install_scan()
-    callback = CompreSSMCallback(CompreSSMConfig(target_state_size=4), CompreSSMSchedule(end=0.5, events=2))
+    callback = cutting_callback()
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
     trainer = build_trainer(folder, load_from_disk(folder.parent / "dataset"), model=build_model(), **options)
     callback.attach(trainer)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from conftest import assert_identical, build_model, build_trainer, losses_of, weights_of
-from test_rollback import WorseAt
 from torch.optim.swa_utils import AveragedModel
+from trainer_callbacks import WorseAt, cutting_callback
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
@@ -18,11 +18,6 @@ from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes
 
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-
-
-def cutting_callback(**options) -> CompreSSMCallback:
-    config = CompreSSMConfig(target_state_size=4)
-    return CompreSSMCallback(config, CompreSSMSchedule(end=0.5, events=2), **options)  # of 20 steps: after 5 and 10
 
 
 def given_to_the_constructor(build, callback):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import assert_identical, build_model, build_trainer, losses_of, weights_of
 from torch.optim.swa_utils import AveragedModel
+from trainer_callbacks import SnapshotAndRestore, WorseAt
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
@@ -14,32 +15,6 @@ from hf_compressm.storage.history import load_history
 from hf_compressm.training.snapshot import Snapshot
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
-
-
-class WorseAt(TrainerCallback):
-    """The evaluation after this step comes out worse; Trainer has put it into its log already."""
-
-    def __init__(self, *steps: int, metric: str = "eval_loss", value: float = 1e9):
-        self.steps, self.metric, self.value = steps, metric, value
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.global_step in self.steps:
-            metrics[self.metric] = state.log_history[-1][self.metric] = self.value
-
-
-class SnapshotAndRestore(TrainerCallback):
-    """What a rollback does to a run that is never cut."""
-
-    def __init__(self, taken: int, restored: int):
-        self.taken, self.restored = taken, restored
-
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step == self.taken:
-            self.snapshot = Snapshot(model, optimizer)
-
-    def on_evaluate(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step == self.restored:
-            self.snapshot.restore(model, optimizer)
 
 
 def net(config: dict | None = None, **schedule) -> CompreSSMCallback:

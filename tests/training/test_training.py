@@ -1,32 +1,21 @@
 """Real Trainer runs: the callback disturbs nothing, cuts on schedule, writes its history and resumes exactly."""
 
 import json
-import random
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from conftest import assert_identical, build_model, build_trainer, losses_of, weights_of
+from conftest import assert_identical, build_model, build_trainer, losses_of, random_state, weights_of
 from datasets import Dataset
 from safetensors.torch import load_file
+from trainer_callbacks import SCHEDULE, cutting_callback
 from transformers import AutoModelForCausalLM, MambaForCausalLM
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, uninstall_scan
 from hf_compressm.storage.history import load_history
 from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes
 from hf_compressm.training import callback as callback_module
-
-SCHEDULE = CompreSSMSchedule(start=0.0, end=0.5, events=2)  # of 20 steps: after 5 and 10
-
-
-def cutting_callback(**changes) -> CompreSSMCallback:
-    return CompreSSMCallback(CompreSSMConfig(**({"target_state_size": 4} | changes)), SCHEDULE)
-
-
-def random_state() -> tuple:
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 @pytest.mark.parametrize("criterion", ["output", "taylor"])
@@ -230,10 +219,9 @@ def test_a_resume_in_a_new_process_repeats_the_run_exactly(tmp_path, dataset):
     dataset.save_to_disk(tmp_path / "data")
     script = f"""
 import json, sys
-sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
 from datasets import load_from_disk
 from conftest import build_model, build_trainer, losses_of
-from test_training import cutting_callback
+from trainer_callbacks import cutting_callback
 from hf_compressm import install_scan
 install_scan()
 trainer = build_trainer({str(tmp_path / "b")!r}, load_from_disk({str(tmp_path / "data")!r}), [cutting_callback()],
