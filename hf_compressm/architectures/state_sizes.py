@@ -48,40 +48,59 @@ def record_state_sizes(model: nn.Module, sizes: dict[int, int]) -> None:
         setattr(model.config, layout.size_field, everywhere[0] if len(set(everywhere)) == 1 else everywhere)
 
 
-def recorded_state_sizes(config: dict) -> list[int]:
-    """N of each layer, from the content of a `config.json`.
+def recorded_state_sizes(config: dict) -> dict[int, int]:
+    """The function reads N from the content of a `config.json`, by layer index, of the layers that have a state.
 
     Raises:
-        ValueError: it says nothing, or nothing sensible, of the sizes.
+        ValueError: the config says nothing, or nothing sensible, of the sizes.
     """
-    layout = LAYOUTS[config["model_type"]]
-    layers, size = config.get("num_hidden_layers"), config.get(layout.size_field)
-    if type(layers) is not int or not 0 <= layers <= MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers = {layers!r}; allowed: a whole number up to {MAX_LAYERS:,}")
-    sizes = list(size) if isinstance(size, list) else [size] * layers
-    for index, size in _differing_sizes(config, layout, layers).items():
-        sizes[index] = size
-    if len(sizes) != layers or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(f"it gives {layers} layers the state sizes {sizes}")
+    layout, layers = LAYOUTS[config["model_type"]], layers_with_state(config)
+    size = config.get(layout.size_field)
+    given = size if isinstance(size, list) else [size] * len(layers)
+    if len(given) != len(layers):
+        raise ValueError(f"it gives {len(layers)} layers the state sizes {given}")
+    sizes = dict(zip(layers, given, strict=True)) | _differing_sizes(config, layout, layers)
+    if not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise ValueError(f"it gives {len(layers)} layers the state sizes {list(sizes.values())}")
     return sizes
 
 
-def _differing_sizes(config: dict, layout: StateLayout, layers: int) -> dict[int, object]:
-    """Layer → N, of those that `per_layer_config` speaks of, as it gives it."""
+def layers_with_state(config: dict) -> list[int]:
+    """The function reads the indices of the layers that have a state from the content of a `config.json`, ascending.
+
+    In the families of today these are all layers. In a hybrid, where layers of attention lie between, they are not.
+
+    Raises:
+        ValueError: `num_hidden_layers` is no number of layers.
+    """
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int or not 0 <= layers <= MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers = {layers!r}; allowed: a whole number up to {MAX_LAYERS:,}")
+    return list(range(layers))
+
+
+def _differing_sizes(config: dict, layout: StateLayout, layers: list[int]) -> dict[int, object]:
+    """The function returns N as `per_layer_config` gives it, by index, of those of `layers` that it speaks of."""
     given = config.get("per_layer_config") or {}
     if not isinstance(given, dict):
         raise ValueError(f"per_layer_config = {given!r}; allowed: a table of layers")
-    widths = range(1, len(str(layers - 1)) + 1)  # Transformers pads the numbers with zeros, so that they sort
-    positions = {str(index).zfill(width): index for index in range(layers) for width in widths}
+    widest = len(str(config["num_hidden_layers"] - 1))  # Transformers pads the numbers with zeros, so that they sort
+    indices = {str(index).zfill(width): index for index in layers for width in range(1, widest + 1)}
     for index, differing in given.items():
-        if index not in positions:
-            raise ValueError(f"per_layer_config names a layer {index!r}; allowed: 0 … {layers - 1}")
+        if index not in indices:
+            raise ValueError(f"per_layer_config names a layer {index!r}; allowed: {_indices_text(layers)}")
         if not isinstance(differing, dict) or set(differing) != {layout.size_field}:
             raise ValueError(f"per_layer_config gives layer {index} {differing!r}; allowed: {layout.size_field} only")
-    sizes = {positions[index]: differing[layout.size_field] for index, differing in given.items()}
+    sizes = {indices[index]: differing[layout.size_field] for index, differing in given.items()}
     if len(sizes) < len(given):
         raise ValueError(f"per_layer_config names a layer twice: {', '.join(given)}")
     return sizes
+
+
+def _indices_text(indices: list[int]) -> str:
+    """The function returns all of them, or where none is left out the first and the last."""
+    is_whole = indices == list(range(len(indices))) and len(indices) > 1
+    return f"0 … {indices[-1]}" if is_whole else ", ".join(map(str, indices)) or "none"
 
 
 def _record_in_mixer(mixer: nn.Module, layout: StateLayout, size: int) -> None:

@@ -113,22 +113,29 @@ def _card_data(details: CardDetails, name: str) -> ModelCardData:
     )
 
 
-def _facts(folder: Path, sizes: list[int], history: History) -> dict:
-    """Sizes, parameters and state, before and after."""
-    cuts = history.standing_cuts
-    before, live = (cuts[0].state_sizes_before, cuts[-1].state_sizes_after) if cuts else (sizes, sizes)
+def _facts(folder: Path, sizes: dict[int, int], history: History) -> dict:
+    """The function returns sizes, parameters and state, before and after.
+
+    Args:
+        sizes: N as the weights have it, by layer index.
+    """
+    cuts, before, live = history.standing_cuts, sizes, sizes
+    if cuts:
+        before, live = cuts[0].by_layer("state_sizes_before"), cuts[-1].by_layer("state_sizes_after")
     shapes = weight_shapes(folder)
     channels = next(shape[0] for name, shape in shapes.items() if name.endswith(".A_log"))
     parameters = sum(math.prod(shape) for shape in shapes.values())
+    states_before, states = sum(before.values()), sum(sizes.values())
     per_state = 3 * channels  # a column of A_log, a row of B and one of C
     return {
-        "sizes_before": sizes_text(before),
-        "sizes_after": sizes_text(live) + (f" (padded to {sizes_text(sizes)})" if sizes != live else ""),
-        "is_uniform": len(set(sizes)) == 1,
-        "parameters_before": f"{(parameters + per_state * (sum(before) - sum(sizes))) / 1e6:.2f} M",
+        "sizes_before": sizes_text(before.values()),
+        "sizes_after": sizes_text(live.values())
+        + (f" (padded to {sizes_text(sizes.values())})" if sizes != live else ""),
+        "is_uniform": len(set(sizes.values())) == 1,
+        "parameters_before": f"{(parameters + per_state * (states_before - states)) / 1e6:.2f} M",
         "parameters_after": f"{parameters / 1e6:.2f} M",
-        "state_before": _bytes_text(4 * channels * sum(before)),
-        "state_after": _bytes_text(4 * channels * sum(sizes)),
+        "state_before": _bytes_text(4 * channels * states_before),
+        "state_after": _bytes_text(4 * channels * states),
         "configuration": json.dumps({"config": history.config, "schedule": history.schedule}, indent=2),
         "library_version": history.library_version,
     }

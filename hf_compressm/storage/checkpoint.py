@@ -23,15 +23,16 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; others would be ca
 _LAYER = re.compile(r"layers\.(\d+)\.")  # the layer in a parameter's name
 
 
-def check_checkpoint(folder: str | Path) -> list[int]:
-    """Read the headers of a checkpoint and refuse what could not be loaded right.
+def check_checkpoint(folder: str | Path) -> dict[int, int]:
+    """The function reads the headers of a checkpoint and refuses what could not be loaded right.
 
     Returns:
-        The state size of each layer.
+        N by layer index, of the layers that have a state; that others have none is normal.
 
     Raises:
-        FileNotFoundError: no config or no safetensors weights in the folder.
-        ValueError: another architecture, a truncated or damaged file, or sizes that do not match the config.
+        FileNotFoundError: there is no config or there are no safetensors weights in the folder.
+        ValueError: the model is of another architecture, a file is truncated or damaged, or the weights have other
+            sizes than the config says.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME)
@@ -46,10 +47,10 @@ def check_checkpoint(folder: str | Path) -> list[int]:
         raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}; take another checkpoint.") from error
     layout = LAYOUTS[config["model_type"]]
     sizes = _sizes_in_weights(folder, layout)
-    if [index for index, _ in sizes] != list(range(len(expected))):
+    if [index for index, _ in sizes] != list(expected):
         raise ValueError(
-            f"the weights in {folder} hold {layout.marker} of the layers {[index for index, _ in sizes]}, "
-            f"{CONFIG_NAME} speaks of {len(expected)} layers; the checkpoint is incomplete, take another."
+            f"the weights in {folder} hold {layout.marker} of the layers {[index for index, _ in sizes]}, by "
+            f"{CONFIG_NAME} the layers {list(expected)} have a state; the checkpoint is incomplete, take another."
         )
     for index, size in sizes:
         if size != expected[index]:
@@ -166,7 +167,11 @@ def _shapes_in_header(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _sizes_in_weights(folder: Path, layout: StateLayout) -> list[tuple[int, int]]:
-    """(layer, N) as the weights have them, in order; a name twice or without its layer is no such model's."""
+    """The function returns (layer index, N) as the weights have them, in order; a layer may come twice.
+
+    Raises:
+        ValueError: a name says no layer, so it is no such model's.
+    """
     axis, sizes = layout.tensors[layout.marker].axis, []
     for name, shape in weight_shapes(folder).items():
         if name.endswith("." + layout.marker):

@@ -86,7 +86,7 @@ def test_training_makes_it_and_its_checkpoints_say_so(run):
     folder = run.args.output_dir
     assert type(run.model) is CompreSSMMambaForCausalLM and type(run.model.backbone) is CompreSSMMambaModel
     assert state_sizes(run.model) == {0: 4, 1: 16}
-    assert check_checkpoint(folder) == [4, 16] and check_checkpoint(f"{folder}/checkpoint-6") == [8, 16]
+    assert check_checkpoint(folder) == {0: 4, 1: 16} and check_checkpoint(f"{folder}/checkpoint-6") == {0: 8, 1: 16}
     config = json.loads(Path(folder, "config.json").read_text())
     assert config["model_type"] == "compressm_mamba" and config["architectures"] == ["CompreSSMMambaForCausalLM"]
     assert config["per_layer_config"] == {"0": {"state_size": 4}} and config["state_size"] == 16
@@ -195,5 +195,5 @@ def test_more_than_ten_layers(tmp_path):
     model = build_model(num_hidden_layers=12)
     shrink_state(model, {i: Selection(torch.arange(size)) for i, size in enumerate(sizes)})
     model.save_pretrained(tmp_path)
-    assert check_checkpoint(tmp_path) == sizes
+    assert check_checkpoint(tmp_path) == dict(enumerate(sizes))
     assert list(state_sizes(AutoModelForCausalLM.from_pretrained(tmp_path)).values()) == sizes

@@ -386,7 +386,7 @@ def test_a_cut_model_is_an_ordinary_checkpoint(tmp_path, model, data):
     sizes = list(state_sizes(model).values())
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert loaded.config.state_size == sizes == check_checkpoint(tmp_path)
+    assert loaded.config.state_size == sizes and check_checkpoint(tmp_path) == dict(enumerate(sizes))
     assert torch.equal(loaded(input_ids=data[0]["input_ids"]).logits, model(input_ids=data[0]["input_ids"]).logits)
     assert analyze(loaded, None, CompreSSMConfig(tolerance=0.05)).state_sizes_before == dict(enumerate(sizes))
 
@@ -415,7 +415,7 @@ def test_a_model_adopts_any_sizes_layer_by_layer_from_the_weights_it_is_given():
 )
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage, message):
     build_lru(state_size=[5, 9]).save_pretrained(tmp_path)
-    assert check_checkpoint(tmp_path) == [5, 9]
+    assert check_checkpoint(tmp_path) == {0: 5, 1: 9}
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         check_checkpoint(tmp_path)
@@ -542,7 +542,7 @@ def test_a_run_cuts_each_layer_at_its_steps(uninterrupted):
     assert all(len(set(after)) == 2 for after in sizes)
     assert trainer.model.config.state_size == sizes[1]
     for step, expected in ((2, [N, N]), (3, sizes[0]), (5, sizes[0]), (6, sizes[1]), (12, sizes[1])):
-        assert check_checkpoint(folder / f"checkpoint-{step}") == expected
+        assert check_checkpoint(folder / f"checkpoint-{step}") == dict(enumerate(expected))
     loaded = AutoModelForSequenceClassification.from_pretrained(folder / "checkpoint-12")
     assert_identical(weights_of(loaded), weights_of(trainer.model))
 
