@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from conftest import LAYERS, assert_identical, build_model, build_trainer, weights_of
+from conftest import assert_identical, build_model, build_trainer, weights_of
 from hub_server import FINE_GRAINED, READ, STRANGER, HubServer
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from safetensors.torch import load_file

@@ -77,7 +77,8 @@ def test_a_layer_stands_still_only_within_the_noise_and_where_there_is_a_ranking
 def first_cut(movement, seed: int, draws: int = 2, **schedule) -> tuple[int, dict[int, str]]:
     """Step and reason (by layer index) of the cut of a model of one layer whose scores go as `movement` says.
 
-    There are 200 steps. Each draw sees the scores through noise of its own, which is the same at every step, as its batches are.
+    There are 200 steps. Each draw sees the scores through noise of its own, which is the same at every step, as its
+    batches are.
     """
     model = build_model(num_hidden_layers=1, state_size=32)
     schedule = CompreSSMSchedule(**SETTLED | {"settled_patience": 2} | schedule)
