@@ -153,6 +153,7 @@ def compress(
     report.applied = True
     return ReductionEvent(
         step=step,
+        layers=list(sizes),
         state_sizes_before=list(sizes.values()),
         state_sizes_after=list(report.state_sizes.values()),
         kept_states=[keep.tolist() for keep in report.kept_states.values()],

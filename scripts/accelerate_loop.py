@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume_from_checkpoint:  # the sizes first: optimizer and wrapper are built for them
         history = load_history(args.resume_from_checkpoint)
         if history.state_sizes:
-            set_state_sizes(model, dict(enumerate(history.state_sizes)), is_prepared=False)
+            set_state_sizes(model, history.state_sizes, is_prepared=False)
         done = int(Path(args.resume_from_checkpoint).name.rpartition("-")[2])
     keep_average = args.average_decay > 0 and accelerator.distributed_type != "FSDP"
     average_function = get_ema_multi_avg_fn(args.average_decay)
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         save_history(history, args.output_dir)
-    accelerator.print(f"State sizes {history.state_sizes}. Saved in {args.output_dir}")
+    accelerator.print(f"State sizes {list((history.state_sizes or {}).values())}. Saved in {args.output_dir}")
     accelerator.wait_for_everyone()  # or the first to leave would take the others' connections down
     accelerator.end_training()
 

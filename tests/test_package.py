@@ -37,7 +37,7 @@ USE = """
     model.save_pretrained("model")
     save_history(history, "model")
     assert AutoModelForCausalLM.from_pretrained("model").config.state_size == 4
-    assert load_history("model").state_sizes == [4, 4]
+    assert load_history("model").state_sizes == {0: 4, 1: 4}
     assert "| state size N | 16 | 4 |" in str(write_model_card("model", "me/model"))
     assert main(["env"]) == 0
     print("used", hf_compressm.__version__)

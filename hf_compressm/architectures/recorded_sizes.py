@@ -34,25 +34,31 @@ def recorded_state_sizes(config: dict) -> dict[int, int]:
     given = size if isinstance(size, list) else [size] * len(layers)
     if len(given) != len(layers):
         raise ValueError(f"it gives {len(layers)} layers the state sizes {given}")
-    sizes = dict(zip(layers, given, strict=True)) | _differing_sizes(config, family, count)
+    sizes = dict(zip(layers, given, strict=True)) | _differing_sizes(config, family, layers)
     if not all(type(size) is int and size > 0 for size in sizes.values()):
         raise ValueError(f"it gives {len(layers)} layers the state sizes {list(sizes.values())}")
     return sizes
 
 
-def _differing_sizes(config: dict, family: Family, layers: int) -> dict[int, object]:
-    """Layer → N, of those that `per_layer_config` speaks of, as it gives it."""
+def _differing_sizes(config: dict, family: Family, layers: list[int]) -> dict[int, object]:
+    """Return N as `per_layer_config` gives it, by index, of those of `layers` that it speaks of."""
     given = config.get("per_layer_config") or {}
     if not isinstance(given, dict):
         raise ValueError(f"per_layer_config = {given!r}; allowed: a table of layers")
-    widths = range(1, len(str(layers - 1)) + 1)  # Transformers pads the numbers with zeros, so that they sort
-    positions = {str(index).zfill(width): index for index in range(layers) for width in widths}
+    widest = len(str(config["num_hidden_layers"] - 1))  # Transformers pads the numbers with zeros, so that they sort
+    indices = {str(index).zfill(width): index for index in layers for width in range(1, widest + 1)}
     for index, differing in given.items():
-        if index not in positions:
-            raise ValueError(f"per_layer_config names a layer {index!r}; allowed: 0 … {layers - 1}")
+        if index not in indices:
+            raise ValueError(f"per_layer_config names a layer {index!r}; allowed: {_indices_text(layers)}")
         if not isinstance(differing, dict) or set(differing) != {family.size_field}:
             raise ValueError(f"per_layer_config gives layer {index} {differing!r}; allowed: {family.size_field} only")
-    sizes = {positions[index]: differing[family.size_field] for index, differing in given.items()}
+    sizes = {indices[index]: differing[family.size_field] for index, differing in given.items()}
     if len(sizes) < len(given):
         raise ValueError(f"per_layer_config names a layer twice: {', '.join(given)}")
     return sizes
+
+
+def _indices_text(indices: list[int]) -> str:
+    """Name all of them, or where none is left out the first and the last."""
+    is_whole = indices == list(range(len(indices))) and len(indices) > 1
+    return f"0 … {indices[-1]}" if is_whole else ", ".join(map(str, indices)) or "none"

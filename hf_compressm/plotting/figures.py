@@ -74,6 +74,16 @@ def tell_layers_apart(axes: "Axes", colors: "ScalarMappable", layers: int) -> No
         axes.legend(frameon=False)
 
 
+def check_layer(layer: int, layers: Sequence[int], otherwise: str = "") -> None:
+    """The function refuses an index of which a history has no state.
+
+    Raises:
+        ValueError: it is not one of `layers`; names them.
+    """
+    if layer not in layers:
+        raise ValueError(f"layer = {layer}; allowed: {', '.join(map(str, layers))}{otherwise}.")
+
+
 def whole_numbers(intervals: int = 10):
     """Ticks for layers, ranks and steps, with at most so many intervals."""
     return load_matplotlib().ticker.MaxNLocator(intervals, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)

@@ -100,8 +100,8 @@ def _rollbacks(history: History) -> dict[int, ReductionEvent]:
     return {event.rolled_back_at: event for event in reversed(history.events) if event.rolled_back_at is not None}
 
 
-def _sizes_over_steps(history: History, end: int) -> tuple[list[float], list[list[int]]]:
-    """Steps from which on, (T,), there are these sizes, T lists of one per layer; the last is where lines end."""
+def _sizes_over_steps(history: History, end: int) -> tuple[list[float], dict[int, list[int]]]:
+    """The function returns steps, (T,), and from each on N of every layer, T by index; the last is where lines end."""
     first = history.events[0].state_sizes_before if history.events else history.observations[0].state_sizes
     cuts = [(event.step, event.state_sizes_after) for event in history.events if event.step is not None]
     rollbacks = [(step, event.state_sizes_before) for step, event in _rollbacks(history).items()]
@@ -110,36 +110,38 @@ def _sizes_over_steps(history: History, end: int) -> tuple[list[float], list[lis
     last, sizes = changes[-1]
     changes.append((end if last < end else last + TAIL * end, sizes))
     steps, sizes = zip(*changes, strict=True)
-    return list(steps), list(sizes)
+    of_layers = map(list, zip(*sizes, strict=True))
+    return list(steps), dict(zip(history.layers, of_layers, strict=True))
 
 
 def _after_training(history: History, end: int) -> list[tuple[float, list[int]]]:
-    """Sizes after each cut that came after training, at places beyond the end of it."""
+    """The function returns the sizes after each cut that came after training, at places beyond the end of it."""
     sizes = [event.state_sizes_after for event in history.events if event.step is None]
     return [(end * (1 + TAIL * i), after) for i, after in enumerate(sizes, 1)]
 
 
-def _draw_sizes(axes: "Axes", steps: list[float], sizes: list[list[int]]) -> None:
-    """Steps of the lines, (T,), and sizes, T lists of one per layer."""
-    layers = [list(layer) for layer in zip(*sizes, strict=True)]
+def _draw_sizes(axes: "Axes", steps: list[float], sizes: dict[int, list[int]]) -> None:
+    """The function draws N over the steps, (T,), of layers given by index, (T,) each."""
     draw = partial(axes.plot, steps, drawstyle="steps-post")
-    uniform = all(layer == layers[0] for layer in layers)
+    first, *others = sizes.values()
+    uniform = all(other == first for other in others)
     if uniform:
-        draw(layers[0], color=COLORS[0], linewidth=2)
-    elif len(layers) <= SINGLE_LAYERS:
-        colors = color_scale(0, len(layers) - 1)
-        halo = 2.4 if len(layers) <= LEGEND_LAYERS else 0  # so that a line under others still shows
-        for index, layer in enumerate(layers):
-            width = 1.2 + halo * (1 - (index + 1) / len(layers))
-            draw(layer, color=colors.to_rgba(index), linewidth=width, label=f"layer {index}")
-        tell_layers_apart(axes, colors, len(layers))
+        draw(first, color=COLORS[0], linewidth=2)
+    elif len(sizes) <= SINGLE_LAYERS:
+        colors = color_scale(min(sizes), max(sizes))
+        halo = 2.4 if len(sizes) <= LEGEND_LAYERS else 0  # so that a line under others still shows
+        for drawn, (layer, line) in enumerate(sizes.items(), 1):
+            width = 1.2 + halo * (1 - drawn / len(sizes))
+            draw(line, color=colors.to_rgba(layer), linewidth=width, label=f"layer {layer}")
+        tell_layers_apart(axes, colors, len(sizes))
     else:
-        smallest, largest = list(map(min, sizes)), list(map(max, sizes))
+        of_steps = list(zip(*sizes.values(), strict=True))
+        smallest, largest = list(map(min, of_steps)), list(map(max, of_steps))
         band = {"step": "post", "alpha": 0.25, "linewidth": 0, "label": "range over layers"}
         axes.fill_between(steps, smallest, largest, color=COLORS[0], **band)
-        draw(list(map(mean, sizes)), color=COLORS[0], linewidth=2, label="mean over layers")
+        draw(list(map(mean, of_steps)), color=COLORS[0], linewidth=2, label="mean over layers")
         axes.legend(frameon=False)
-    different = sorted(set().union(*sizes))
+    different = sorted(set().union(*sizes.values()))
     powers = [2**k for k in range(different[-1].bit_length()) if 2**k >= different[0]]
     size_ticks(axes, different if uniform or len(powers) < 3 else powers, "y")
 

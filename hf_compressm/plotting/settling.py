@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..storage.history import History
 from ..storage.records import Observation
-from .figures import AUXILIARY, COLORS, SMALL, new_figure, whole_numbers
+from .figures import AUXILIARY, COLORS, SMALL, check_layer, new_figure, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,47 +18,48 @@ MEASURES = {  # of an observation: the movement, the noise, what the axis says
 
 
 def plot_settling(history: History, layer: int | None = None) -> "Figure":
-    """Rank correlation of the states with an earlier point of training, beside that of two calibration draws.
+    """The figure shows how the states rank beside an earlier point of training, and beside another calibration draw.
 
-    A panel for each layer. Dots are filled where the layer stood still: where neither the order nor the score shares
-    moved further than the noise. Dashes stand where the layer was cut, with the reason. Of a single layer the distance
-    of its score shares is shown as well, below.
+    There is a panel with the rank correlations for each layer that has a state. Dots are filled where the layer stood
+    still: where neither the order nor the score shares moved further than the noise. Dashes stand where the layer was
+    cut, with the reason. Of a single layer the distance of its score shares is shown as well, below.
 
     Args:
         history: of a run with the trigger "settled".
-        layer: which layer, from 0; None for all.
+        layer: the index of a layer that has a state; None for all of them.
 
     Raises:
-        ValueError: no rankings were compared, or there is no such layer.
+        ValueError: no rankings were compared, or the layer has no state.
     """
     seen = [observation for observation in history.observations if observation.rank_noise is not None]
     if not seen:
         raise ValueError(
             "the history holds no comparison of rankings: train with CompreSSMSchedule(trigger='settled')."
         )
-    layers = len(seen[0].state_sizes)
-    if layer is not None and not 0 <= layer < layers:
-        raise ValueError(f"layer = {layer}; allowed: 0 … {layers - 1}, or None for all.")
-    return _draw_layers(history, seen, layers) if layer is None else _draw_layer(history, seen, layer)
+    if layer is None:
+        return _draw_layers(history, seen)
+    check_layer(layer, history.layers, otherwise=", or None for all")
+    return _draw_layer(history, seen, layer)
 
 
-def _draw_layers(history: History, seen: list[Observation], layers: int) -> "Figure":
-    columns = math.ceil(math.sqrt(layers)) if layers < 16 else 4
-    rows = math.ceil(layers / columns)
+def _draw_layers(history: History, seen: list[Observation]) -> "Figure":
+    count = len(history.layers)
+    columns = math.ceil(math.sqrt(count)) if count < 16 else 4
+    rows = math.ceil(count / columns)
     figure, panels = new_figure(1.3 + 1.9 * rows, nrows=rows, ncols=columns, sharex=True, sharey=True, squeeze=False)
     panels = list(panels.flat)
-    for index, axes in enumerate(panels[:layers]):
-        _draw(axes, seen, index, "rank_correlation")
-        _mark_cuts(axes, history, index)
-        axes.set_title(f"layer {index}", fontsize=SMALL, loc="left")
+    for layer, axes in zip(history.layers, panels, strict=False):
+        _draw(axes, seen, layer, "rank_correlation")
+        _mark_cuts(axes, history, layer)
+        axes.set_title(f"layer {layer}", fontsize=SMALL, loc="left")
         axes.xaxis.set_major_locator(whole_numbers(4 if columns > 1 else 10))
-    for axes in panels[layers:]:
+    for axes in panels[count:]:
         axes.set_visible(False)
-    for axes in panels[layers - columns : layers]:
+    for axes in panels[count - columns : count]:
         axes.tick_params(labelbottom=True)
     figure.supxlabel("optimizer step", fontsize="medium")
     figure.supylabel(MEASURES["rank_correlation"][1], fontsize="medium")
-    _name_lines(figure, panels[:layers])
+    _name_lines(figure, panels[:count])
     return figure
 
 
@@ -77,11 +78,11 @@ def _draw_layer(history: History, seen: list[Observation], layer: int) -> "Figur
 
 
 def _draw(axes: "Axes", seen: list[Observation], layer: int, measure: str) -> None:
-    noise = {point.step: getattr(point, MEASURES[measure][0])[layer] for point in seen}
+    noise = {point.step: point.by_layer(MEASURES[measure][0])[layer] for point in seen}
     axes.plot(*_points(noise), color=COLORS[1], linewidth=1.3, label="two calibration draws")
     compared = [point for point in seen if point.settled_points is not None]
-    moved = {point.step: getattr(point, measure)[layer] for point in compared}
-    still = {point.step: moved[point.step] for point in compared if point.settled_points[layer]}
+    moved = {point.step: point.by_layer(measure)[layer] for point in compared}
+    still = {point.step: moved[point.step] for point in compared if point.by_layer("settled_points")[layer]}
     style = {"color": COLORS[0], "marker": "o", "markersize": 3.5, "markerfacecolor": "w", "linewidth": 1}
     axes.plot(*_points(moved), label="now and earlier, one draw", **style)
     style = {"color": COLORS[0], "marker": "o", "markersize": 3.5, "linestyle": "none", "zorder": 3}
@@ -95,7 +96,7 @@ def _points(values: dict[int, float | None]) -> tuple[list[int], list[float]]:
 
 def _mark_cuts(axes: "Axes", history: History, layer: int, with_reason: bool = True) -> None:
     for event in history.events:
-        reason = event.reasons[layer] if event.reasons else None
+        reason = event.by_layer("reasons").get(layer)
         if reason is not None:
             axes.axvline(event.step, **AUXILIARY)
             if with_reason:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Spectra = dict[int, Tensor] | Sequence[Tensor]  # layer → spectrum, (N,), descending; or one for each layer
+Spectra = dict[int, Tensor]  # layer index → spectrum, (N,), descending
 SMALLEST_SHARE = 1e-4  # %, in the map of scores
 
 
@@ -32,7 +32,8 @@ def plot_spectra(spectra: Spectra) -> "Figure":
     """Hankel singular values of every layer, σ_i / σ_1 on a logarithmic axis; what is below 1e-10 is shown there.
 
     Args:
-        spectra: layer → spectrum, (N,), descending, as in `StateReport.hankel_singular_values`; or one for each layer.
+        spectra: layer index → spectrum, (N,), descending, as in `StateReport.hankel_singular_values` or from
+            `record.by_layer("hankel_singular_values")` of an event or an observation.
     """
     spectra, (figure, axes) = _by_layer(spectra), new_figure()
     _draw_layers(axes, {i: shares_of_largest(sigma) for i, sigma in spectra.items()})
@@ -63,14 +64,15 @@ def plot_kept_share(spectra: Spectra, tolerances: Sequence[float] = (0.1, 0.05, 
     return figure
 
 
-def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | Sequence[int] | None = None) -> "Figure":
-    """Each state's share of its layer's score, in %, over depth and rank; colours are logarithmic, from 1e-4 % on.
+def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | None = None) -> "Figure":
+    """The map shows each state's share of its layer's score, in %, over depth and rank.
+
+    Colours are logarithmic, from 1e-4 % on.
 
     Args:
-        scores: layer → score of each state, (N,), in any order, as in `StateReport.scores`; or one for each
-            layer. Spectra will do as well. Beyond a layer's N the map is hatched.
-        state_sizes: layer → states kept, as in `StateReport.state_sizes`; or one for each layer. A line is drawn to
-            the right of them.
+        scores: layer index → score of each state, (N,), in any order, as in `StateReport.scores`. Spectra will do as
+            well. Beyond a layer's N the map is hatched.
+        state_sizes: layer index → states kept, as in `StateReport.state_sizes`. A line is drawn to the right of them.
 
     Raises:
         ValueError: there are no scores, some are negative or not finite, or the sizes do not fit them.
@@ -78,7 +80,6 @@ def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | Sequence[int] 
     scores = _by_layer(scores)
     _check_scores(scores)
     if state_sizes is not None:
-        state_sizes = state_sizes if isinstance(state_sizes, dict) else dict(enumerate(state_sizes))
         _check_state_sizes(state_sizes, scores)
     figure, axes = new_figure(height=min(max(1.8 + 0.13 * len(scores), 2.4), 7))
     _draw_map(axes, scores)
@@ -94,8 +95,16 @@ def shares_of_largest(sigma: Tensor) -> Tensor:
 
 
 def _by_layer(spectra: Spectra) -> dict[int, Tensor]:
-    """Layer → spectrum, float64 on the CPU, (N,)."""
-    spectra = spectra if isinstance(spectra, dict) else dict(enumerate(spectra))
+    """The function returns spectra by layer index, (N,), float64 on the CPU.
+
+    Raises:
+        ValueError: there are none, or they do not say their layers.
+    """
+    if not isinstance(spectra, dict):
+        raise ValueError(
+            f"spectra were given as a {type(spectra).__name__}, which says no layers; give a dict of layer indices, "
+            'such as a report\'s or record.by_layer("hankel_singular_values").'
+        )
     if not spectra:
         raise ValueError("there are no spectra to plot.")
     return {index: sigma.detach().to("cpu", torch.float64) for index, sigma in spectra.items()}
@@ -123,8 +132,11 @@ def _check_scores(scores: dict[int, Tensor]) -> None:
 
 def _check_state_sizes(state_sizes: dict[int, int], scores: dict[int, Tensor]) -> None:
     limits = {index: len(score) for index, score in scores.items()}
-    if state_sizes.keys() != limits.keys():
-        raise ValueError(f"state_sizes of layers {list(state_sizes)}, scores of {list(limits)}; give both for each.")
+    if not isinstance(state_sizes, dict) or state_sizes.keys() != limits.keys():
+        raise ValueError(
+            f"state_sizes = {state_sizes}, and there are scores of the layers {list(limits)}; give a dict with a size "
+            "for each of them."
+        )
     for index, size in state_sizes.items():
         if not 0 <= size <= limits[index]:
             raise ValueError(f"state_sizes[{index}] = {size}; allowed: 0 … {limits[index]}, the states it has.")

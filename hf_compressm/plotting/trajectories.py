@@ -13,7 +13,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..storage.history import History
 from ..storage.records import ReductionEvent
-from .figures import AUXILIARY, COLORS, FLOOR, SMALL, color_bar, color_scale, new_figure, size_change, whole_numbers
+from .figures import (
+    AUXILIARY,
+    COLORS,
+    FLOOR,
+    SMALL,
+    check_layer,
+    color_bar,
+    color_scale,
+    new_figure,
+    size_change,
+    whole_numbers,
+)
 from .spectra import shares_of_largest
 
 if TYPE_CHECKING:
@@ -23,24 +34,23 @@ if TYPE_CHECKING:
 COLUMNS = 3  # of panels
 
 
-def plot_trajectories(history: History, layer: int = 0) -> "Figure":
-    """One layer through training: above its singular values, below how far they moved between observations.
+def plot_trajectories(history: History, layer: int | None = None) -> "Figure":
+    """The figure shows a layer through training: its singular values, and below them how far they moved.
 
     A line follows σ_i, by its rank i, and ends at the cut that removes it; dots are the spectra that events measured.
     Movement and Weyl's bound are in % of σ_1, with gaps where two observations cannot be compared.
 
     Args:
         history: of a run with observations.
-        layer: which layer, from 0.
+        layer: the index of a layer that has a state; None for the first one.
 
     Raises:
-        ValueError: there are no observations, or no such layer.
+        ValueError: there are no observations, or the layer has no state.
     """
     if not history.observations:
         raise ValueError("the history holds no observations: train with CompreSSMSchedule(monitor_steps=...).")
-    layers = len(history.observations[0].state_sizes)
-    if not 0 <= layer < layers:
-        raise ValueError(f"layer = {layer}; allowed: 0 … {layers - 1}.")
+    layer = history.layers[0] if layer is None else layer
+    check_layer(layer, history.layers)
     history = replace(history, events=[event for event in history.events if event.step is not None])
     figure, (above, below) = new_figure(5, nrows=2, sharex=True, height_ratios=[5, 3])
     _draw_singular_values(above, history, layer)
@@ -85,7 +95,7 @@ def plot_event_spectra(history: History) -> "Figure":
 def _draw_singular_values(axes: "Axes", history: History, layer: int) -> None:
     """A line per rank through all spectra; at the step of an event its own, from before the cut."""
     records = chain(history.observations, history.events)
-    spectra = {record.step: record.hankel_singular_values[layer].tolist() for record in records}
+    spectra = {record.step: record.by_layer("hankel_singular_values")[layer].tolist() for record in records}
     largest = max(map(len, spectra.values()))
     colors = color_scale(1, largest)
     for i in range(largest):
@@ -106,8 +116,7 @@ def _draw_movement(axes: "Axes", history: History, layer: int) -> None:
     distances = {"Weyl's bound": ("weyl_bound", COLORS[1], "s"), "largest movement": ("movement", COLORS[0], "o")}
     steps = [observation.step for observation in history.observations]
     for label, (name, color, marker) in distances.items():
-        given = [(observation, getattr(observation, name)) for observation in history.observations]
-        shares = [math.nan if moved is None else 100 * seen.share(moved)[layer] for seen, moved in given]
+        shares = [100 * seen.share(name).get(layer, math.nan) for seen in history.observations]
         if not all(map(math.isnan, shares)):
             axes.plot(steps, shares, color=color, marker=marker, markersize=3.5, linewidth=1.3, label=label)
     axes.set(xlabel="optimizer step", ylabel=r"change (% of $\sigma_1$)")
@@ -122,7 +131,7 @@ def _draw_movement(axes: "Axes", history: History, layer: int) -> None:
 def _mark_cuts(above: "Axes", below: "Axes", history: History, layer: int) -> None:
     """Dashed lines at the steps where this layer lost states, with N before and after at their top."""
     for event in history.events:
-        before, after = event.state_sizes_before[layer], event.state_sizes_after[layer]
+        before, after = (event.by_layer(f"state_sizes_{when}")[layer] for when in ("before", "after"))
         if after < before:
             for axes in (above, below):
                 axes.axvline(event.step, **AUXILIARY)

@@ -113,26 +113,30 @@ def _card_data(details: CardDetails, name: str) -> ModelCardData:
     )
 
 
-def _facts(folder: Path, by_layer: dict[int, int], history: History) -> dict:
+def _facts(folder: Path, sizes: dict[int, int], history: History) -> dict:
     """Sizes, parameters and state, before and after."""
-    config, sizes, cuts = read_json(folder / CONFIG_NAME), list(by_layer.values()), history.standing_cuts
+    config, cuts, before, live = read_json(folder / CONFIG_NAME), history.standing_cuts, sizes, sizes
+    if cuts:
+        before, live = cuts[0].by_layer("state_sizes_before"), cuts[-1].by_layer("state_sizes_after")
     family = FAMILIES[config["model_type"]]
-    before, live = (cuts[0].state_sizes_before, cuts[-1].state_sizes_after) if cuts else (sizes, sizes)
     parameters = sum(math.prod(shape) for shape in weight_shapes(folder).values())
-    per_state = map(family.parameters_per_state, state_tensor_shapes(folder, family).values())
-    removed = sum(each * (then - now) for each, then, now in zip(per_state, before, sizes, strict=True))
+    removed = sum(
+        family.parameters_per_state(shapes) * (before[index] - sizes[index])
+        for index, shapes in state_tensor_shapes(folder, family).items()
+    )
     state_bytes = 4 * family.values_per_state(config)
     return {
         "title": family.title,
         "limits": family.limits,
         "plain_class": config["architectures"][0],
-        "sizes_before": sizes_text(before),
-        "sizes_after": sizes_text(live) + (f" (padded to {sizes_text(sizes)})" if sizes != live else ""),
-        "is_uniform": len(set(sizes)) == 1,
+        "sizes_before": sizes_text(before.values()),
+        "sizes_after": sizes_text(live.values())
+        + (f" (padded to {sizes_text(sizes.values())})" if sizes != live else ""),
+        "is_uniform": len(set(sizes.values())) == 1,
         "parameters_before": f"{(parameters + removed) / 1e6:.2f} M",
         "parameters_after": f"{parameters / 1e6:.2f} M",
-        "state_before": _bytes_text(state_bytes * sum(before)),
-        "state_after": _bytes_text(state_bytes * sum(sizes)),
+        "state_before": _bytes_text(state_bytes * sum(before.values())),
+        "state_after": _bytes_text(state_bytes * sum(sizes.values())),
         "configuration": json.dumps({"config": history.config, "schedule": history.schedule}, indent=2),
         "library_version": history.library_version,
     }

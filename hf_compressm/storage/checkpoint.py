@@ -31,8 +31,9 @@ def check_checkpoint(folder: str | Path) -> dict[int, int]:
         The state size of each layer that has a state, by layer index.
 
     Raises:
-        FileNotFoundError: no config or no safetensors weights in the folder.
-        ValueError: another architecture, a truncated or damaged file, or sizes that do not match the config.
+        FileNotFoundError: there is no config or there are no safetensors weights in the folder.
+        ValueError: the model is of another architecture, a file is truncated or damaged, or the weights have other
+            sizes than the config says.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME)
@@ -48,8 +49,8 @@ def check_checkpoint(folder: str | Path) -> dict[int, int]:
     sizes = _sizes_in_weights(folder, FAMILIES[config["model_type"]])
     if sizes.keys() != expected.keys():
         raise ValueError(
-            f"the weights in {folder} hold the states of the layers {list(sizes)}, {CONFIG_NAME} speaks of "
-            f"{list(expected)}; the checkpoint is incomplete, take another."
+            f"the weights in {folder} hold states of the layers {list(sizes)}, by {CONFIG_NAME} the layers "
+            f"{list(expected)} have a state; the checkpoint is incomplete, take another."
         )
     for index, size in sizes.items():
         if size != expected[index]:

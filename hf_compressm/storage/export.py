@@ -30,18 +30,18 @@ class Exported:
 
     Attributes:
         folder: where.
-        state_sizes: N of each layer.
+        state_sizes: N by layer index.
         difference: largest difference of the logits from those of the source, computed in float32.
         largest_logit: of the source, to measure the difference by.
     """
 
     folder: Path
-    state_sizes: list[int]
+    state_sizes: dict[int, int]
     difference: float
     largest_logit: float
 
     def __str__(self) -> str:
-        sizes = sorted(set(self.state_sizes))
+        sizes = sorted(set(self.state_sizes.values()))
         return (
             f"{self.folder}: N = {', '.join(map(str, sizes))}; logits differ from the source's by at most "
             f"{self.difference:.1e} (largest logit {self.largest_logit:.1f})"
@@ -124,7 +124,7 @@ def _export(
                 f"the export of {source} gives other logits than its source, by {(found - rounded).abs().max():.1e}; "
                 "it was not kept. Please report this."
             )
-    return Exported(target, list(state_sizes(written).values()), float((found - expected).abs().max()), largest)
+    return Exported(target, state_sizes(written), float((found - expected).abs().max()), largest)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """What was measured and cut, when, and with which Hankel singular values: `compressm.json` and `hsv.safetensors`.
 
-`compressm.json` is readable without this library. The spectra, float64, (N,), descending, stand beside it in
-`hsv.safetensors`: `event.<i>.layer.<j>` belongs to the i-th entry of `events`, `observation.<i>.layer.<j>` to the i-th
-entry of `observations`, layer j; `observation.<i>.scores.<j>` are scores in stored order, where rankings are
-compared. The model's own `config.json` gets a summary, under `compressm`. The format is documented in the README.
+`compressm.json` is readable without this library. What is said of single layers stands in lists beside `layers`, the
+indices of the layers that have a state. The spectra, float64, (N,), descending, stand in `hsv.safetensors`, named by
+layer index: `event.<i>.layer.<index>` belongs to the i-th entry of `events`, `observation.<i>.layer.<index>` to the
+i-th entry of `observations`; `observation.<i>.scores.<index>` are scores in stored order, where rankings are compared.
+The model's own `config.json` gets a summary, under `compressm`. The format is documented in the README.
 """
 
 import math
@@ -30,13 +31,22 @@ RECORDS = {"events": "event", "observations": "observation"}  # kind in the JSON
 
 @dataclass
 class History:
-    """All events and observations of a run, in order, with the configuration behind them."""
+    """All events and observations of a run, in order, with the configuration behind them.
+
+    All of them speak of the same layers: those of the model that have a state.
+    """
 
     config: dict
     schedule: dict | None = None
     events: list[ReductionEvent] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     library_version: str = field(default_factory=partial(version, "hf_compressm"))
+
+    @property
+    def layers(self) -> list[int]:
+        """The indices of the layers that have a state, ascending; none before anything was recorded."""
+        recorded = [*self.events, *self.observations]
+        return recorded[0].layers if recorded else []
 
     @property
     def standing_cuts(self) -> list[ReductionEvent]:
@@ -50,14 +60,15 @@ class History:
         return sum(max(0.0, event.loss_after - event.loss_before) for event in measured)
 
     @property
-    def state_sizes(self) -> list[int] | None:
-        """The sizes after all events and rollbacks, per layer; None before the first event."""
+    def state_sizes(self) -> dict[int, int] | None:
+        """N after all events and rollbacks, by layer index; None before the first event."""
         if not self.events:
             return None
         last, last_rollback = self.events[-1], self.last_rollback
         if last_rollback == 0 or last.step is None or last.step > last_rollback:  # None: after training
-            return last.state_sizes_after
-        return next(event for event in self.events if event.rolled_back_at == last_rollback).state_sizes_before
+            return last.by_layer("state_sizes_after")
+        undone = next(event for event in self.events if event.rolled_back_at == last_rollback)
+        return undone.by_layer("state_sizes_before")
 
     @property
     def rollbacks(self) -> int:
@@ -80,10 +91,10 @@ class History:
         return [event.step for event in self.events]
 
     @property
-    def score_kept(self) -> list[float]:
-        """Per layer: the share of the state score that all cuts together kept, each as measured before it."""
-        shares = [[1 - share for share in event.score_discarded] for event in self.standing_cuts]
-        return [math.prod(layer) for layer in zip(*shares, strict=True)]
+    def score_kept(self) -> dict[int, float]:
+        """The share of the state score that all cuts together kept, each as measured before it, by layer index."""
+        discarded = [event.by_layer("score_discarded") for event in self.standing_cuts]
+        return {layer: math.prod(1 - shares[layer] for shares in discarded) for layer in self.layers}
 
     def summary(self) -> dict | None:
         """What stands in `config.json`; None where no cut stands. JSON types only."""
@@ -98,9 +109,10 @@ class History:
             "refit": any(cut.refit for cut in cuts),
             "goals": [cut.goal for cut in cuts],
             "steps": [cut.step for cut in cuts],
+            "layers": self.layers,
             "state_sizes_before": cuts[0].state_sizes_before,
             "state_sizes_after": cuts[-1].state_sizes_after,
-            "score_kept": self.score_kept,
+            "score_kept": list(self.score_kept.values()),
         }
 
     def to_dict(self) -> dict:
@@ -137,6 +149,9 @@ class History:
             for name, allowed in (("config", dict), ("schedule", dict | None), ("library_version", str)):
                 if not isinstance(getattr(history, name), allowed):
                     raise TypeError(f"{name} = {getattr(history, name)!r}")
+            for record in [*history.events, *history.observations]:
+                if record.layers != history.layers:
+                    raise TypeError(f"a record of the layers {record.layers} beside one of {history.layers}")
             return history
         except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(
@@ -155,8 +170,9 @@ def save_history(history: History, folder: str | Path) -> None:
     for kind in RECORDS:
         for i, record in enumerate(content[kind]):
             for name, word in TENSOR_NAMES.items():
-                for j, values in enumerate(record.pop(name, None) or []):
-                    spectra[f"{RECORDS[kind]}.{i}.{word}.{j}"] = torch.tensor(values, dtype=torch.float64)
+                measured = record.pop(name, None)
+                for index, values in zip(record["layers"], measured, strict=True) if measured is not None else ():
+                    spectra[f"{RECORDS[kind]}.{i}.{word}.{index}"] = torch.tensor(values, dtype=torch.float64)
     write_aside(folder / SPECTRA_FILE, lambda path: save_file(spectra, path, {"format": "pt"}))
     write_json(folder / HISTORY_FILE, content)
     if (folder / CONFIG_NAME).is_file():
@@ -179,15 +195,15 @@ def load_history(folder: str | Path) -> History:
         spectra = load_file(folder / SPECTRA_FILE)
         for kind in RECORDS:
             for i, record in enumerate(content.get(kind, [])):
-                layers = range(len(record["state_sizes_before" if kind == "events" else "state_sizes"]))
-                record["hankel_singular_values"] = [spectra.pop(f"{RECORDS[kind]}.{i}.layer.{j}") for j in layers]
-                if f"{RECORDS[kind]}.{i}.scores.0" in spectra:
-                    record["scores"] = [spectra.pop(f"{RECORDS[kind]}.{i}.scores.{j}") for j in layers]
+                for name, word in TENSOR_NAMES.items():
+                    keys = [f"{RECORDS[kind]}.{i}.{word}.{index}" for index in record["layers"]]
+                    if word == "layer" or keys[0] in spectra:
+                        record[name] = [spectra.pop(key) for key in keys]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder / SPECTRA_FILE} is missing; take the history from another checkpoint."
         ) from error
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"the history in {folder} is damaged ({error}); take it from another checkpoint.") from error
     if spectra:
         raise ValueError(f"{SPECTRA_FILE} in {folder} holds {sorted(spectra)}, of which {HISTORY_FILE} knows nothing.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,24 @@ REASONS = ("settled", "window ended")
 TENSORS = ("hankel_singular_values", "scores")  # float64, (N,) per layer; some entries have no scores
 
 
+class KeyedByLayer:
+    """A record whose lists stand beside `layers`; a position in a list is no layer index, for indices have gaps."""
+
+    layers: list[int]
+
+    def by_layer(self, name: str) -> dict[int, Any]:
+        """The function returns the list `name` by layer index; an empty dict where it was not measured (None)."""
+        values = getattr(self, name)
+        return {} if values is None else dict(zip(self.layers, values, strict=True))
+
+
 @dataclass
-class ReductionEvent:
-    """One analysis and what came of it; lists have an entry per layer.
+class ReductionEvent(KeyedByLayer):
+    """One analysis and what came of it. A list has an entry for each layer of `layers`, in their order.
 
     Attributes:
         step: optimizer steps done; None outside a training run.
+        layers: the indices of the layers that have a state, ascending; other layers may lie between them.
         state_sizes_before, state_sizes_after: N; equal where nothing was cut.
         kept_states: positions before the cut.
         score_discarded: share of the state score that was dropped, by the criterion.
@@ -36,6 +49,7 @@ class ReductionEvent:
     """
 
     step: int | None
+    layers: list[int]
     state_sizes_before: list[int]
     state_sizes_after: list[int]
     kept_states: list[list[int]]
@@ -63,11 +77,14 @@ class ReductionEvent:
 
 
 @dataclass
-class Observation:
-    """The singular values at one point of training, and how far they came since the last; lists: one entry per layer.
+class Observation(KeyedByLayer):
+    """The singular values at one point of training, and how far they came since the last.
+
+    A list has an entry for each layer of `layers`, in their order.
 
     Attributes:
         step: optimizer steps done.
+        layers: the indices of the layers that have a state, ascending; other layers may lie between them.
         state_sizes: N.
         movement: max_i |σ_i' - σ_i| since the observation before it; None at the first, and where a cut lies between.
         weyl_bound: what Weyl's theorem allows it to be, ‖H' - H‖; None where layers have no Gramians of their own, and
@@ -85,6 +102,7 @@ class Observation:
     """
 
     step: int
+    layers: list[int]
     state_sizes: list[int]
     movement: list[float] | None
     weyl_bound: list[float] | None
@@ -98,23 +116,29 @@ class Observation:
     share_distance: list[float | None] | None = None
     settled_points: list[int] | None = None
 
-    def share(self, distances: list[float]) -> list[float]:
-        """Each layer's distance as a share of its σ_1."""
-        largest = [max(float(spectrum[0]), 1e-300) for spectrum in self.hankel_singular_values]
-        return [distance / sigma for distance, sigma in zip(distances, largest, strict=True)]
+    def share(self, name: str) -> dict[int, float]:
+        """The function returns the distances `name` as shares of σ_1, by layer index; none where none were measured.
+
+        Args:
+            name: "movement" or "weyl_bound".
+        """
+        spectra = self.by_layer("hankel_singular_values")
+        return {
+            layer: distance / max(float(spectra[layer][0]), 1e-300) for layer, distance in self.by_layer(name).items()
+        }
 
 
 def to_record(entry: ReductionEvent | Observation) -> dict:
-    """JSON types only."""
+    """The function returns the entry in JSON types only."""
     tensors = {name: getattr(entry, name) for name in TENSORS if getattr(entry, name, None) is not None}
     return asdict(entry) | {name: [each.tolist() for each in value] for name, value in tensors.items()}
 
 
 def from_record(kind: type, record: dict) -> ReductionEvent | Observation:
-    """The inverse of `to_record`.
+    """The function is the inverse of `to_record`.
 
     Raises:
-        KeyError, TypeError: not a record of this kind, or one that says what cannot be.
+        KeyError, TypeError: the record is not of this kind, or says what cannot be.
     """
     given = {f.name: record[f.name] for f in fields(kind) if f.name in record or f.default is MISSING}
     entry = kind(**given)
@@ -130,13 +154,17 @@ def from_record(kind: type, record: dict) -> ReductionEvent | Observation:
 
 
 def sizes_text(sizes: Collection[int]) -> str:
-    """One number where all are equal, otherwise the smallest and the largest."""
+    """The function returns one number where all are equal, otherwise the smallest and the largest."""
     smallest, largest = min(sizes), max(sizes)
     return str(largest) if smallest == largest else f"{smallest}-{largest}"
 
 
 def _is_count(value) -> bool:
     return type(value) is int and value >= 0
+
+
+def _are_layers(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_count, value)) and value == sorted(set(value))
 
 
 def _is_number(value) -> bool:
@@ -166,6 +194,7 @@ def _optional(is_allowed: Callable[[object], bool]) -> Callable[[object], bool]:
 # Of single values, and of lists that may be missing; `_check_record` looks at the others.
 ALLOWED = {
     "step": _optional(_is_count),
+    "layers": _are_layers,
     "score_discarded": _are_numbers,
     "single_layer_loss_change": _optional(_are_numbers),
     "movement": _optional(_are_numbers),
@@ -191,8 +220,14 @@ ALLOWED = {
     "recall_after": _optional(_is_recall),
 }
 
-# Lists with an entry per layer that may be missing.
+# Lists with an entry for each of `layers`; of some records some are missing.
 PER_LAYER = (
+    "state_sizes",
+    "state_sizes_before",
+    "state_sizes_after",
+    "kept_states",
+    "score_discarded",
+    "hankel_singular_values",
     "single_layer_loss_change",
     "reasons",
     "movement",
@@ -207,13 +242,13 @@ PER_LAYER = (
 
 
 def _check_record(entry: ReductionEvent | Observation) -> None:
-    """Refuse what could only come from elsewhere: everything is per layer, sizes are counts, spectra fit them."""
+    """Refuse what could only come from elsewhere: lists fit the layers, sizes are counts, spectra fit the sizes."""
     is_event = isinstance(entry, ReductionEvent)
     sizes = entry.state_sizes_before if is_event else entry.state_sizes
-    lists = [sizes, *((entry.state_sizes_after, entry.kept_states, entry.score_discarded) if is_event else ())]
-    lists += [getattr(entry, name) for name in PER_LAYER if getattr(entry, name, None) is not None]
-    if not all(isinstance(each, list) and len(each) == len(sizes) for each in lists) or not sizes:
-        raise TypeError("lists that are not one entry per layer")
+    lists = {name: getattr(entry, name) for name in PER_LAYER if getattr(entry, name, None) is not None}
+    for name, values in lists.items():
+        if not isinstance(values, list) or len(values) != len(entry.layers):
+            raise TypeError(f"{name} that do not have an entry for each of the layers {entry.layers}")
     if not all(type(size) is int and size > 0 for size in sizes + (entry.state_sizes_after if is_event else [])):
         raise TypeError(f"state sizes {sizes}")
     if is_event:

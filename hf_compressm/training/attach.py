@@ -87,11 +87,19 @@ class _StateSizeFollower:
         super()._load_best_model()
 
     def _take_sizes_of(self, history: History | None, is_prepared: bool) -> None:
-        """Resize to where the history ends; to the size before the first cut of the run, where it has none."""
+        """Resize to where the history ends; to the size before the first cut of the run, where it has none.
+
+        Raises:
+            ValueError: the history speaks of other layers than those of the model that have a state.
+        """
         sizes = history.state_sizes if history is not None else None
         if sizes is None and self.state_size_callback.history.events:
-            sizes = self.state_size_callback.history.events[0].state_sizes_before
+            sizes = self.state_size_callback.history.events[0].by_layer("state_sizes_before")
         if sizes is not None:
-            layers = state_sizes(unwrap(self.model))
-            sizes = dict(zip(layers, sizes, strict=True))
+            layers = list(state_sizes(unwrap(self.model)))
+            if list(sizes) != layers:
+                raise ValueError(
+                    f"the checkpoint's history speaks of the layers {list(sizes)}, and the layers {layers} of the "
+                    "model have a state: they do not belong together. Give a checkpoint of this model."
+                )
             set_state_sizes(self.model_wrapped, sizes, self.optimizer, is_prepared=is_prepared)

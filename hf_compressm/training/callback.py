@@ -144,7 +144,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             check_state_tensors(layers, unwrap_optimizer(optimizer))
             self._check_companions(args, layers)
             self._trigger = Trigger(self.schedule, self.config, state.max_steps)
-            self._restore_history(state, list(layers.sizes.values()))
+            self._restore_history(state, layers.sizes)
             self._check_calibration(args, train_dataloader)
             check_config(self.config, layers)
             check_trigger(self.schedule, self.config, layers)
@@ -239,7 +239,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _new_history(self) -> History:
         return History(config=self.config.to_dict(), schedule=asdict(self.schedule))
 
-    def _restore_history(self, state: TrainerState, sizes: list[int]) -> None:
+    def _restore_history(self, state: TrainerState, sizes: dict[int, int]) -> None:
         """Take the history from a resumed `trainer_state.json`; any other run starts a new one.
 
         Raises:
@@ -288,7 +288,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self._rollback is not None and report.is_cut:
             self._rollback.take_snapshot(state, self.history, model, optimizer, report)
         event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
-        event.reasons = due.reasons
+        event.reasons = due.reasons_of(event.layers)
         event.seconds = time.perf_counter() - started
         self.history.events.append(event)
         self._announce(cut_text(report, state, due.reasons), event_numbers(event), state)

@@ -9,17 +9,22 @@ from ..report import StateReport
 from ..storage.records import Observation, ReductionEvent, sizes_text
 
 
-def cut_text(report: StateReport, state: TrainerState, reasons: list[str | None] | None = None) -> str:
-    """The plan that was carried out, and why now, where the step was not fixed."""
+def cut_text(report: StateReport, state: TrainerState, reasons: dict[int, str] | None = None) -> str:
+    """The function returns the plan that was carried out, and why now, where the step was not fixed.
+
+    Args:
+        reasons: why it is the turn of a layer, by layer index, as in `DueEvent`.
+    """
     before, after = (sizes_text(sizes.values()) for sizes in (report.state_sizes_before, report.state_sizes))
     what = f"state size {before} → {after}" if report.is_cut else "nothing cut"
-    for reason in sorted(set(reasons or []) - {None}):
-        what += f"; {reason}: {_layers_text([index for index, given in enumerate(reasons) if given == reason])}"
+    reasons = reasons or {}
+    for reason in sorted(set(reasons.values())):
+        what += f"; {reason}: {_layers_text([layer for layer, given in reasons.items() if given == reason])}"
     return f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {what}\n{report}"
 
 
 def undone_text(undone: ReductionEvent, metric: str, value: float, state: TrainerState) -> str:
-    """The cut that was taken back, and why."""
+    """The function returns which cut was taken back, and why."""
     return (
         f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {metric} = {value:.4f} is too bad beside what "
         f"it was before the cut at step {undone.step}; back to state size {sizes_text(undone.state_sizes_before)}"
@@ -27,20 +32,24 @@ def undone_text(undone: ReductionEvent, metric: str, value: float, state: Traine
 
 
 def observed_text(observation: Observation, state: TrainerState) -> str:
-    """How far the singular values moved, and where rankings are compared, in which layers they stand still."""
+    """The function returns how far the singular values moved, and in which layers their ranking stands still."""
     text = f"singular values, step {observation.step} of {state.max_steps}: N {sizes_text(observation.state_sizes)}"
     if observation.movement is not None:
-        text += f", moved by at most {max(observation.share(observation.movement)):.2%} of σ_1"
+        text += f", moved by at most {max(observation.share('movement').values()):.2%} of σ_1"
     if observation.weyl_bound is not None:
-        text += f" (Weyl's bound {max(observation.share(observation.weyl_bound)):.2%})"
+        text += f" (Weyl's bound {max(observation.share('weyl_bound').values()):.2%})"
     if observation.settled_points is not None:
-        still = [index for index, points in enumerate(observation.settled_points) if points]
+        still = [layer for layer, points in observation.by_layer("settled_points").items() if points]
         text += f"; rankings as at step {observation.compared_with}: {_layers_text(still)}"
     return text
 
 
 def event_numbers(event: ReductionEvent) -> dict[str, float]:
-    """State size (mean over the layers), score kept in the layer that kept least, losses in nats, and recall."""
+    """The function returns, by name, what an event measured.
+
+    It is the state size (the mean over the layers that have a state), the score kept in the layer that kept least,
+    losses in nats per prediction, and recall.
+    """
     measured = {"loss_before_cut": event.loss_before, "loss_after_cut": event.loss_after}
     for when, recall in (("before", event.recall_before), ("after", event.recall_after)):
         measured |= {f"recall_{name}_{when}_cut": value for name, value in (recall or {}).items()}
@@ -52,18 +61,19 @@ def event_numbers(event: ReductionEvent) -> dict[str, float]:
 
 
 def undone_numbers(undone: ReductionEvent) -> dict[str, float]:
-    """The state size (the mean over the layers) that the model is back to."""
+    """The function returns the state size (the mean over the layers that have a state) that the model is back to."""
     return {"state_size": mean(undone.state_sizes_before)}
 
 
 def observed_numbers(observation: Observation) -> dict[str, float]:
-    """The largest movement of a singular value since the last observation, as a share of σ_1; how rankings stand.
+    """The function returns, by name, what an observation measured.
 
-    Of these the means over the layers, and how many layers moved no further than the noise.
+    It is the largest movement of a singular value since the last observation, as a share of σ_1, and how rankings
+    stand: the means over the layers, and how many layers moved no further than the noise.
     """
     numbers = {"state_size": mean(observation.state_sizes)}
     if observation.movement is not None:
-        numbers["movement"] = max(observation.share(observation.movement))
+        numbers["movement"] = max(observation.share("movement").values())
     if observation.rank_correlation is not None:
         correlations = [each for each in observation.rank_correlation if each is not None]
         numbers |= {"rank_correlation": mean(correlations)} if correlations else {}
@@ -73,4 +83,5 @@ def observed_numbers(observation: Observation) -> dict[str, float]:
 
 
 def _layers_text(layers: Collection[int]) -> str:
+    """The function returns layer indices as words."""
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else "no layer"

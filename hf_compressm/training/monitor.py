@@ -53,11 +53,12 @@ class StateMonitor:
             scores = _shared_scores(analysis) if draws else None
             other = _shared_scores(analyze_states(layers, other_batches, config)) if draws == 2 else None
         noise = list(map(compare_rankings, scores, other)) if other is not None else None
-        sizes = list(layers.sizes.values())
-        comparable = self._last is not None and self._last.state_sizes == sizes
+        sizes = layers.sizes
+        comparable = self._last is not None and self._last.by_layer("state_sizes") == sizes
         observation = Observation(
             step=step,
-            state_sizes=sizes,
+            layers=list(sizes),
+            state_sizes=list(sizes.values()),
             movement=self._movement(spectra) if comparable else None,
             weyl_bound=self._weyl_bounds(gramians) if comparable and gramians and self._last_gramians else None,
             seconds=time.perf_counter() - started,

@@ -44,11 +44,15 @@ class DueEvent:
 
     Attributes:
         config: what this event has to achieve, and in which layers.
-        reasons: per layer, for the record: why it is cut now, or None; None altogether at a fixed step.
+        reasons: why it is the turn of a layer, by layer index; None at a fixed step.
     """
 
     config: CompreSSMConfig
-    reasons: list[str | None] | None = None
+    reasons: dict[int, str] | None = None
+
+    def reasons_of(self, layers: list[int]) -> list[str | None] | None:
+        """The method returns the reasons as a record has them: for each layer, None where it is not its turn."""
+        return None if self.reasons is None else [self.reasons.get(layer) for layer in layers]
 
 
 class Trigger:
@@ -103,16 +107,19 @@ class Trigger:
         if observation.rank_noise is None or not comparable:
             return
         then, noise = comparable[-1], map(Ranking, observation.rank_noise, observation.share_noise)
+        scores = then.by_layer("scores")
         moved = [
-            compare_rankings(before, now) if len(before) == len(now) else None  # it was cut in between
-            for before, now in zip(then.scores, observation.scores, strict=True)
+            compare_rankings(scores[layer], now) if len(scores[layer]) == len(now) else None  # it was cut in between
+            for layer, now in observation.by_layer("scores").items()
         ]
         stands = [m is not None and is_within_noise(m, floor) for m, floor in zip(moved, noise, strict=True)]
-        points = earlier[-1].settled_points or [0] * len(stands)
+        points = earlier[-1].by_layer("settled_points")
         observation.compared_with = then.step
         observation.rank_correlation = [None if each is None else each.correlation for each in moved]
         observation.share_distance = [None if each is None else each.distance for each in moved]
-        observation.settled_points = [n + 1 if still else 0 for n, still in zip(points, stands, strict=True)]
+        observation.settled_points = [
+            points.get(layer, 0) + 1 if still else 0 for layer, still in zip(observation.layers, stands, strict=True)
+        ]
 
     def _due_when_settled(self, layers: StateLayers, history: History, step: int) -> DueEvent | None:
         waiting, as_one = self._waiting(layers, history), allocation_of(self.config, layers) != "per_layer"
@@ -125,17 +132,17 @@ class Trigger:
         config = replace(self.config, skip_layers=others)
         size, part = reducible_size(config, layers), len(why) / len(waiting)
         config = config.for_event(size, 1, history.loss_spent, history.rollbacks, part)
-        return DueEvent(config, [why.get(index) for index in layers])
+        return DueEvent(config, why)
 
     def _waiting(self, layers: StateLayers, history: History) -> list[int]:
         """The layers still to be cut: above the target, and not cut before, or taken back."""
-        reasons = [event.reasons for event in history.events if event.reasons and event.rolled_back_at is None]
-        done = {index for each in reasons for index, reason in enumerate(each) if reason is not None}
+        reasons = [event.by_layer("reasons") for event in history.events if event.rolled_back_at is None]
+        done = {layer for each in reasons for layer, reason in each.items() if reason is not None}
         done |= set(self.config.skip_layers)
         smallest = self.config.target_state_size or 0
         return [index for index, size in layers.sizes.items() if index not in done and size > smallest]
 
     def _has_settled(self, layer: int, history: History) -> bool:
         """Once is enough: with one size for all, a layer that has settled waits for the others."""
-        points = [seen.settled_points[layer] for seen in history.observations_since_rollback if seen.settled_points]
+        points = [seen.by_layer("settled_points").get(layer, 0) for seen in history.observations_since_rollback]
         return max(points, default=0) >= self.schedule.settled_patience

@@ -235,7 +235,7 @@ def figure_of_spectra(arms: Arms, sizes: tuple[int, ...]) -> Figure:
     shown = [arm for arm in shown if arm in arms]
     figure = Figure(figsize=(2.6 * len(shown), 3.4), dpi=130, layout="constrained")
     for axes, arm in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
-        curve, cuts = arms[arm][0]["curve"], arms[arm][0]["cuts"]
+        curve, cuts, layer = arms[arm][0]["curve"], arms[arm][0]["cuts"], arms[arm][0]["layers"][0]
         for rank in range(full):
             points = [(p["step"], p["hankel_singular_values"][0]) for p in curve]
             points = [(step, sigma[rank]) for step, sigma in points if rank < len(sigma)]
@@ -246,7 +246,7 @@ def figure_of_spectra(arms: Arms, sizes: tuple[int, ...]) -> Figure:
         axes.set_yscale("log")
         axes.set_title(arm, fontsize=8)
         axes.set_xlabel("step")
-    figure.axes[0].set_ylabel("Hankel singular values of layer 0")
+    figure.axes[0].set_ylabel(f"Hankel singular values of layer {layer}")
     floor_at(figure.axes, 1e-8)
     return figure
 

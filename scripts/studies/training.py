@@ -217,6 +217,7 @@ def trained(
         save_history(shrink.history, folder / "model")
     cutting = sum(event.seconds for event in events)
     return {
+        "layers": list(state_sizes(model)),  # every list with an entry for each layer has these, in this order
         "state_sizes": list(state_sizes(model).values()),
         "seconds": stopwatch.seconds + cutting,
         "cutting_seconds": cutting,

@@ -85,11 +85,10 @@ def rolled_back(dataset, tmp_path_factory):
 def resized(history: History, *changes: tuple) -> History:
     """Of changes (step, before, after, rolled back at): events with the spectra of the history's first."""
     names = ("step", "state_sizes_before", "state_sizes_after", "rolled_back_at")
-    return replace(
-        history,
-        events=[replace(history.events[0], **dict(zip(names, change, strict=True))) for change in changes],
-        observations=[],
-    )
+    layers = list(range(len(changes[0][1]))) if changes else []
+    changes = [dict(zip(names, change, strict=True)) for change in changes]
+    events = [replace(history.events[0], layers=layers, **change) for change in changes]
+    return replace(history, events=events, observations=[])
 
 
 def spectra_of(layers: int) -> dict[int, torch.Tensor]:
@@ -126,12 +125,14 @@ def test_spectra_stand_in_the_axes_as_shares_of_the_largest():
         torch.testing.assert_close(heights(line), sigma / sigma[0])
 
 
-def test_spectra_may_come_as_a_list_and_vanish():
-    (axes,) = plot_spectra([torch.tensor([2.0, 1e-11, 0.0]), torch.zeros(1)]).axes
+def test_spectra_may_vanish_and_say_their_layers():
+    (axes,) = plot_spectra({0: torch.tensor([2.0, 1e-11, 0.0]), 1: torch.zeros(1)}).axes
     assert [heights(line).tolist() for line in axes.lines] == [[1.0, 1e-10, 1e-10], [1e-10]]
     assert axes.lines[1].get_marker() == "."  # a single value would not show as a line
     with pytest.raises(ValueError, match="no spectra"):
-        plot_spectra([])
+        plot_spectra({})
+    with pytest.raises(ValueError, match="spectra were given as a list, which says no layers; give a dict"):
+        plot_spectra([torch.ones(2)])
 
 
 def test_many_layers_are_told_apart_by_a_colour_bar():
@@ -221,7 +222,7 @@ def test_trajectories_of_what_was_not_recorded_are_refused(history):
     with pytest.raises(ValueError, match=r"no observations.*CompreSSMSchedule\(monitor_steps=\.\.\.\)"):
         plot_trajectories(replace(history, observations=[]))
     for layer in (-1, 2):
-        with pytest.raises(ValueError, match=f"layer = {layer}; allowed: 0 … 1"):
+        with pytest.raises(ValueError, match=f"layer = {layer}; allowed: 0, 1"):
             plot_trajectories(history, layer)
 
 
@@ -296,44 +297,45 @@ def test_the_score_map_of_a_report_marks_what_it_keeps():
     report = analyze(build_lru(3), None, CompreSSMConfig(tolerance=0.1))
     sizes = list(report.state_sizes.values())
     assert min(sizes) < 12
-    for state_sizes in (report.state_sizes, sizes):
-        axes = plot_score_map(report.scores, state_sizes).axes[0]
-        (line,) = axes.lines
-        assert list(line.get_xdata()) == [sizes[row] + 0.5 for row in (0, 0, 1, 1, 2, 2)]
-        assert list(line.get_ydata()) == [-0.5, 0.5, 0.5, 1.5, 1.5, 2.5]
-        assert legend_of(axes) == ["kept: what lies left of the line"]
+    axes = plot_score_map(report.scores, report.state_sizes).axes[0]
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [sizes[row] + 0.5 for row in (0, 0, 1, 1, 2, 2)]
+    assert list(line.get_ydata()) == [-0.5, 0.5, 0.5, 1.5, 1.5, 2.5]
+    assert legend_of(axes) == ["kept: what lies left of the line"]
     for row, score in zip(axes.images[0].get_array(), report.scores.values(), strict=True):
         assert row.tolist() == pytest.approx((100 * score / score.sum()).tolist())
 
 
 def test_the_score_map_ends_where_scores_no_longer_count():
-    axes, _ = plot_score_map([torch.tensor([1.0, 1e-3, 1e-9, 0.0]), torch.zeros(4)]).axes
+    axes, _ = plot_score_map({0: torch.tensor([1.0, 1e-3, 1e-9, 0.0]), 1: torch.zeros(4)}).axes
     (image,) = axes.images
     assert image.get_array().tolist()[1] == [1e-4] * 4 and image.get_array().tolist()[0][2:] == [1e-4] * 2
     assert image.norm.vmin == 1e-4 and image.colorbar.extend == "min"
-    (image,) = plot_score_map([torch.zeros(4)]).axes[0].images
+    (image,) = plot_score_map({0: torch.zeros(4)}).axes[0].images
     assert image.norm.vmin < image.norm.vmax
 
 
 def test_the_score_map_grows_with_depth():
-    heights = [plot_score_map([torch.ones(8)] * layers).get_figheight() for layers in (1, 24, 64)]
+    heights = [plot_score_map(dict.fromkeys(range(layers), torch.ones(8))).get_figheight() for layers in (1, 24, 64)]
     assert heights == pytest.approx([2.4, 4.92, 7])
 
 
 @pytest.mark.parametrize("score", [[1.0, -1.0], [1.0, math.nan], [math.inf], [], [[1.0]], 1.0])
 def test_a_map_of_what_are_no_scores_is_refused(score):
     with pytest.raises(ValueError, match=r"scores of layer 1 have the shape .* give \(N,\) finite numbers ≥ 0"):
-        plot_score_map([torch.ones(2), torch.tensor(score)])
+        plot_score_map({0: torch.ones(2), 1: torch.tensor(score)})
 
 
 def test_sizes_that_do_not_fit_the_scores_are_refused():
     with pytest.raises(ValueError, match="no spectra"):
         plot_score_map({})
-    with pytest.raises(ValueError, match=r"state_sizes of layers \[0\], scores of \[0, 1\]; give both for each"):
-        plot_score_map([torch.ones(2)] * 2, [1])
+    with pytest.raises(
+        ValueError, match=r"state_sizes = {0: 1}, and there are scores of the layers \[0, 1\]; give a dict"
+    ):
+        plot_score_map(dict.fromkeys(range(2), torch.ones(2)), {0: 1})
     for size in (-1, 3):
         with pytest.raises(ValueError, match=rf"state_sizes\[1\] = {size}; allowed: 0 … 2"):
-            plot_score_map([torch.ones(2)] * 2, [2, size])
+            plot_score_map(dict.fromkeys(range(2), torch.ones(2)), {0: 2, 1: size})
 
 
 def test_every_event_gets_a_panel_of_its_spectra(history):
@@ -615,4 +617,4 @@ def test_matplotlib_is_imported_by_a_picture_only_and_pyplot_by_none():
 def test_without_matplotlib_it_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
-        plot_spectra([torch.ones(2)])
+        plot_spectra({0: torch.ones(2)})

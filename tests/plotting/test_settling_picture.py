@@ -33,7 +33,7 @@ def test_a_picture_of_one_layer_shows_its_score_shares_as_well(settling_run):
     distances = [seen.share_distance[1] for seen in compared if seen.share_distance[1] is not None]
     assert [y for y in below.lines[1].get_ydata() if not math.isnan(y)] == distances
     assert below.get_ylabel() == "distance of score shares" and above.get_title(loc="left") == "layer 1"
-    with pytest.raises(ValueError, match="layer = 2; allowed: 0 … 1, or None for all"):
+    with pytest.raises(ValueError, match="layer = 2; allowed: 0, 1, or None for all"):
         plot_settling(history, layer=2)
     with pytest.raises(ValueError, match="no comparison of rankings: train with CompreSSMSchedule"):
         plot_settling(replace(history, observations=[]))

@@ -80,7 +80,7 @@ def test_a_history_that_contradicts_the_weights_is_refused(checkpoint, dataset):
 
     edit_json(checkpoint / "trainer_state.json", change)
     trainer = build_trainer(checkpoint.parent, dataset, [cutting_callback()])
-    with pytest.raises(ValueError, match=r"history ends with state sizes \[5, 5\], its weights have \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"history ends with state sizes {0: 5, 1: 5}, its weights have {0: 4, 1: 4}"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -172,9 +172,9 @@ def filled(tensor: torch.Tensor, value: float) -> torch.Tensor:
         (config(num_hidden_layers=value), "num_hidden_layers = .*; allowed: a whole number up to")
         for value in ("2", 2.0, [2], {}, None, NAN, True, -1, HUGE, 10**400)
     ),
-    (config(num_hidden_layers=0), "config.json speaks of 0 layers"),
-    (config(num_hidden_layers=1), "config.json speaks of 1 layers"),
-    (config(num_hidden_layers=3), "config.json speaks of 3 layers; the checkpoint is incomplete"),
+    (config(num_hidden_layers=0), r"config.json the layers \[\] have a state"),
+    (config(num_hidden_layers=1), r"config.json the layers \[0\] have a state"),
+    (config(num_hidden_layers=3), r"config.json the layers \[0, 1, 2\] have a state; the checkpoint is incomplete"),
     (no_entry(CONFIG, "num_hidden_layers"), "num_hidden_layers = None"),
     (no_entry(CONFIG, "state_size"), r"state sizes \[None, None\]"),
     *((config(state_size=value), "2 layers the state sizes") for value in ("4", 4.0, {}, None, NAN, True, -4, 0)),
@@ -206,7 +206,7 @@ def filled(tensor: torch.Tensor, value: float) -> torch.Tensor:
     (header(b"[]"), "model.safetensors is truncated or damaged"),
     (header(b"\xff\xfe"), "model.safetensors is truncated or damaged"),
     (header(DEEP.encode()), "model.safetensors is truncated or damaged"),
-    (header({}, data=b""), r"hold A_log of the layers \[\], config.json speaks of 2"),
+    (header({}, data=b""), r"hold A_log of the layers \[\], by config.json the layers \[0, 1\]"),
     # its tensors
     (tensors(lambda content: content.pop(A_LOG)), r"hold A_log of the layers \[0\]"),
     (tensors(lambda c: c.update({A_LOG.replace("1", "2"): torch.ones(64, 4)})), r"layers \[0, 1, 2\]"),
@@ -496,6 +496,7 @@ NUMBERS = ("seconds", "measuring_seconds", "loss_before", "loss_after")
         (no_entry(HISTORY, "events", 0, name), f"{name}")
         for name in (
             "step",
+            "layers",
             "state_sizes_before",
             "state_sizes_after",
             "kept_states",
@@ -506,6 +507,9 @@ NUMBERS = ("seconds", "measuring_seconds", "loss_before", "loss_after")
     ),
     *((event(step=value), "step = ") for value in ("x", 1.5, [1], NAN, True, -1)),
     *((event(rolled_back_at=value), "rolled_back_at = ") for value in ("x", 1.5, [1], NAN, True, -1)),
+    *((event(layers=value), "damaged|malformed") for value in ("x", 5, None, {}, [], [0], [0, 1, 2], [0, 2], [0, -1])),
+    *((event(layers=value), "damaged|malformed") for value in ([0, 0], [0, "1"], [0, [1]], [0, None], [False, True])),
+    (event(layers=[1, 0]), r"layers = \[1, 0\]"),
     *((event(tokens=value), "tokens = ") for value in ("x", 1.5, [1], NAN, True, -1, None)),
     *((event(**{name: value}), f"{name} = ") for name in NUMBERS for value in ("x", [1.0], NAN, True, 10**400, {})),
     *((event(**{name: None}), f"{name} = ") for name in NUMBERS[:2]),

@@ -88,7 +88,7 @@ def test_a_plan_that_fails_in_the_last_layer_changes_nothing(lru):
 
 
 def test_states_that_are_grown_are_for_selective_models_only_but_any_model_can_be_padded(lru, lru_batches):
-    with pytest.raises(ValueError, match="grow_state knows selective models only, not 'lru'; use pad_state"):
+    with pytest.raises(ValueError, match="states of a Linear Recurrent Unit cannot grow; use pad_state"):
         grow_state(lru, 2 * N)
     before = lru(**lru_batches[0]).logits
     pad_state(lru, N + 3)

@@ -281,7 +281,7 @@ def test_a_history_that_contradicts_the_weights_is_refused(tmp_path, dataset):
     path.write_text(json.dumps(state))
     resumed = build_trainer(tmp_path, dataset, **SAVING)
     cutting_callback().attach(resumed)
-    with pytest.raises(ValueError, match=r"history ends with state sizes \[7, 7\], its weights have \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"history ends with state sizes {0: 7, 1: 7}, its weights have {0: 8, 1: 8}"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 

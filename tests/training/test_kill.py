@@ -65,7 +65,7 @@ def test_a_run_whose_disk_fills(undisturbed):
     run = subprocess.run([sys.executable, SCRIPT, str(mine), "--full-after", "7"], capture_output=True, text=True)
     assert run.returncode > 0 and "File too large" in run.stderr.splitlines()[-1]
     assert last_complete_checkpoint(mine) == str(mine / "checkpoint-6")
-    assert load_history(mine / "checkpoint-6").state_sizes == [8, 8]
+    assert load_history(mine / "checkpoint-6").state_sizes == {0: 8, 1: 8}
     assert not list(mine.rglob("*.tmp"))
     assert_it_goes_on(mine, weights)
 

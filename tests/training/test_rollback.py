@@ -38,9 +38,9 @@ def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(tmp_path, dataset
     expected, losses = losses_of(never_cut), losses_of(rolled_back)
     assert [losses[step] for step in range(7, 21)] == [expected[step] for step in range(7, 21)]
     (event,) = callback.history.events
-    assert (event.step, event.rolled_back_at, callback.history.state_sizes) == (5, 6, [16, 16])
+    assert (event.step, event.rolled_back_at, callback.history.state_sizes) == (5, 6, {0: 16, 1: 16})
     callback.history.events.append(replace(event, step=None, rolled_back_at=None))  # cut once more, after training
-    assert callback.history.state_sizes == event.state_sizes_after
+    assert callback.history.state_sizes == event.by_layer("state_sizes_after")
     assert "before the cut at step 5; back to state size 16" in capsys.readouterr().out
     assert not (tmp_path / "_rollback").exists()
 
@@ -54,14 +54,14 @@ def test_a_good_cut_stays_and_its_snapshot_is_let_go(tmp_path, dataset):
             kept.append(sorted(path.name for path in (tmp_path / "_rollback").glob("step-*")))
 
     trainer_for(tmp_path, dataset, [callback, Watch()], save_strategy="steps", save_steps=2).train()
-    assert callback.history.state_sizes == [4, 4] and callback.history.rollbacks == 0
+    assert callback.history.state_sizes == {0: 4, 1: 4} and callback.history.rollbacks == 0
     # Cuts after steps 5 and 10; evaluations after 6, 8 and 10, 12. What is seen at a step is before its evaluation.
     assert [bool(names) for names in kept] == [False] * 4 + [True] * 4 + [False] + [True] * 3 + [False] * 8
     assert kept[9] == ["step-10"]
 
 
 def test_harm_that_shows_late_is_seen_within_the_patience_only(tmp_path, dataset):
-    for patience, sizes in ((1, [8, 8]), (2, [16, 16])):
+    for patience, sizes in ((1, {0: 8, 1: 8}), (2, {0: 16, 1: 16})):
         callback = net(events=1, end=0.25, rollback_patience=patience)
         trainer_for(tmp_path, dataset, [WorseAt(8), callback]).train()
         assert callback.history.state_sizes == sizes
@@ -74,7 +74,7 @@ def test_a_later_cut_is_undone_alone_and_an_earlier_one_takes_it_along(tmp_path,
     trainer_for(tmp_path, dataset, [WorseAt(6, value=6.9), late], **evaluating).train()
     first = late.history.events[0]
     assert [event.rolled_back_at for event in late.history.events] == [6, 6]
-    assert late.history.state_sizes == first.state_sizes_before == [16, 16]
+    assert late.history.state_sizes == first.by_layer("state_sizes_before") == {0: 16, 1: 16}
 
     class FirstLooksBad(TrainerCallback):  # so that only the second cut exceeds what was before it
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -85,7 +85,7 @@ def test_a_later_cut_is_undone_alone_and_an_earlier_one_takes_it_along(tmp_path,
     second = net(**options)
     trainer_for(tmp_path, dataset, [FirstLooksBad(), second], **evaluating).train()
     assert [event.rolled_back_at for event in second.history.events] == [None, 6]
-    assert second.history.state_sizes == [8, 8]
+    assert second.history.state_sizes == {0: 8, 1: 8}
 
 
 def test_after_a_rollback_cutting_stops_or_goes_half_as_deep(tmp_path, dataset):
@@ -94,7 +94,7 @@ def test_after_a_rollback_cutting_stops_or_goes_half_as_deep(tmp_path, dataset):
         trainer_for(tmp_path, dataset, [WorseAt(6), callback]).train()
     assert [event.step for event in stopped.history.events] == [5]
     assert [event.state_sizes_after for event in halved.history.events] == [[8, 8], [12, 12]]
-    assert halved.history.state_sizes == [12, 12]
+    assert halved.history.state_sizes == {0: 12, 1: 12}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_evaluations_after_training_undo_nothing(tmp_path, dataset):
     trainer.train()
     trainer.add_callback(WorseAt(20))
     trainer.evaluate()
-    assert callback.history.state_sizes == [8, 8]
+    assert callback.history.state_sizes == {0: 8, 1: 8}
 
 
 def test_a_checkpoint_of_the_rollback_step_holds_the_model_that_came_back(tmp_path, dataset):
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_the_rollback_step_holds_the_model_that_came_back(tmp_pa
     trainer = trainer_for(tmp_path / "a", dataset, [WorseAt(6), callback], **saving)
     trainer.train()
     history = load_history(tmp_path / "a" / "checkpoint-6")
-    assert history.state_sizes == [16, 16] and history.events[0].rolled_back_at == 6
+    assert history.state_sizes == {0: 16, 1: 16} and history.events[0].rolled_back_at == 6
 
     resumed_callback = net()
     resumed = trainer_for(tmp_path / "b", dataset, [resumed_callback], **saving)
@@ -274,7 +274,7 @@ def test_what_a_model_scored_that_was_taken_back_is_no_baseline(tmp_path, datase
     also_worse = WorseAt(6, 7, value=50.0)
     trainer_for(tmp_path, dataset, [worse, also_worse, callback], eval_steps=1).train()
     assert [event.rolled_back_at for event in callback.history.events] == [5, 6]
-    assert callback.history.rollbacks == 2 and callback.history.state_sizes == [16, 16]
+    assert callback.history.rollbacks == 2 and callback.history.state_sizes == {0: 16, 1: 16}
 
 
 def test_a_cut_undone_later_leaves_the_record_of_one_undone_before(tmp_path, dataset):
@@ -288,7 +288,7 @@ def test_a_cut_undone_later_leaves_the_record_of_one_undone_before(tmp_path, dat
 
     trainer_for(tmp_path, dataset, [Scores(), callback], eval_steps=1).train()
     assert [event.rolled_back_at for event in callback.history.events] == [7, 6]
-    assert callback.history.rollbacks == 2 and callback.history.state_sizes == [16, 16]
+    assert callback.history.rollbacks == 2 and callback.history.state_sizes == {0: 16, 1: 16}
 
 
 def test_several_evaluation_sets_need_the_name_of_a_metric(tmp_path, dataset):
@@ -355,7 +355,7 @@ def test_an_evaluation_at_the_start_or_an_epoch_before_is_a_baseline(tmp_path, d
     data = dataset.select(range(24)) if "eval_on_start" not in options else dataset  # epochs of three steps
     callback = net({"cut_fraction": 0.5, "calibration_batches": 2})
     trainer_for(tmp_path, data, [callback], **options).train()
-    assert callback.history.state_sizes == [4, 4]
+    assert callback.history.state_sizes == {0: 4, 1: 4}
 
 
 def test_the_snapshot_holds_what_was_trained(tmp_path, trained):

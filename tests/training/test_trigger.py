@@ -18,10 +18,11 @@ from hf_compressm.theory.rankings import compare_rankings
 from hf_compressm.training.trigger import Trigger
 
 
-def first_cut(movement, seed: int, draws: int = 2, **schedule) -> tuple[int, list[str]]:
-    """Step and reason of the cut of a model of one layer whose scores go as `movement` says, in 200 steps.
+def first_cut(movement, seed: int, draws: int = 2, **schedule) -> tuple[int, dict[int, str]]:
+    """Step and reason (by layer index) of the cut of a model of one layer whose scores go as `movement` says.
 
-    Each draw sees the scores through noise of its own, which is the same at every step, as its batches are.
+    There are 200 steps. Each draw sees the scores through noise of its own, which is the same at every step, as its
+    batches are.
     """
     model = build_model(num_hidden_layers=1, state_size=32)
     schedule = CompreSSMSchedule(**SETTLED | {"settled_patience": 2} | schedule)
@@ -36,7 +37,7 @@ def first_cut(movement, seed: int, draws: int = 2, **schedule) -> tuple[int, lis
             second = second[torch.randperm(32, generator=generator)]
         floor = compare_rankings(first, second)
         measured = {"scores": [first], "rank_noise": [floor.correlation], "share_noise": [floor.distance]}
-        observation = Observation(step, [32], None, None, 0.0, [first.sort(descending=True).values], **measured)
+        observation = Observation(step, [0], [32], None, None, 0.0, [first.sort(descending=True).values], **measured)
         trigger.compare(observation, history)
         history.observations.append(observation)
         due = trigger.due(state_layers(model), history, step)
@@ -61,30 +62,31 @@ def drifting(score, generator):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_ranking_that_is_shuffled_at_every_point_waits_for_the_end_of_the_window(seed):
-    assert first_cut(shuffled, seed, settled_patience=1) == (170, ["window ended"])
+    assert first_cut(shuffled, seed, settled_patience=1) == (170, {0: "window ended"})
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_ranking_that_cannot_be_measured_has_not_settled(seed):
-    assert first_cut(unmoved, seed, draws=1, settled_patience=1) == (170, ["window ended"])
+    assert first_cut(unmoved, seed, draws=1, settled_patience=1) == (170, {0: "window ended"})
 
 
 @pytest.mark.parametrize(("patience", "step"), [(1, 22), (2, 24), (5, 30)])
 def test_what_does_not_move_is_cut_at_the_first_chance(patience, step):
     """Measured first at step 2, compared over a tenth of the run."""
-    assert first_cut(unmoved, 0, settled_patience=patience) == (step, ["settled"])
+    assert first_cut(unmoved, 0, settled_patience=patience) == (step, {0: "settled"})
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_drift_too_slow_to_be_seen_between_two_points_is_seen_over_the_whole_stretch(seed):
-    assert first_cut(drifting, seed, settled_over=0.01) == (24, ["settled"])  # what comparing neighbours would say
-    assert first_cut(drifting, seed, settled_over=0.2) == (170, ["window ended"])
+    assert first_cut(drifting, seed, settled_over=0.01) == (24, {0: "settled"})  # what comparing neighbours would say
+    assert first_cut(drifting, seed, settled_over=0.2) == (170, {0: "window ended"})
 
 
 def history_of(*events: tuple[int, list[str | None], int | None]) -> History:
     """(step, reasons, step of the rollback) of each event."""
     record = ReductionEvent(
         step=0,
+        layers=[0, 1, 2],
         state_sizes_before=[16, 16, 16],
         state_sizes_after=[16, 16, 8],
         kept_states=[list(range(16)), list(range(16)), list(range(8))],
@@ -111,13 +113,13 @@ def test_layers_that_are_cut_later_keep_their_part_of_the_loss_budget():
         history_of((6, [None, None, "settled"], None)),
     )
     seen = {"settled_points": [1, 0, 3], "rank_noise": [1.0] * 3, "share_noise": [0.0] * 3}
-    history.observations.append(Observation(8, [16] * 3, None, None, 0.0, [], **seen))
+    history.observations.append(Observation(8, [0, 1, 2], [16] * 3, None, None, 0.0, [], **seen))
     due = trigger.due(state_layers(model), history, 8)
-    assert due.reasons == ["settled", None, None] and due.config.skip_layers == [1, 2]
+    assert due.reasons == {0: "settled"} and due.config.skip_layers == [1, 2]
     assert due.config.loss_budget == pytest.approx((0.05 - 0.01) / 2)
     history.events += history_of((8, ["settled", None, None], None)).events
     due = trigger.due(state_layers(model), history, 17)
-    assert due.reasons == [None, "window ended", None] and due.config.skip_layers == [0, 2]
+    assert due.reasons == {1: "window ended"} and due.config.skip_layers == [0, 2]
     assert due.config.loss_budget == pytest.approx(0.05 - 0.02)
 
 
@@ -126,7 +128,7 @@ def test_layers_at_the_target_and_layers_to_skip_are_not_waited_for():
     config = CompreSSMConfig(target_state_size=8, allocation="per_layer", skip_layers=[0])
     set_state_sizes(model, {0: 16, 1: 6, 2: 16})
     due = Trigger(CompreSSMSchedule(**SETTLED), config, 20).due(state_layers(model), History({}), 17)
-    assert due.reasons == [None, None, "window ended"] and due.config.skip_layers == [0, 1]
+    assert due.reasons == {2: "window ended"} and due.config.skip_layers == [0, 1]
 
 
 @pytest.mark.parametrize(
