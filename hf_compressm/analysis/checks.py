@@ -76,7 +76,7 @@ def split_batches(
     device = next(model.parameters()).device
     taken = [
         {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches, own_labels=selective)
+        for batch in take_batches(batches, config.calibration_batches, selective, [device])
     ]
     if not selective:
         return [], [], taken
