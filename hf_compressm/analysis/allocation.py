@@ -27,14 +27,18 @@ def choose_sizes(
     loss_of: Callable[[Sizes], float] | None = None,
     errors: dict[int, Tensor] | None = None,
 ) -> Sizes:
-    """Layer → N that the configuration asks for.
+    """The function chooses the sizes that the configuration asks for.
 
     Args:
+        config: the goal, and what sizes are allowed.
         scores: layer → score of each state, (N,), in any order.
         allocation: "uniform", "per_layer" or "global".
         loss_of: sizes → measured loss of the model cut to them; needed by a loss budget and a global allocation.
         errors: layer → squared error in its output when its r strongest states are kept, r = 0 … N, (N + 1,); needed
             by a global allocation.
+
+    Returns:
+        layer → N.
     """
     uniform = allocation == "uniform"
     sizes = {index: len(score) for index, score in scores.items()}
@@ -58,7 +62,7 @@ def choose_sizes(
 
 
 def _by_tolerance(config: CompreSSMConfig, scores: dict[int, Tensor], uniform: bool, tolerance: float) -> Sizes:
-    """Each layer's rank, or the largest of them."""
+    """Each layer keeps the rank that its tolerance allows; with one size for all, the largest of them."""
     ranks = {
         index: min(config.round_up(truncation_rank(score.sort(descending=True).values, tolerance, 0.0)), len(score))
         for index, score in scores.items()
@@ -67,7 +71,7 @@ def _by_tolerance(config: CompreSSMConfig, scores: dict[int, Tensor], uniform: b
 
 
 def _gated(config: CompreSSMConfig, sizes: Sizes, wanted: Sizes, uniform: bool) -> Sizes:
-    """A layer is cut only where enough of it goes; with one size for all, all are judged by the largest."""
+    """A layer is cut only where enough of it goes; with one size for all, the largest decides."""
     largest = max(sizes.values())
     return {
         index: size if size < (1 - config.min_reduction) * (largest if uniform else sizes[index]) else sizes[index]
@@ -129,23 +133,29 @@ def _smallest_within_budget(
 def predicted_changes(
     config: CompreSSMConfig, errors: dict[int, Tensor], loss_of: Callable[[Sizes], float]
 ) -> dict[int, Tensor]:
-    """Layer → predicted rise of the loss when that layer keeps r states, r = 0 … N, nats per prediction, (N + 1,).
+    """The function predicts how much the loss rises when a layer keeps r states.
 
-    It is κ E, with the squared error E in the layer's output, to which a loss answers in proportion. How strongly it
-    does, κ, is measured: each layer alone is cut to an eighth of its states.
+    The rise is κ E, with the squared error E in the layer's output, to which a loss answers in proportion. How
+    strongly it does, κ, is measured: each layer alone is cut to an eighth of its states.
 
     What is measured is a difference of two losses on the same few sequences, and that of one layer is often smaller
     than its noise. Hence the deep cut, which moves the loss by more than that, and all held-out batches. Hence, too,
-    no layer is judged by its own measurement alone: with rise R_l and error E_l,
+    no layer's sensitivity rests on its own measurement alone: with rise R_l and error E_l,
 
         κ_l = (R_l + R̄) / (E_l + Ē),
 
     as if the average layer, (R̄, Ē), had been measured along with it. A layer that was heard clearly keeps its own
     sensitivity, a quiet one is taken for an average one, and none for insensitive, which would lose it all its states
-    to a chance. A rise below zero counts as none.
+    to a chance. A rise below zero counts as none. Where no loss rose, or no output changed so that every rise is
+    noise, nothing tells the layers apart: their errors are returned as they are, as if all mattered alike (κ = 1).
 
     Args:
-        errors: layer → E, (N + 1,), descending to zero.
+        config: what sizes are allowed.
+        errors: layer → E when r states are kept, r = 0 … N, (N + 1,), descending to zero.
+        loss_of: sizes → measured loss of the model cut to them.
+
+    Returns:
+        layer → predicted rise of the loss, nats per prediction, (N + 1,).
     """
     whole = {index: len(error) - 1 for index, error in errors.items()}
     before, rises, measured = loss_of(whole), {}, {}
@@ -154,7 +164,7 @@ def predicted_changes(
         rises[index] = max(loss_of(whole | {index: probe}) - before, 0.0)
         measured[index] = float(errors[index][probe])
     mean_rise, mean_error = mean(rises.values()), mean(measured.values())
-    if mean_rise == 0:  # nothing was heard of any layer: their outputs are taken to matter alike
+    if mean_rise == 0 or mean_error == 0:
         return errors
     return {
         index: error * (rises[index] + mean_rise) / (measured[index] + mean_error) for index, error in errors.items()

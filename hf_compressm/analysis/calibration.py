@@ -10,21 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from .permutation import permutation
+
 Batch = dict[str, Tensor]
 SEQUENCES = ("input_ids", "input_values")
 MODEL_INPUTS = (*SEQUENCES, "attention_mask", "labels")
 
 
-def take_batches(batches: Iterable[dict], count: int, own_labels: bool = True) -> list[Batch]:
-    """The first `count` batches, each with `labels`.
+def take_batches(
+    batches: Iterable[dict], count: int, own_labels: bool = True, devices: Iterable[torch.device] = ()
+) -> list[Batch]:
+    """The function returns the first `count` batches, each with `labels`.
 
     Args:
-        own_labels: in a batch without labels, the tokens that are not padding are their own, as for a language model.
+        batches: what is read; a DataLoader will do.
+        count: how many batches are needed.
+        own_labels: whether a batch without labels gets its own tokens as labels, but for padding, as it suits a
+            language model.
+        devices: where the data may draw random numbers, besides the CPU, without disturbing anybody.
 
     Raises:
-        ValueError: fewer batches than asked for, a batch without a sequence, or one with nothing to predict.
+        ValueError: There are fewer batches than asked for, or a batch has no sequence or nothing to predict.
     """
-    with preserved_random_state():  # a DataLoader draws a seed when it starts
+    with preserved_random_state(devices):  # a DataLoader draws a seed when it starts
         taken = [_checked(batch, i, own_labels) for i, batch in enumerate(islice(iter(batches), count))]
     if len(taken) < count:
         raise ValueError(
@@ -35,53 +43,81 @@ def take_batches(batches: Iterable[dict], count: int, own_labels: bool = True) -
 
 
 def draw_batches(
-    dataset, collate_fn, batch_size: int, count: int, seed: int, step: int, process: int = 0, processes: int = 1
+    dataset,
+    collate_fn,
+    batch_size: int,
+    count: int,
+    seed: int,
+    step: int,
+    process: int = 0,
+    processes: int = 1,
+    devices: Iterable[torch.device] = (),
 ) -> list[Batch]:
-    """`count` batches of `batch_size` examples that depend on nothing but (seed, step), so that resuming is exact.
+    """The function draws batches that depend on nothing but (seed, step), so that resuming is exact.
 
-    Each of several processes gets its part of `processes` times as many examples.
     Batches without a token to predict are passed over. A stream cannot be reached at random: its first batches are
     taken, the same at every step.
 
+    Args:
+        dataset: what training reads: examples by number, or a stream of them.
+        collate_fn: list of examples → batch.
+        batch_size: examples in a batch.
+        count: how many batches each process draws.
+        seed: of the draw, together with `step`.
+        step: optimizer steps done.
+        process: which of the processes this is, from 0.
+        processes: how many draw, each its own part of `processes` times as many examples.
+        devices: as for `take_batches`.
+
     Raises:
-        ValueError: too little data; a one-shot iterator, which training could not read again.
+        ValueError: There is too little data, or it is a one-shot iterator, which training could not read again.
     """
     if is_stream(dataset):
         if iter(dataset) is dataset:
             raise ValueError("the training data can be read only once: give the callback its own calibration_loader.")
-        examples = islice(DataLoader(dataset, batch_size, collate_fn=collate_fn), process, None, processes)
+        drawn = islice(DataLoader(dataset, batch_size, collate_fn=collate_fn), process, None, processes)
     else:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-        order = torch.randperm(len(dataset), generator=generator)
-        whole = len(order) // (processes * batch_size) * processes * batch_size
-        own_batches = order[:whole].view(-1, processes, batch_size)[:, process]
-        examples = (collate_fn([dataset[i] for i in batch.tolist()]) for batch in own_batches)
-    return take_batches((batch for batch in examples if _is_usable(batch)), count)
+        numbers = _random_batches(len(dataset), batch_size, seed, step, process, processes)
+        drawn = (collate_fn([dataset[number] for number in batch]) for batch in numbers)
+    return take_batches((batch for batch in drawn if _is_usable(batch)), count, devices=devices)
+
+
+def _random_batches(
+    examples: int, batch_size: int, seed: int, step: int, process: int, processes: int
+) -> Iterator[list[int]]:
+    """Numbers of examples, a batch at a time: in each round every process gets the next batch of one permutation."""
+    order = permutation(examples, torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63))
+    for _ in range(examples // (processes * batch_size)):
+        of_all = list(islice(order, processes * batch_size))
+        yield of_all[process * batch_size : (process + 1) * batch_size]
 
 
 def is_stream(dataset) -> bool:
-    """Whether the data can only be iterated over."""
+    """The function says whether the data can only be iterated over."""
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
 def predictions(batch: Batch) -> Tensor:
-    """Where a prediction counts in the loss: by next token, (batch, L - 1), or by sequence, (batch,)."""
+    """The mask says where a prediction counts in the loss: by next token, (batch, L - 1), or by sequence, (batch,)."""
     labels, tokens = batch["labels"], batch.get("input_ids")
     is_next_token = tokens is not None and labels.shape == tokens.shape
     return (labels[:, 1:] if is_next_token else labels) != -100
 
 
 def prediction_count(batch: Batch) -> int:
-    """Number of predictions that the loss of this batch averages over."""
+    """The function returns the number of predictions that the loss of this batch averages over."""
     return int(predictions(batch).sum())
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients; afterwards modes, config and every random state are as before."""
+    """The block runs with the model in eval mode and without gradients.
+
+    Afterwards modes, config and every random state that the model may have used are as before.
+    """
     training, config = {module: module.training for module in model.modules()}, dict(vars(model.config))
     try:
-        with preserved_random_state(), torch.no_grad():
+        with preserved_random_state({parameter.device for parameter in model.parameters()}), torch.no_grad():
             model.eval()
             yield
     finally:
@@ -91,11 +127,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Random states of Python, NumPy and torch as before, whatever the block draws."""
+def preserved_random_state(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """After the block the random states of Python, NumPy and torch are as before, whatever the block drew.
+
+    Args:
+        devices: where torch may draw, besides the CPU; others are not so much as asked, since asking initialises them.
+    """
+    accelerators = {device for device in devices if device.type != "cpu"}
+    kind = next((device.type for device in accelerators), "cuda")  # torch wants one kind, even of no device
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(accelerators, device_type=kind):
             yield
     finally:
         random.setstate(python_state)
@@ -119,7 +161,7 @@ def _is_usable(batch: dict) -> bool:
 
 
 def _with_labels(batch: dict) -> dict:
-    """The batch; without labels, the tokens that are not padding become them."""
+    """The batch comes back with labels: where it has none, its tokens become them, but for padding."""
     if batch.get("labels") is not None or "input_ids" not in batch:
         return batch
     mask = batch.get("attention_mask")

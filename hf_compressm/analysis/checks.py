@@ -72,7 +72,7 @@ def split_batches(
     device = next(model.parameters()).device
     taken = [
         {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches, own_labels=layers.family.is_language_model)
+        for batch in take_batches(batches, config.calibration_batches, layers.family.is_language_model, [device])
     ]
     if not needs_data:
         return [], [], taken

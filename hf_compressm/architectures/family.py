@@ -203,6 +203,10 @@ class Family(ABC):
         """The parameters of a mixer that weight decay would ruin."""
         return iter(())
 
+    def slow_scan(self, device_type: str) -> str | None:
+        """What to tell who trains a model with a scan that is slower than need be; None where it is not."""
+        return None
+
     # What a card says
 
     @abstractmethod

@@ -17,7 +17,7 @@ from ..engines import change_class, full, original_class
 from ..kernels import selective_scan
 from ..theory.selective import LayerInputs, StateMaps
 from .family import Block, Observer, SelectiveFamily, StateTensor
-from .mamba_scan import observed_scan
+from .mamba_scan import observed_scan, reference_loop_would_run
 from .per_layer import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
 
 PER_LAYER_CLASSES = {MambaForCausalLM: CompreSSMMambaForCausalLM, MambaModel: CompreSSMMambaModel}
@@ -117,6 +117,15 @@ class MambaFamily(SelectiveFamily):
     def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
         """Weight decay would pull all decay rates together, and bias the scores with them."""
         yield mixer.A_log
+
+    def slow_scan(self, device_type: str) -> str | None:
+        """Transformers' own loop is quadratic in the sequence length."""
+        if not reference_loop_would_run(device_type):
+            return None
+        return (
+            "Transformers' own Mamba loop is about to run: its training step is quadratic in the sequence length. "
+            "Call hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
+        )
 
     def values_per_state(self, config: Mapping) -> int:
         """One for each channel."""

@@ -1,4 +1,4 @@
-"""What Trainer does without asking callbacks: making a model, and loading weights of another state size into it."""
+"""Trainer makes models, and loads weights of another state size, without asking callbacks: here it learns to ask."""
 
 from pathlib import Path
 
@@ -15,15 +15,17 @@ from .publishing import Publisher
 
 
 def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
-    """Let Trainer and callback know each other; to be called once, before training.
+    """The function lets Trainer and callback know each other; it is to be called once, before training.
 
-    The callback is added, unless the trainer has it. The trainer becomes one of a class derived from its own.
+    The callback is added, unless the trainer has it. The trainer's class becomes one derived from its own.
 
     Args:
+        trainer: the one that will train.
+        callback: the one that will cut.
         card: what the model's card is to say, where the trainer pushes to the Hub.
 
     Raises:
-        ValueError: an engine or a model that is not served, or a trainer with another callback of this kind.
+        ValueError: The engine or the model is not served, or the trainer has another callback of this kind.
     """
     own = type(callback)
     if any(isinstance(c, own) and c is not callback for c in trainer.callback_handler.callbacks):
@@ -40,16 +42,19 @@ def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
 
 
 class _StateSizeFollower:
-    """Comes before the class of a trainer: its model takes the state size of whatever is loaded into it."""
+    """Comes before the class of a trainer and gives its model the state size of whatever is loaded into it."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As Trainer's, but never from a checkpoint that was not written to its end."""
+        """The method trains as Trainer's does, but never from a checkpoint that was not written to its end."""
         with raise_in_all_processes():
             checkpoint = resume_from_checkpoint or None
             if checkpoint is True:
                 checkpoint = last_complete_checkpoint(self.args.output_dir)
                 if checkpoint is None:
-                    raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir}.")
+                    raise ValueError(
+                        f"there is no whole checkpoint to resume from in {self.args.output_dir}: leave "
+                        "resume_from_checkpoint out to start anew, or give the folder of one."
+                    )
             elif checkpoint:
                 check_complete(checkpoint)
         self.check_may_push()
@@ -61,13 +66,13 @@ class _StateSizeFollower:
             self.state_size_callback.stop_watching()  # evaluations after an interruption undo nothing
 
     def call_model_init(self, trial=None):
-        """As Trainer's; weights of any state size can be loaded into the new model."""
+        """The method is Trainer's; weights of any state size can be loaded into the new model."""
         model = super().call_model_init(trial)
         adopt_checkpoint_sizes(model)
         return model
 
     def create_optimizer(self, *args, **kwargs):
-        """As Trainer's; before, since FSDP loads a checkpoint after it has sharded the model, take its state size."""
+        """The method is Trainer's, but resizes the model before: FSDP loads a checkpoint into one that is sharded."""
         for callback in self.callback_handler.callbacks:  # Trainer may have made a new one from its saved state
             if type(callback) is type(self.state_size_callback):
                 callback.trainer, self.state_size_callback = self, callback

@@ -1,4 +1,4 @@
-"""The safety net: a cut after which the evaluations are worse is undone."""
+"""Rollback: a cut after which the evaluations are worse is undone."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -25,9 +26,9 @@ FOLDER = "_rollback"  # of the snapshots, within Trainer's output folder; what s
 
 @dataclass(frozen=True)
 class RollbackRule:
-    """Judges cuts by what Trainer's log says of a metric.
+    """Says which cut did harm, by the values of a metric in Trainer's log.
 
-    A cut is on trial for `patience` evaluations. In each the metric is compared with its last value before the cut.
+    A cut is watched for `patience` evaluations. In each the metric is compared with its last value before the cut.
 
     Attributes:
         metric: its name in the log.
@@ -42,17 +43,17 @@ class RollbackRule:
     patience: int
 
     def baseline(self, step: int, history: History, log_history: list[dict]) -> float | None:
-        """The metric's last value before the cut after `step`; None where it was not evaluated before."""
+        """The baseline is the metric's last value before the cut after `step`; None if there was no evaluation."""
         values = [value for at, value in self._evaluations(history, log_history) if at < step]
         return values[-1] if values else None
 
     def watched_cuts(self, history: History, log_history: list[dict]) -> list[ReductionEvent]:
-        """The cuts still to be judged, in order."""
+        """The method returns the cuts with fewer than `patience` evaluations so far, in order."""
         standing = _standing(history)
         return [event for event in standing if self._evaluations_since(event, history, log_history) < self.patience]
 
     def harmful_cut(self, value: float, history: History, log_history: list[dict]) -> ReductionEvent | None:
-        """The earliest cut on trial beside whose baseline the newest evaluation, `value`, is too bad."""
+        """The method finds the earliest watched cut beside whose baseline `value`, the newest, is too bad."""
         for event in _standing(history):
             baseline = self.baseline(event.step, history, log_history)
             if self._evaluations_since(event, history, log_history) <= self.patience and baseline is not None:
@@ -62,11 +63,11 @@ class RollbackRule:
         return None
 
     def _evaluations_since(self, event: ReductionEvent, history: History, log_history: list[dict]) -> int:
-        """Evaluations after the cut; one that is repeated at the start of a resumed run is one."""
+        """The method counts evaluations after the cut; one repeated at the start of a resumed run counts once."""
         return len({at for at, _ in self._evaluations(history, log_history) if at >= event.step})
 
     def _evaluations(self, history: History, log_history: list[dict]) -> list[tuple[int, float]]:
-        """(step, value), but for those of a model that was taken back."""
+        """The method returns (step, value) of all evaluations, but for those of a model that was taken back."""
         undone = [(event.step, event.rolled_back_at) for event in history.events if event.rolled_back_at is not None]
         entries = [(entry["step"], float(entry[self.metric])) for entry in log_history if self.metric in entry]
         return [(at, value) for at, value in entries if not any(first <= at <= last for first, last in undone)]
@@ -74,7 +75,7 @@ class RollbackRule:
 
 @dataclass
 class Rollback:
-    """Keeps a snapshot from before every cut that is on trial, and goes back to it.
+    """Keeps a snapshot from before every watched cut, and takes model and optimizer back to it.
 
     Attributes:
         rule: which cut did harm.
@@ -90,10 +91,10 @@ class Rollback:
     def take_snapshot(
         self, state: TrainerState, history: History, model: nn.Module, optimizer, report: StateReport
     ) -> None:
-        """Take a snapshot, before the cut that the report plans.
+        """The method takes a snapshot, before the cut that the report plans.
 
         Raises:
-            ValueError: there is no evaluation before the cut to compare with.
+            ValueError: No evaluation before the cut gave the metric to compare with.
         """
         step = state.global_step
         if self.rule.baseline(step, history, state.log_history) is None:
@@ -107,7 +108,7 @@ class Rollback:
             self._snapshots[step] = Snapshot(model, optimizer, self._folder_of(step), self.companions, mark)
 
     def find_snapshots(self, history: History, log_history: list[dict]) -> None:
-        """Find the snapshots that an earlier process left of cuts still on trial."""
+        """The method finds the snapshots that an earlier process left of cuts that are still watched."""
         for event in self.rule.watched_cuts(history, log_history):
             with raise_in_all_processes():
                 folder = self._folder_of(event.step)
@@ -119,10 +120,13 @@ class Rollback:
     def undo_harmful_cut(
         self, value: float, history: History, state: TrainerState, model: nn.Module, optimizer
     ) -> ReductionEvent | None:
-        """After an evaluation: undo the earliest cut that did harm, and all later ones with it.
+        """After an evaluation the method undoes the earliest cut that did harm, and all later ones with it.
+
+        Args:
+            value: of the metric in this evaluation.
 
         Returns:
-            The earliest cut that was undone; None if all stand.
+            The earliest cut that was undone; None where none was.
         """
         events, undone = history.events, None
         harmful = self.rule.harmful_cut(value, history, state.log_history)
@@ -144,11 +148,11 @@ class Rollback:
         return undone
 
     def discard_unwatched(self, history: History, log_history: list[dict]) -> None:
-        """Free the snapshots of cuts no longer on trial; those on disk only when a checkpoint holds the verdict."""
+        """Snapshots of cuts that are no longer watched are freed; on disk only once a checkpoint says so."""
         self._discard(self._snapshots.keys() - {event.step for event in self.rule.watched_cuts(history, log_history)})
 
     def discard_all(self) -> None:
-        """Free every snapshot."""
+        """Every snapshot is freed."""
         self._discard(set(self._snapshots))
 
     def _discard(self, steps: set[int]) -> None:
@@ -168,13 +172,21 @@ def build_rollback(
     state: TrainerState,
     history: History,
     event_steps: list[int],
-    steps_per_epoch: int,
+    train_dataloader: DataLoader,
     companions: Sequence[nn.Module],
 ) -> Rollback | None:
-    """The net that a schedule asks for, on the metric that Trainer is told to go by, the loss by default.
+    """The function builds the rollback that a schedule asks for, on the metric that chooses Trainer's best model.
+
+    Args:
+        event_steps: after which cuts are due, ascending.
+        train_dataloader: by which Trainer counts its epochs.
+        companions: models that follow the one that trains.
+
+    Returns:
+        None where the schedule has no `rollback_tolerance`. The metric is the loss where Trainer names none.
 
     Raises:
-        ValueError: nothing will be evaluated, or the first cut has no evaluation before it to be compared with.
+        ValueError: Nothing will be evaluated, or the first cut has no evaluation before it to be compared with.
     """
     if schedule.rollback_tolerance is None:
         return None
@@ -184,7 +196,7 @@ def build_rollback(
     better = bool(args.greater_is_better)
     rule = RollbackRule(f"eval_{metric}", better, schedule.rollback_tolerance, schedule.rollback_patience)
     first_cut = min((step for step in event_steps if step > state.global_step), default=None)
-    first_evaluation = _first_evaluation_step(args, state, steps_per_epoch)
+    first_evaluation = _first_evaluation_step(args, state, train_dataloader)
     has_baseline = first_cut is None or rule.baseline(first_cut, history, state.log_history) is not None
     if not has_baseline and first_evaluation >= first_cut:
         raise ValueError(
@@ -196,18 +208,26 @@ def build_rollback(
     return Rollback(rule, folder, companions)
 
 
-def _first_evaluation_step(args: TrainingArguments, state: TrainerState, steps_per_epoch: int) -> int:
-    """The step after which Trainer evaluates first in a run."""
+def _first_evaluation_step(args: TrainingArguments, state: TrainerState, train_dataloader: DataLoader) -> int:
+    """The function returns the step after which Trainer evaluates first in a run."""
     if args.eval_on_start:
         return 0
     by_steps = args.eval_strategy == IntervalStrategy.STEPS
-    every = state.eval_steps if by_steps else steps_per_epoch
-    delay = args.eval_delay if by_steps else args.eval_delay * steps_per_epoch
+    every = state.eval_steps if by_steps else _steps_per_epoch(args, state, train_dataloader)
+    delay = args.eval_delay if by_steps else args.eval_delay * every
     return max(1, math.ceil(delay / every)) * every
 
 
+def _steps_per_epoch(args: TrainingArguments, state: TrainerState, train_dataloader: DataLoader) -> int:
+    """The function counts optimizer steps; for a stream, whose end is not known, those of the whole run."""
+    try:
+        return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+    except TypeError:
+        return state.max_steps
+
+
 def _mark(step: int, score_discarded: list[float]) -> str:
-    """The same for the same cut of the same run, and hardly for any other."""
+    """The mark is the same for the same cut of the same run, and hardly for any other."""
     return f"{step} {score_discarded}"
 
 

@@ -1,6 +1,6 @@
-"""A model and its optimizer as they were at one moment, kept in memory or on disk, and given back at any other size.
+"""A snapshot keeps a model and its optimizer, in memory or on disk, and restores them at any other size.
 
-Each process keeps its own part, without a word to the others.
+Each process keeps its own part; none of them waits for another.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from ..surgery.shrink_and_grow import set_state_sizes
 
 
 class Snapshot:
-    """What training changes: weights, buffers, the optimizer's state of every parameter.
+    """Keeps what training changes: weights, buffers, the optimizer's state of every parameter.
 
-    What stands in the optimizer's groups stays as it is: learning rates, which are the scheduler's, but also what
-    some optimizers (Prodigy, schedule-free ones) keep there.
+    The optimizer's groups are left out: learning rates, which are the scheduler's, but also what some optimizers
+    (Prodigy, schedule-free ones) keep there.
 
     Args:
         model: as its engine has it, wrapped.
@@ -56,7 +56,7 @@ class Snapshot:
 
     @classmethod
     def found(cls, folder: Path, mark: str = "") -> "Snapshot | None":
-        """The snapshot that this process of an earlier run left in a folder; None if there is none with this mark."""
+        """The method finds the snapshot that this process of an earlier run left; None if none there has this mark."""
         file = folder / _file_name()
         if not file.is_file() or _read(file)["mark"] != mark:
             return None
@@ -66,10 +66,10 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer=None, companions: Sequence[nn.Module] = ()) -> None:
-        """Give everything back, at the size it had.
+        """Model, optimizer and companions become what they were, at the size they had.
 
         Raises:
-            ValueError: the file is damaged, or the surgery is refused. Nothing has been changed then.
+            ValueError: The file is damaged, or the surgery is refused. Nothing has been changed then.
         """
         with raise_in_all_processes():
             content = self._content if self._content is not None else _read(self.folder / _file_name())
@@ -87,7 +87,7 @@ class Snapshot:
             _fill(companion, tensors)
 
     def discard(self) -> None:
-        """Free what it holds."""
+        """The memory or the files that it holds are freed."""
         self._content = None
         if self.folder is not None:
             for file in self.folder.glob(f"*{_file_name()}*"):  # with what a killed process was writing
@@ -119,7 +119,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict]:
-    """Parameter name → key → value, with a mark at what lies on the CPU beside a parameter that may not."""
+    """The function returns parameter name → key → (value, whether it lies on the CPU, as its parameter may not)."""
     states = {}
     for name, parameter in model.named_parameters():
         held = optimizer.state.get(parameter, {}) if optimizer is not None else {}

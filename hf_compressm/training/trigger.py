@@ -72,6 +72,7 @@ class Trigger:
         self.waits = schedule.trigger == "settled"
         self.steps = schedule.possible_steps(max_steps) if self.waits else schedule.event_steps(max_steps)
         self._comparison_steps = set(schedule.comparison_steps(max_steps)) if self.waits else set()
+        self._steps = frozenset(self.steps)
         self._settling_steps = schedule.settling_steps(max_steps)
 
     def steps_due(self, step: int, history: History) -> list[int]:
@@ -80,9 +81,13 @@ class Trigger:
             return [due for due in self.steps if due <= step]
         return history.steps or [due for due in self.steps[-1:] if due <= step]
 
+    def may_cut_after(self, step: int) -> bool:
+        """Whether a cut may be due after this step at all, for the asking of which no model is needed."""
+        return step in self._steps
+
     def due(self, layers: StateLayers, history: History, step: int) -> DueEvent | None:
         """The event after this step; None where there is none."""
-        if step not in self.steps:
+        if not self.may_cut_after(step):
             return None
         if self.waits:
             return self._due_when_settled(layers, history, step)

@@ -135,13 +135,13 @@ def train(
     )
     if "fsdp_config" in options:
         enable_fsdp_on_cpu()
-    net = {"rollback_tolerance": 0.05, "rollback_storage": rollback} if rollback in ("memory", "disk") else {}
+    watching = {"rollback_tolerance": 0.05, "rollback_storage": rollback} if rollback in ("memory", "disk") else {}
     callback = CompreSSMCallback(
         CompreSSMConfig(calibration_batches=4, **(goal or {"target_state_size": 4})),
-        CompreSSMSchedule(end=0.5, events=2, **net),
+        CompreSSMSchedule(end=0.5, events=2, **watching),
     )
     attached, after_each_step = attached or "fsdp_config" in options, WeightsAfterEachStep()
-    worse_at = {4} if net else set(range(2, 13, 2)) - {best_at} if best_at else set()
+    worse_at = {4} if watching else set(range(2, 13, 2)) - {best_at} if best_at else set()
     trainer = Trainer(
         build_model(),
         arguments,

@@ -1,4 +1,4 @@
-"""The safety net: a cut that hurt is undone, and training goes on as if it had never been made."""
+"""Rollback: a cut that did harm is undone, and training goes on as if it had never been made."""
 
 import shutil
 from dataclasses import replace
@@ -17,7 +17,7 @@ from hf_compressm.training.snapshot import Snapshot
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
 
 
-def net(config: dict | None = None, **schedule) -> CompreSSMCallback:
+def cutting(config: dict | None = None, **schedule) -> CompreSSMCallback:
     schedule = {"start": 0.0, "end": 0.5, "events": 2, "rollback_tolerance": 0.05} | schedule  # of 20: after 5 and 10
     return CompreSSMCallback(CompreSSMConfig(**(config or {"cut_fraction": 0.5})), CompreSSMSchedule(**schedule))
 
@@ -28,7 +28,7 @@ def trainer_for(folder, dataset, callbacks, **options):
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(tmp_path, dataset, storage, capsys):
-    callback = net(rollback_storage=storage)
+    callback = cutting(rollback_storage=storage)
     rolled_back = trainer_for(tmp_path, dataset, [WorseAt(6), callback])
     rolled_back.train()
     never_cut = trainer_for(tmp_path, dataset, [SnapshotAndRestore(5, 6)])
@@ -46,7 +46,7 @@ def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(tmp_path, dataset
 
 
 def test_a_good_cut_stays_and_its_snapshot_is_let_go(tmp_path, dataset):
-    callback = net({"target_state_size": 4}, rollback_storage="disk", rollback_patience=2)
+    callback = cutting({"target_state_size": 4}, rollback_storage="disk", rollback_patience=2)
     kept = []
 
     class Watch(TrainerCallback):
@@ -62,7 +62,7 @@ def test_a_good_cut_stays_and_its_snapshot_is_let_go(tmp_path, dataset):
 
 def test_harm_that_shows_late_is_seen_within_the_patience_only(tmp_path, dataset):
     for patience, sizes in ((1, {0: 8, 1: 8}), (2, {0: 16, 1: 16})):
-        callback = net(events=1, end=0.25, rollback_patience=patience)
+        callback = cutting(events=1, end=0.25, rollback_patience=patience)
         trainer_for(tmp_path, dataset, [WorseAt(8), callback]).train()
         assert callback.history.state_sizes == sizes
 
@@ -70,7 +70,7 @@ def test_harm_that_shows_late_is_seen_within_the_patience_only(tmp_path, dataset
 def test_a_later_cut_is_undone_alone_and_an_earlier_one_takes_it_along(tmp_path, dataset):
     options = {"start": 0.2, "end": 0.3, "events": 2, "rollback_patience": 3}  # after steps 5 and 6
     evaluating = {"eval_steps": 1}
-    late = net(**options)
+    late = cutting(**options)
     trainer_for(tmp_path, dataset, [WorseAt(6, value=6.9), late], **evaluating).train()
     first = late.history.events[0]
     assert [event.rolled_back_at for event in late.history.events] == [6, 6]
@@ -82,14 +82,14 @@ def test_a_later_cut_is_undone_alone_and_an_earlier_one_takes_it_along(tmp_path,
             if value is not None:
                 metrics["eval_loss"] = state.log_history[-1]["eval_loss"] = value
 
-    second = net(**options)
+    second = cutting(**options)
     trainer_for(tmp_path, dataset, [FirstLooksBad(), second], **evaluating).train()
     assert [event.rolled_back_at for event in second.history.events] == [None, 6]
     assert second.history.state_sizes == {0: 8, 1: 8}
 
 
 def test_after_a_rollback_cutting_stops_or_goes_half_as_deep(tmp_path, dataset):
-    stopped, halved = net({"cut_fraction": 0.5}), net({"cut_fraction": 0.5}, on_rollback="halve")
+    stopped, halved = cutting({"cut_fraction": 0.5}), cutting({"cut_fraction": 0.5}, on_rollback="halve")
     for callback in (stopped, halved):
         trainer_for(tmp_path, dataset, [WorseAt(6), callback]).train()
     assert [event.step for event in stopped.history.events] == [5]
@@ -112,7 +112,7 @@ def test_every_goal_can_be_halved(config, expected):
 
 
 def test_nan_is_harm(tmp_path, dataset):
-    callback = net()
+    callback = cutting()
     trainer_for(tmp_path, dataset, [WorseAt(6, value=float("nan")), callback]).train()
     assert callback.history.events[0].rolled_back_at == 6
 
@@ -128,7 +128,7 @@ class NaNAt(TrainerCallback):
 
 
 def test_a_run_that_diverged_after_its_cut_comes_back(tmp_path, dataset):
-    callback = net()
+    callback = cutting()
     trainer = trainer_for(tmp_path, dataset, [callback, NaNAt(6)])
     trainer.train()
     assert callback.history.events[0].rolled_back_at == 6
@@ -138,7 +138,7 @@ def test_a_run_that_diverged_after_its_cut_comes_back(tmp_path, dataset):
 
 
 def test_a_metric_that_should_rise_is_watched_for_falling(tmp_path, dataset):
-    callback = net()
+    callback = cutting()
     options = {"metric_for_best_model": "accuracy", "greater_is_better": True}
     trainer = trainer_for(tmp_path, dataset, [WorseAt(6, metric="eval_accuracy", value=0.2), callback], **options)
     trainer.compute_metrics = lambda prediction: {"accuracy": 0.5}
@@ -147,7 +147,7 @@ def test_a_metric_that_should_rise_is_watched_for_falling(tmp_path, dataset):
 
 
 def test_evaluations_after_training_undo_nothing(tmp_path, dataset):
-    callback = net(start=0.5, end=1.0, events=1, rollback_patience=5)
+    callback = cutting(start=0.5, end=1.0, events=1, rollback_patience=5)
     trainer = trainer_for(tmp_path, dataset, [callback], eval_steps=6)
     trainer.train()
     trainer.add_callback(WorseAt(20))
@@ -157,22 +157,22 @@ def test_evaluations_after_training_undo_nothing(tmp_path, dataset):
 
 def test_a_checkpoint_of_the_rollback_step_holds_the_model_that_came_back(tmp_path, dataset):
     saving = {"save_strategy": "steps", "save_steps": 2}
-    callback = net()
+    callback = cutting()
     trainer = trainer_for(tmp_path / "a", dataset, [WorseAt(6), callback], **saving)
     trainer.train()
     history = load_history(tmp_path / "a" / "checkpoint-6")
     assert history.state_sizes == {0: 16, 1: 16} and history.events[0].rolled_back_at == 6
 
-    resumed_callback = net()
+    resumed_callback = cutting()
     resumed = trainer_for(tmp_path / "b", dataset, [resumed_callback], **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
     assert_identical(weights_of(resumed.model), weights_of(trainer.model))
     assert [event.step for event in resumed_callback.history.events] == [5]  # cutting has stopped
 
 
-def test_a_run_resumed_while_a_cut_is_on_trial_can_still_undo_it_from_disk(tmp_path, dataset, caplog):
+def test_a_run_resumed_while_a_cut_is_watched_can_still_undo_it_from_disk(tmp_path, dataset, caplog):
     saving = {"save_strategy": "steps", "save_steps": 1}
-    trainer = trainer_for(tmp_path / "a", dataset, [WorseAt(6), net(rollback_storage="disk")], **saving)
+    trainer = trainer_for(tmp_path / "a", dataset, [WorseAt(6), cutting(rollback_storage="disk")], **saving)
     kept = tmp_path / "kept"
 
     class Killed(TrainerCallback):
@@ -182,11 +182,11 @@ def test_a_run_resumed_while_a_cut_is_on_trial_can_still_undo_it_from_disk(tmp_p
 
     trainer.add_callback(Killed())
     trainer.train()
-    resumed = trainer_for(kept, dataset, [WorseAt(6), net(rollback_storage="disk")], **saving)
+    resumed = trainer_for(kept, dataset, [WorseAt(6), cutting(rollback_storage="disk")], **saving)
     resumed.train(resume_from_checkpoint=str(kept / "checkpoint-5"))
     assert_identical(weights_of(resumed.model), weights_of(trainer.model))
 
-    callback = net()
+    callback = cutting()
     in_memory = trainer_for(tmp_path / "c", dataset, [WorseAt(6), callback], **saving)
     in_memory.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
     assert "cannot be undone" in caplog.text
@@ -204,29 +204,29 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_run_killed_after_a_verdict_comes_to_it_again(tmp_path, dataset):
-    options = {"eval_steps": 3, "save_strategy": "steps", "save_steps": 5}  # judged at 6, killed at 8
-    whole = trainer_for(tmp_path / "a", dataset, [WorseAt(6), net(rollback_storage="disk")], **options)
+def test_a_run_killed_after_a_rollback_comes_to_it_again(tmp_path, dataset):
+    options = {"eval_steps": 3, "save_strategy": "steps", "save_steps": 5}  # undone at 6, killed at 8
+    whole = trainer_for(tmp_path / "a", dataset, [WorseAt(6), cutting(rollback_storage="disk")], **options)
     whole.train()
-    killed = trainer_for(tmp_path / "b", dataset, [WorseAt(6), net(rollback_storage="disk"), StopAt(8)], **options)
+    killed = trainer_for(tmp_path / "b", dataset, [WorseAt(6), cutting(rollback_storage="disk"), StopAt(8)], **options)
     with pytest.raises(KeyboardInterrupt):
         killed.train()
-    resumed = trainer_for(tmp_path / "b", dataset, [WorseAt(6), net(rollback_storage="disk")], **options)
+    resumed = trainer_for(tmp_path / "b", dataset, [WorseAt(6), cutting(rollback_storage="disk")], **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))
     assert_identical(weights_of(resumed.model), weights_of(whole.model))
 
 
 def test_a_snapshot_of_another_run_is_not_taken_up(tmp_path, dataset, caplog):
     options = {"save_strategy": "steps", "save_steps": 5}
-    first = trainer_for(tmp_path, dataset, [WorseAt(6), net(rollback_storage="disk")], **options)
+    first = trainer_for(tmp_path, dataset, [WorseAt(6), cutting(rollback_storage="disk")], **options)
     first.train()
     other = trainer_for(
-        tmp_path, dataset, [net(rollback_storage="disk"), StopAt(6)], eval_steps=3, seed=9, learning_rate=1e-3
+        tmp_path, dataset, [cutting(rollback_storage="disk"), StopAt(6)], eval_steps=3, seed=9, learning_rate=1e-3
     )
     with pytest.raises(KeyboardInterrupt):
         other.train()
     assert list((tmp_path / "_rollback").iterdir())
-    resumed = trainer_for(tmp_path, dataset, [WorseAt(6), net(rollback_storage="disk")], **options)
+    resumed = trainer_for(tmp_path, dataset, [WorseAt(6), cutting(rollback_storage="disk")], **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert "no snapshot of that cut was found" in caplog.text
 
@@ -235,7 +235,7 @@ def test_the_companions_come_back_too(tmp_path, dataset):
     def run(folder, kind):
         model = build_model()
         average = AveragedModel(model)
-        callback = net() if kind is net else None
+        callback = cutting() if kind is cutting else None
         if callback:
             callback.companions = (average,)
         others = [WorseAt(6), callback] if callback else [kind(average)]
@@ -265,11 +265,11 @@ def test_the_companions_come_back_too(tmp_path, dataset):
                 self.snapshot.restore(model, optimizer, [self.average])
                 assert int(self.average.n_averaged) == before - 2
 
-    assert_identical(run(tmp_path / "a", net), run(tmp_path / "b", WithAverage))
+    assert_identical(run(tmp_path / "a", cutting), run(tmp_path / "b", WithAverage))
 
 
 def test_what_a_model_scored_that_was_taken_back_is_no_baseline(tmp_path, dataset):
-    callback = net(start=0.2, end=0.3, events=2, on_rollback="halve")  # after steps 5 and 6
+    callback = cutting(start=0.2, end=0.3, events=2, on_rollback="halve")  # after steps 5 and 6
     worse = WorseAt(5, value=1e9)
     also_worse = WorseAt(6, 7, value=50.0)
     trainer_for(tmp_path, dataset, [worse, also_worse, callback], eval_steps=1).train()
@@ -278,7 +278,7 @@ def test_what_a_model_scored_that_was_taken_back_is_no_baseline(tmp_path, datase
 
 
 def test_a_cut_undone_later_leaves_the_record_of_one_undone_before(tmp_path, dataset):
-    callback = net(start=0.2, end=0.3, events=2, rollback_patience=5)
+    callback = cutting(start=0.2, end=0.3, events=2, rollback_patience=5)
 
     class Scores(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -295,7 +295,7 @@ def test_several_evaluation_sets_need_the_name_of_a_metric(tmp_path, dataset):
     sets = {"a": dataset.select(range(8)), "b": dataset.select(range(8, 16))}
 
     def run(**options):
-        callback = net()
+        callback = cutting()
         trainer = build_trainer(
             tmp_path, dataset, [WorseAt(6, metric="eval_b_loss"), callback], eval_dataset=sets, **EVALUATING, **options
         )
@@ -308,7 +308,7 @@ def test_several_evaluation_sets_need_the_name_of_a_metric(tmp_path, dataset):
 
 
 def test_an_evaluation_after_an_interruption_undoes_nothing(tmp_path, dataset):
-    callback = net()
+    callback = cutting()
     trainer = trainer_for(tmp_path, dataset, [WorseAt(7)], eval_steps=3)
     callback.attach(trainer)
     trainer.add_callback(StopAt(7))
@@ -321,8 +321,8 @@ def test_an_evaluation_after_an_interruption_undoes_nothing(tmp_path, dataset):
 def test_an_evaluation_repeated_at_the_start_of_a_resumed_run_counts_once(tmp_path, dataset):
     options = {"eval_steps": 2, "save_strategy": "steps", "save_steps": 6, "eval_on_start": True}
     patient = {"rollback_storage": "disk", "rollback_patience": 2}
-    resumed = net(**patient)
-    killed = trainer_for(tmp_path, dataset, [net(**patient), StopAt(7)], **options)
+    resumed = cutting(**patient)
+    killed = trainer_for(tmp_path, dataset, [cutting(**patient), StopAt(7)], **options)
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     again = trainer_for(tmp_path, dataset, [WorseAt(8), resumed], **options)
@@ -340,8 +340,8 @@ def test_an_evaluation_repeated_at_the_start_of_a_resumed_run_counts_once(tmp_pa
         ({"eval_strategy": "epoch"}, "set eval_on_start=True"),
     ],
 )
-def test_a_net_without_a_baseline_is_refused_before_training(tmp_path, dataset, options, message):
-    callback = net({"cut_fraction": 0.5, "calibration_batches": 2})
+def test_a_rollback_without_a_baseline_is_refused_before_training(tmp_path, dataset, options, message):
+    callback = cutting({"cut_fraction": 0.5, "calibration_batches": 2})
     trainer = trainer_for(tmp_path, dataset, [callback], **options)
     with pytest.raises(ValueError, match=message):
         trainer.train()
@@ -353,7 +353,7 @@ def test_a_net_without_a_baseline_is_refused_before_training(tmp_path, dataset, 
 )
 def test_an_evaluation_at_the_start_or_an_epoch_before_is_a_baseline(tmp_path, dataset, options):
     data = dataset.select(range(24)) if "eval_on_start" not in options else dataset  # epochs of three steps
-    callback = net({"cut_fraction": 0.5, "calibration_batches": 2})
+    callback = cutting({"cut_fraction": 0.5, "calibration_batches": 2})
     trainer_for(tmp_path, data, [callback], **options).train()
     assert callback.history.state_sizes == {0: 4, 1: 4}
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MambaForCausalLM
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, uninstall_scan
 from hf_compressm.storage.history import load_history
 from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes
-from hf_compressm.training import callback as callback_module
+from hf_compressm.training import start_checks
 
 
 @pytest.mark.parametrize("criterion", ["output", "taylor"])
@@ -38,7 +38,7 @@ def test_a_callback_that_never_cuts_leaves_the_run_bit_identical(tmp_path, datas
 def test_an_early_loss_budget_is_warned_of(tmp_path, dataset, monkeypatch, goal, start, warned):
     """The README's study of recall: what is not learned yet costs nothing, and the budget takes it all."""
     warnings = []
-    monkeypatch.setattr(callback_module.logger, "warning", lambda text, *args: warnings.append(text))
+    monkeypatch.setattr(start_checks.logger, "warning", lambda text, *args: warnings.append(text))
     schedule = CompreSSMSchedule(start=start, end=start + 0.2, events=1)  # of 20 steps
     callback = CompreSSMCallback(CompreSSMConfig(**{goal: 1e-9}), schedule)
     build_trainer(tmp_path, dataset, [callback]).train()

@@ -1,0 +1,110 @@
+"""What is refused, and what is warned of, when a run starts: it would come to light in the middle of training."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..architectures import StateLayers, state_sizes
+from ..config import CompreSSMConfig
+from ..engines import check_training_arguments, unwrap
+from ..storage.history import History
+from .schedule import CompreSSMSchedule
+
+logger = logging.get_logger(__name__)
+
+MANY_OBSERVATIONS = 500  # their spectra make a trainer_state.json of tens of megabytes
+EARLY = 0.25  # of a run; in model_cards/recall a budget spent at 0.1 left 1 of 64 states, at 0.5 about 21
+
+
+def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module, trainer: Trainer | None) -> None:
+    """The function refuses a Trainer that the callback could not follow.
+
+    Args:
+        trainer: the one that the callback is attached to, if any.
+
+    Raises:
+        ValueError: An option of the Trainer does not go together with cuts, or another Trainer is running.
+    """
+    check_training_arguments(args, model, attached=trainer is not None)
+    if state.is_hyper_param_search:
+        raise ValueError(
+            "a hyper-parameter search starts every trial from the same model: search without this callback."
+        )
+    if args.push_to_hub and trainer is None:
+        raise ValueError("push_to_hub=True: call callback.attach(trainer), so that pushes carry the history.")
+    if trainer is not None and unwrap(trainer.model_wrapped) is not unwrap(model):
+        raise ValueError("the callback is attached to another trainer: make one for each.")
+
+
+def check_companions(companions: Sequence[nn.Module], args: TrainingArguments, layers: StateLayers) -> None:
+    """The function refuses companions that could not follow the model.
+
+    Raises:
+        ValueError: The model will be exchanged at the end, or a companion has other state sizes.
+    """
+    if companions and args.load_best_model_at_end:
+        raise ValueError("companions cannot follow the model to another checkpoint: set load_best_model_at_end=False.")
+    for companion in companions:
+        if state_sizes(unwrap(companion)) != layers.sizes:
+            raise ValueError(
+                f"a companion has state sizes {state_sizes(unwrap(companion))}, the model has {layers.sizes}. "
+                "After a resume load the companion's own weights first; "
+                "hf_compressm.surgery.adopt_sizes.adopt_checkpoint_sizes(companion) lets it take their size."
+            )
+
+
+def check_not_rebuilt(needs: dict[str, object]) -> None:
+    """The function refuses a callback that Trainer rebuilt: it lacks what could not be written to a file.
+
+    Args:
+        needs: name → what the callback was given under this name when it was first built.
+
+    Raises:
+        ValueError: Something is lacking.
+    """
+    lacking = [name for name, given in needs.items() if given in (None, ())]
+    if lacking:
+        raise ValueError(
+            f"restore_callback_states_from_checkpoint=True rebuilds the callback without its {lacking[0]}. "
+            "Leave it at False: the callback takes up its history by itself."
+        )
+
+
+def warn_of_an_early_budget(config: CompreSSMConfig, history: History, first_step: int, max_steps: int) -> None:
+    """The function warns where a loss budget may be spent before the model has learned to use its states."""
+    if config.loss_budget is not None and first_step < EARLY * max_steps and not history.events:
+        logger.warning(
+            f"A loss budget may be spent from step {first_step} of {max_steps} on: a model that has not learned "
+            "to use its states loses nothing by losing them, and cannot learn later what they were for. "
+            "Cut later, for example with CompreSSMSchedule(start=0.5, end=0.75), or give a target_state_size."
+        )
+
+
+def warn_of_many_observations(schedule: CompreSSMSchedule, max_steps: int) -> None:
+    """The function warns where every checkpoint would grow by hundreds of observations."""
+    if schedule.monitor_steps and max_steps > MANY_OBSERVATIONS * schedule.monitor_steps:
+        logger.warning(
+            f"monitor_steps={schedule.monitor_steps} makes {max_steps // schedule.monitor_steps} "
+            "observations, and every checkpoint holds all of them: a larger number of steps keeps it small."
+        )
+
+
+def warn_of_a_slow_scan(layers: StateLayers) -> None:
+    """Warn where the scan that the model would train with is slower than need be."""
+    slow = layers.family.slow_scan(next(layers.model.parameters()).device.type)
+    if slow is not None:
+        logger.warning(slow)
+
+
+def warn_of_another_schedule(recorded: History, history: History) -> None:
+    """The function warns where a run goes on by other rules than the checkpoint that it resumes from."""
+    if (recorded.config, recorded.schedule) != (history.config, history.schedule):
+        logger.warning("The run is resumed with another configuration or schedule than its checkpoint has.")
+
+
+def warn_of_missed_cuts(step: int, due: list[int], done: list[int]) -> None:
+    """The function warns where a resumed run was cut after other steps than its schedule says."""
+    if due != done:
+        logger.warning(f"By step {step} cuts were due after steps {due}; the history has them at {done}.")
