@@ -146,34 +146,34 @@ PRIVATE_NAMES = (
 )
 
 
-def missing_private_names(owner: str = "") -> list[PrivateName]:
+def missing_private_names(*owners: str) -> list[PrivateName]:
     """Return the names of the table that the installed packages do not have.
 
     Args:
-        owner: only names whose path starts so; by default all.
+        owners: only names whose path starts with one of these; by default all.
     """
-    return [row for row in PRIVATE_NAMES if str(row).startswith(owner) and not _exists(row)]
+    return [row for row in PRIVATE_NAMES if str(row).startswith(owners or "") and not _exists(row)]
 
 
 @functools.cache
-def check_private_names(owner: str) -> None:
+def check_private_names(*owners: str) -> None:
     """Refuse an installed package that lacks a name, and warn once of a release that was not tested.
 
     Args:
-        owner: the start of a path, such as "transformers.Trainer": the names that are about to be used.
+        owners: starts of paths in one package, such as "transformers.Trainer": the names that are about to be used.
 
     Raises:
         ValueError: names are missing.
     """
-    package = owner.split(".")[0]
-    missing = missing_private_names(owner)
+    package = owners[0].split(".")[0]
+    missing = missing_private_names(*owners)
     if missing:
         raise ValueError(
             f"{installed(package)} has no {', '.join(map(str, missing))}, which hf_compressm needs. {remedy(package)}"
         )
     if not is_tested(package):
         logger.warning(
-            f"hf_compressm uses private names of {package}, as of {owner}, and was not tested with "
+            f"hf_compressm uses private names of {' and '.join(owners)}, and was not tested with "
             f"{installed(package)}. {remedy(package)}"
         )
 

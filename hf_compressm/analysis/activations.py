@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..architectures.family import layout_of, state_layers
 from ..architectures.mamba_scan import observed_scan
-from ..engines import full
+from ..engines import full_tensor
 from ..kernels import effective_time_step, sampled_scan, selective_scan
 from ..theory.selective import Statistics
 from .calibration import Batch
@@ -22,7 +22,8 @@ def collect_statistics(model: nn.Module, batches: list[Batch]) -> dict[int, Stat
         for index, mixer in mixers.items()
     }
     weights = {
-        i: full(m.get_parameter(layout.output_projection).detach()).double().square().sum(0) for i, m in mixers.items()
+        i: full_tensor(m.get_parameter(layout.output_projection).detach()).double().square().sum(0)
+        for i, m in mixers.items()
     }
 
     def observe(index: int, mask: Tensor | None, *arguments):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..architectures.family import SelectiveLayout, layout_of, state_layers, state_size
-from ..engines import full
+from ..engines import full_tensor
 from ..surgery.shrink_and_grow import maps_in
 from ..theory.plan import Plan, Selection
 from ..theory.selective import complement
@@ -33,7 +33,7 @@ def masked_tensors(mixer: nn.Module, layout: SelectiveLayout, selection: Selecti
     a refit only.
     """
     paths = layout.projection, layout.decay
-    tensors = {path: full(mixer.get_parameter(path).detach()).clone() for path in paths}
+    tensors = {path: full_tensor(mixer.get_parameter(path).detach()).clone() for path in paths}
     whole = maps_in(tensors, mixer, layout)
     kept = selection.maps_after_cut(whole)
     keep = selection.kept_states.to(whole.B_rows.device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..architectures.family import SelectiveLayout, layout_of
-from ..engines import full, raise_in_all_processes, sum_over_processes
+from ..engines import full_tensor, raise_in_all_processes, sum_over_processes
 from ..surgery.shrink_and_grow import maps_in
 from ..theory.plan import Plan
 from ..theory.selective import StateMaps
@@ -36,7 +36,7 @@ def refitted(
     for index, mixer in tqdm(layers.items(), desc="Refitting layers", leave=False, disable=len(layers) < 2):
         earlier = masked_parameters(model, {i: entry for i, entry in result.items() if i < index})
         whole = whole_maps(mixer, layout)
-        output_projection = full(mixer.get_parameter(layout.output_projection).detach())
+        output_projection = full_tensor(mixer.get_parameter(layout.output_projection).detach())
         with raise_in_all_processes():
             inputs = [layer_inputs(model, batches, index, earlier) for batches in (data, held_out)]
         error, judge = (OutputError(whole, output_projection, some, sum_over_processes) for some in inputs)
@@ -53,7 +53,7 @@ def refitted(
 
 def whole_maps(mixer: nn.Module, layout: SelectiveLayout) -> StateMaps:
     """The maps of all states of a layer, in float32 at least."""
-    tensors = {path: full(mixer.get_parameter(path).detach()) for path in (layout.projection, layout.decay)}
+    tensors = {path: full_tensor(mixer.get_parameter(path).detach()) for path in (layout.projection, layout.decay)}
     return StateMaps(
         *(values.to(torch.promote_types(values.dtype, torch.float32)) for values in maps_in(tensors, mixer, layout))
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..architectures.family import STATE_INPUT, STATE_OUTPUT, layout_of, projection_rows, state_layers
 from ..config import CompreSSMConfig
-from ..engines import full, raise_in_all_processes, sum_over_processes
+from ..engines import full_tensor, raise_in_all_processes, sum_over_processes
 from ..kernels.operators import CHUNK
 from ..theory.criteria import Criterion, LayerStates, choose_states, criterion_name, seeded_generator, state_scores
 from ..theory.plan import Plan, Selection
@@ -134,7 +134,7 @@ def score_states(
     """
     layout, scores = layout_of(model), {}
     for index, mixer in state_layers(model).items():
-        projection = full(mixer.get_parameter(layout.projection).detach())
+        projection = full_tensor(mixer.get_parameter(layout.projection).detach())
         B, C = (projection_rows(mixer, layout, block) for block in (STATE_INPUT, STATE_OUTPUT))
         layer = LayerStates(
             statistics=statistics[index],

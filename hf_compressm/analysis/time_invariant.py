@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..architectures.family import layout_of, state_layers, state_size
 from ..config import CompreSSMConfig
-from ..engines import gathered
+from ..engines import gathered_parameters
 from ..theory.criteria import choose_states, seeded_generator
 from ..theory.hankel import balancing_transformation, diagonal_gramians, diagonalize, project
 from ..theory.plan import Plan, Projection, Selection
@@ -32,7 +32,7 @@ class TimeInvariantAnalysis:
         self.model, self.config = model, config
         self.systems = {}
         for index, mixer in state_layers(model).items():
-            with gathered(mixer):
+            with gathered_parameters(mixer):
                 self.systems[index] = mixer.system()
         self._gramians = {index: diagonal_gramians(*system) for index, system in self.systems.items()}
         self._balancing = {index: balancing_transformation(*gramians) for index, gramians in self._gramians.items()}

@@ -6,6 +6,7 @@ from transformers import Trainer
 
 from ..architectures.family import state_sizes
 from ..engines import check_engine, from_first_process, process_index, raise_in_all_processes, unwrap
+from ..private_api import check_private_names
 from ..sharing.model_card import CardDetails
 from ..storage.checkpoint import check_complete, history_of_checkpoint, last_complete_checkpoint, recorded_history
 from ..storage.history import History
@@ -23,8 +24,10 @@ def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
         card: what the model's card is to say, where the trainer pushes to the Hub.
 
     Raises:
-        ValueError: an engine or a model that is not served, or a trainer with another callback of this kind.
+        ValueError: an engine, a model or a Transformers that is not served, or a trainer with another callback of this
+            kind.
     """
+    check_private_names("transformers.Trainer")
     own = type(callback)
     if any(isinstance(c, own) and c is not callback for c in trainer.callback_handler.callbacks):
         raise ValueError(f"the trainer has another {own.__name__}, which would cut the same model: give one.")
