@@ -46,22 +46,28 @@ def test_what_is_installed_has_every_name_of_the_table(row):
 
 def private_names_of(tree: ast.AST) -> set[str]:
     """Foreign private names in a file: those that it uses and does not define, and those that others call."""
-    defined, used, through_super = set(), set(), set()
+    used, through_super = set(), set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name):
+                through_super.add(name)
+            case ast.Attribute(attr=name) | ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+    of_classes = {name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for name in members(node)}
+    names = (used - defined_in(tree)) | through_super | (of_classes - used)
+    return {name for name in names if is_private(name)}
+
+
+def defined_in(tree: ast.AST) -> set[str]:
+    """Functions, classes, variables and attributes of `self`."""
+    defined = set()
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
                 defined.add(name)
             case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
                 defined.add(name)
-            case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name):
-                through_super.add(name)
-            case ast.Attribute(attr=name):
-                used.add(name)
-            case ast.Name(id=name, ctx=ast.Load()):
-                used.add(name)
-    of_classes = {name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for name in members(node)}
-    names = (used - defined) | through_super | (of_classes - used)
-    return {name for name in names if is_private(name)}
+    return defined
 
 
 def members(node: ast.ClassDef) -> set[str]:
@@ -74,7 +80,7 @@ def private_strings_of(tree: ast.AST) -> set[str]:
     """Names in strings, as `getattr` and tables of names have them."""
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     parts = {part for text in strings if re.fullmatch(r"[\w.]+", text) for part in text.split(".")}
-    return {part for part in parts if is_private(part)} - OUR_STRINGS
+    return {part for part in parts if is_private(part)} - OUR_STRINGS - defined_in(tree)
 
 
 def undocumented_imports_of(tree: ast.AST) -> set[str]:
@@ -132,6 +138,7 @@ def test_a_name_that_is_not_listed_is_seen(source, name):
     [
         "def _own(): ...\n_own()",
         "class A:\n    def __init__(self): self._x = 1\n    def y(self): return self._x",
+        "class _Own:\n    def copy(self) -> '_Own': ...",
         "from transformers.utils import logging",
         "from ..kernels import _own",
     ],
