@@ -6,7 +6,7 @@ from contextlib import suppress
 from torch import Tensor
 
 from ..architectures import StateLayers
-from ..engines import full, is_sharded
+from ..engines import full_tensor, is_sharded
 from ..kernels import effective_time_step, sampled_scan, selective_scan
 from ..theory.selective import LayerInputs, Statistics
 from .calibration import Batch
@@ -25,7 +25,7 @@ def collect_statistics(layers: StateLayers, batches: list[Batch]) -> dict[int, S
     for index, mixer in layers.items():
         decay, output_projection = (mixer.get_parameter(path) for path in (family.decay, family.output_projection))
         statistics[index] = Statistics.empty(*decay.shape, device=decay.device)
-        weights[index] = full(output_projection.detach()).double().square().sum(0)
+        weights[index] = full_tensor(output_projection.detach()).double().square().sum(0)
 
     def observe(index: int, mask: Tensor | None, *arguments):
         y, last_state, positions, sample = sampled_scan(*arguments)

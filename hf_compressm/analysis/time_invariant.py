@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ..architectures import StateLayers
 from ..config import CompreSSMConfig
-from ..engines import gathered
 from ..theory.criteria import choose_states, seeded_generator
 from ..theory.hankel import balancing_transformation, diagonal_gramians, diagonalize, project
 from ..theory.plan import Plan, PlanEntry, Projection, Selection
@@ -29,7 +28,7 @@ class TimeInvariantAnalysis:
         self.layers, self.config = layers, config
         self.systems = {}
         for index, mixer in layers.items():
-            with gathered(mixer):
+            with gathered_parameters(mixer):
                 self.systems[index] = layers.family.system(mixer)
         self.gramians = {index: diagonal_gramians(*system) for index, system in self.systems.items()}
         self._balancing = {index: balancing_transformation(*gramians) for index, gramians in self.gramians.items()}

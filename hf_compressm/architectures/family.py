@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engines import full
+from ..engines import full_tensor
 from ..theory.plan import PlanEntry, Projection, Selection
 from ..theory.selective import LayerInputs, StateMaps, complement
 
@@ -271,7 +271,7 @@ class SelectiveFamily(Family):
 
         Decay rates change by a refit only; a tensor that does not change is left out.
         """
-        tensors = {path: full(mixer.get_parameter(path).detach()) for path in self.tensors}
+        tensors = {path: full_tensor(mixer.get_parameter(path).detach()) for path in self.tensors}
         changed = {path: tensor.clone() for path, tensor in tensors.items()}
         whole = self.maps(changed, mixer)
         after = entry.maps_after_cut(whole)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from ..engines import full
+from ..engines import full_tensor
 from .registry import family_of
 
 
@@ -48,7 +48,7 @@ class StateLayers(Mapping[int, nn.Module]):
 
     def whole_tensors(self, index: int) -> dict[str, Tensor]:
         """The same as whole tensors; every process has to ask."""
-        return {path: full(parameter.detach()) for path, parameter in self.parameters(index).items()}
+        return {path: full_tensor(parameter.detach()) for path, parameter in self.parameters(index).items()}
 
     def parameter_name(self, index: int, path: str) -> str:
         """The name in the whole model of a parameter of a layer."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, MambaModel
 from transformers.models.mamba.modeling_mamba import MambaBlock
 
-from ..engines import change_class, full, original_class
+from ..engines import change_class, full_tensor, original_class
 from ..kernels import selective_scan
 from ..theory.selective import LayerInputs, StateMaps
 from .family import Block, Observer, SelectiveFamily, StateTensor
@@ -95,7 +95,7 @@ class MambaFamily(SelectiveFamily):
 
     def layer_output(self, mixer: nn.Module) -> Callable[[StateMaps, LayerInputs], Tensor]:
         """W_out (silu(z) ⊙ y), y the scan without its skip connection, which no cut changes."""
-        projection = full(mixer.out_proj.weight.detach())
+        projection = full_tensor(mixer.out_proj.weight.detach())
 
         def output(maps: StateMaps, inputs: LayerInputs) -> Tensor:
             with torch.autocast(inputs.u.device.type, enabled=False):

@@ -16,6 +16,7 @@ from transformers.models.mamba import modeling_mamba
 from ..kernels.cpp_scan import step as cpp_step
 from ..kernels.dispatch import mamba_ssm_serves, requested_scan, scan_name
 from ..kernels.scan import selective_scan
+from ..private_api import check_private_names
 
 # Runs a scan: of (u, time_step, A, B, C, D, gate, time_step_bias, softplus) to (y, last_state).
 Observer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -30,11 +31,12 @@ def install_scan() -> None:
     Explicit, global, reversible with `uninstall_scan`; a second call changes nothing.
 
     Raises:
-        ValueError: HF_COMPRESSM_SCAN names no scan.
+        ValueError: HF_COMPRESSM_SCAN names no scan, or this Transformers lacks functions that are to be replaced.
     """
     requested_scan()
     if _originals:
         return
+    check_private_names(modeling_mamba.__name__)
     replacements = {
         "mamba_selective_scan": _scan,
         "mamba_inner_fn": _fused_block,

@@ -1,4 +1,7 @@
-"""Every engine's oddities, and nothing else: one process, DistributedDataParallel and FSDP2 behind one interface."""
+"""The engines that hold a model while it trains: one process, DistributedDataParallel and FSDP2, behind one interface.
+
+What distinguishes them stands here, and nothing else does.
+"""
 
 from .engine import Engine, forward_with, new_parameter_like
 from .processes import (
@@ -9,7 +12,7 @@ from .processes import (
     raise_in_all_processes,
     sum_over_processes,
 )
-from .sharded import change_class, full, gathered, is_sharded, local, original_class, shard_like
+from .sharded import change_class, full_tensor, gathered_parameters, is_sharded, original_class, shard_like, to_local
 from .training_arguments import check_engine, check_training_arguments, fsdp_is_asked
 from .wrappers import unwrap, unwrap_optimizer
 
@@ -22,10 +25,9 @@ __all__ = [
     "forward_with",
     "from_first_process",
     "fsdp_is_asked",
-    "full",
-    "gathered",
+    "full_tensor",
+    "gathered_parameters",
     "is_sharded",
-    "local",
     "new_parameter_like",
     "original_class",
     "process_count",
@@ -33,6 +35,7 @@ __all__ = [
     "raise_in_all_processes",
     "shard_like",
     "sum_over_processes",
+    "to_local",
     "unwrap",
     "unwrap_optimizer",
 ]

@@ -1,24 +1,26 @@
-"""DistributedDataParallel: the wrapper around a model, and its rebuilding around new parameters."""
+"""DistributedDataParallel wraps a model; this module finds the wrapper and rebuilds it around new parameters."""
 
 import gc
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..private_api import check_private_names
 from .processes import process_count
-from .wrappers import ENGINES, bare
+from .wrappers import ENGINES, strip_wrappers
 
 NEWER_OPTIONS = ("skip_all_reduce_unused_params", "batched_grad_copy")  # of some releases of torch
 POWER_SGD_MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")
 
 
 def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
-    """The wrapper that synchronises this model's gradients; None in a single process.
+    """Return the wrapper that synchronises this model's gradients, or None in a single process.
 
-    Trainer shows its callbacks the bare model only, so the wrapper around it is looked for among all live objects.
+    Trainer shows its callbacks the model without its wrapper, so the wrapper is looked for among all live objects.
 
     Raises:
-        ValueError: there are several processes and nothing wraps the model, or more than one thing does.
+        ValueError: there are several processes and nothing wraps the model, or more than one thing does; or the
+            wrapper cannot be rebuilt with the installed torch or with its options.
     """
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod
@@ -42,7 +44,8 @@ def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
 def rebuild(wrapper: DistributedDataParallel) -> None:
     """Make the wrapper synchronise the model's present parameters, with all its options.
 
-    Its reducer holds on to the parameters it was built for: without this, ranks would diverge without a word.
+    Its reducer holds on to the parameters that it was built for: if it were left so, the processes would diverge
+    without a word.
     """
     options = dict(
         device_ids=wrapper.device_ids,
@@ -71,6 +74,8 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
 
 
 def _checked(wrapper: DistributedDataParallel) -> DistributedDataParallel:
+    """The wrapper, if it can be rebuilt."""
+    check_private_names("torch.nn.parallel.DistributedDataParallel", "torch.distributed.Reducer")
     if getattr(wrapper, "_delay_all_reduce_params", None):
         raise ValueError("delay_all_reduce_named_params of DistributedDataParallel cannot follow a resize: drop it.")
     return wrapper
@@ -78,4 +83,4 @@ def _checked(wrapper: DistributedDataParallel) -> DistributedDataParallel:
 
 def _live_wrappers(model: nn.Module) -> list[DistributedDataParallel]:
     # By type(): isinstance() would look into proxies of objects that are gone.
-    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and bare(o) is model]
+    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and strip_wrappers(o) is model]

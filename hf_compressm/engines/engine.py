@@ -1,4 +1,4 @@
-"""One small interface over the ways in which a model's parameters are held while it trains."""
+"""One small interface covers the ways in which a model's parameters are held while it trains."""
 
 import sys
 
@@ -12,17 +12,17 @@ from .wrappers import unwrap
 
 
 class Engine:
-    """A model that is held whole, in one process or, each with a copy of its own, in several.
+    """The engine replaces parameters of a model and lets everything that was built for the old ones know.
 
     Args:
-        model: as its engine has it, wrapped; or the bare model of a single process, or of Trainer.
+        model: the model as its engine has it, wrapped; in a single process and from Trainer, the model itself.
         trains: False for a model beside the one that trains, which nothing has to synchronise.
 
     Attributes:
-        model: the bare Transformers model.
+        model: the Transformers model without its wrappers.
 
     Raises:
-        ValueError: an engine that is not served.
+        ValueError: the model is held by an engine that is not served.
     """
 
     def __init__(self, model: nn.Module, trains: bool = True):
@@ -31,7 +31,7 @@ class Engine:
         self._wrapper = data_parallel_wrapper(model) if trains and not self._is_sharded else None
 
     def replace(self, module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
-        """A new Parameter holding `value` in the place of `module`'s own parameter `name`."""
+        """Put a new Parameter that holds `value` in the place of `module`'s own parameter `name`, and return it."""
         old = module._parameters[name]
         if self._is_sharded:
             return replace_sharded(self.model, old, value)
@@ -47,20 +47,20 @@ class Engine:
 
 
 def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """A Parameter holding `value` with the attributes that were set on `old` (such as `_no_weight_decay`)."""
+    """Return a Parameter that holds `value`, with the attributes that were set on `old`."""
     new = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     return new
 
 
 def forward_with(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
-    """One forward pass of an unwrapped model, with some parameters, by name, overridden."""
+    """Run an unwrapped model forward once, with some parameters, by name, overridden, and return its outputs."""
     run = forward_sharded if is_sharded(model) else _forward_whole
     return run(model, inputs, overrides)
 
 
 def forget_compiled_code() -> None:
-    """Let torch.compile start anew: after eight recompilations for new sizes it would fall back to eager for good."""
+    """Let torch.compile start anew, since after eight recompilations for new sizes it stays in eager mode."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

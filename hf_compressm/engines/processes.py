@@ -1,4 +1,4 @@
-"""What several processes have to agree on; in a single one every function here is the identity."""
+"""Several processes agree by these functions; in a single process each of them is the identity."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 def process_count() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_index() -> int:
-    """Which of them this is, from 0."""
+    """Return which of the processes this is, from 0."""
     return dist.get_rank() if process_count() > 1 else 0
 
 
 def all_processes(condition: bool) -> bool:
-    """Whether the condition holds in all processes."""
+    """Return whether the condition holds in all processes."""
     conditions = [condition] * process_count()
     if process_count() > 1:
         dist.all_gather_object(conditions, condition)
@@ -36,7 +36,7 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
 
 
 def from_first_process(value: T) -> T:
-    """The first process's value, in all of them; tensors in it have to be on the CPU."""
+    """Return the value of the first process in all of them; tensors in it have to be on the CPU."""
     if process_count() == 1:
         return value
     values = [value]
@@ -46,12 +46,12 @@ def from_first_process(value: T) -> T:
 
 @contextmanager
 def raise_in_all_processes() -> Iterator[None]:
-    """All processes leave this block well, or all leave it with the error of those that failed.
+    """Let all processes leave this block well, or all leave it with the error of those that failed.
 
-    Nothing within may wait for other processes, but for the forward passes of a sharded model.
+    Nothing within the block may wait for other processes, but for the forward passes of a sharded model.
 
     Raises:
-        ValueError: in every process, when another one failed; the error itself in the process where it happened.
+        ValueError: another process failed; the process where it happened raises the error itself.
     """
     failure = None
     try:

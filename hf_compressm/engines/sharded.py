@@ -1,6 +1,6 @@
-"""FSDP2 (`fully_shard`): parameters that each process holds a part of.
+"""FSDP2 (`fully_shard`) lets each process hold a part of every parameter.
 
-A parameter can be replaced in place only through private classes of torch: versions that were not tested are refused.
+A parameter can be replaced in place only through private classes of torch, so a torch that was not tested is refused.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-TESTED = ("2.13",)  # releases of torch
+from ..private_api import check_private_names, installed, is_tested, remedy
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds parameters of this model."""
+    """Return whether FSDP2 holds parameters of this model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
@@ -23,19 +23,18 @@ def check_sharding(model: nn.Module) -> None:
     """Refuse what was not tested, before anything is changed.
 
     Raises:
-        ValueError: another release of torch, offloading to the CPU, a mesh of more than one dimension (HSDP, tensor
-            parallelism), shards of another axis than the first, half-precision weights, or a distributed parameter
-            that FSDP2 does not manage.
+        ValueError: torch is a release that was not tested; or the model is offloaded to the CPU, lies on a mesh of
+            more than one dimension (HSDP, tensor parallelism), is sharded along another axis than the first or in
+            half precision, or has a distributed parameter that FSDP2 does not manage.
     """
-    if not torch.__version__.startswith(TESTED):
+    if not is_tested("torch"):
         raise ValueError(
-            f"torch {torch.__version__}: a parameter that FSDP2 holds can be replaced in torch {', '.join(TESTED)} "
-            "only, through private classes. Use one of these, or DistributedDataParallel."
+            f"{installed('torch')} was not tested with FSDP2, whose parameters can be replaced only through private "
+            f"classes. {remedy('torch')} Or use DistributedDataParallel."
         )
+    check_private_names("torch.distributed.fsdp")
     managed = set()
     for group in _groups(model):
-        if not all(hasattr(group, name) for name in ("fsdp_params", "post_forward_mesh_info", "mp_policy")):
-            raise ValueError(f"FSDP2 in torch {torch.__version__} is not as expected: use DistributedDataParallel.")
         for held in group.fsdp_params:
             if held.offload_to_cpu:
                 raise ValueError(f"{held._param_fqn} is offloaded to the CPU: turn fsdp_config's cpu_offload off.")
@@ -56,27 +55,27 @@ def check_sharding(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Bring all parameters back into shards; without communication."""
+    """Bring all parameters back into shards, without communication."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which this process may hold a part; then every process has to ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return all of a tensor. Where processes hold parts of it, every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """The parameters of a module as whole tensors within this block; every process has to enter it."""
+def gathered_parameters(module: nn.Module) -> Iterator[None]:
+    """Make the parameters of a module whole tensors within this block, which every process has to enter."""
     sharded = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if isinstance(p, DTensor)]
-    whole = [full(parameter.detach()) for _, _, parameter in sharded]
+    whole = [full_tensor(parameter.detach()) for _, _, parameter in sharded]
     try:
         for (owner, name, parameter), value in zip(sharded, whole, strict=True):
             owner._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
@@ -87,14 +86,14 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def shard_like(value: Tensor, reference: Tensor) -> Tensor:
-    """This process's part of `value`, the same in all of them, distributed as `reference` is."""
+    """Distribute `value`, which is the same in all processes, as `reference` is, and return this process's part."""
     if not isinstance(reference, DTensor):
         return value
     return distribute_tensor(value.contiguous(), reference.device_mesh, reference.placements, src_data_rank=None)
 
 
 def replace_sharded(model: nn.Module, old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """Let FSDP2 hold `value`, the same in all processes, in the place of `old`; the new sharded parameter."""
+    """Let FSDP2 hold `value`, the same in all processes, in the place of `old`, and return the sharded parameter."""
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
     for group in _groups(model):
@@ -120,19 +119,19 @@ def replace_sharded(model: nn.Module, old: nn.Parameter, value: Tensor) -> nn.Pa
 
 
 def original_class(module: nn.Module) -> type:
-    """The class of a module, before FSDP2 derived one of its own from it."""
+    """Return the class of a module, or, where FSDP2 derived one of its own, the class that it derived it from."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def change_class(module: nn.Module, new: type) -> None:
-    """Make a module one of the class `new`, which has to take it as it is; a sharded one stays sharded."""
+    """Make a module one of the class `new`, which has to take it as it is. A sharded module stays sharded."""
     if isinstance(module, FSDPModule):
         new = type(f"FSDP{new.__name__}", (FSDPModule, new), {"__deepcopy__": type(module).__deepcopy__})
     module.__class__ = new
 
 
 def forward_sharded(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
-    """One forward pass with some parameters overridden by full tensors, each while its module runs."""
+    """Run a model forward once, with some parameters overridden by full tensors, each while its module runs."""
     handles = []
     for name, value in overrides.items():
         path, _, attribute = name.rpartition(".")
@@ -146,7 +145,7 @@ def forward_sharded(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]
 
 
 def _substitute(module: nn.Module, attribute: str, value: Tensor) -> list:
-    """Hooks that run within those of FSDP2: after it has gathered the parameter, before it lets go of it."""
+    """Register hooks that run within those of FSDP2: after it gathers the parameter, before it lets go of it."""
     kept = []
 
     def before(*ignored):

@@ -1,4 +1,4 @@
-"""What Trainer was asked for, and what of it a resize would break."""
+"""Trainer's arguments are checked for what a resize would break."""
 
 import os
 
@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .sharded import is_sharded
-from .wrappers import ENGINES, bare
+from .wrappers import ENGINES, strip_wrappers
 
 SERVED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 ATTACH = "Call callback.attach(trainer) after building the Trainer"
@@ -17,14 +17,14 @@ def check_training_arguments(args: TrainingArguments, model: nn.Module, attached
     """Refuse, before training starts, the engines and options of Trainer that a resize would break.
 
     Args:
-        model: as Trainer has prepared it.
+        model: the model as Trainer has prepared it.
         attached: whether the callback can reach the Trainer itself.
 
     Raises:
-        ValueError: names the option, and what to do.
+        ValueError: an option would break; the error names it and says what to do.
     """
     check_engine(args, attached)
-    if fsdp_is_asked(args) and not is_sharded(bare(model)):
+    if fsdp_is_asked(args) and not is_sharded(strip_wrappers(model)):
         raise ValueError(
             "FSDP was asked for, but the model is not sharded: Accelerate quietly ignores FSDP on a CPU, and in a "
             "single process. Drop the FSDP options there."
@@ -36,10 +36,10 @@ def check_training_arguments(args: TrainingArguments, model: nn.Module, attached
 
 
 def check_engine(args: TrainingArguments, attached: bool) -> None:
-    """What can be refused as soon as the arguments are known.
+    """Refuse what can be refused as soon as the arguments are known.
 
     Raises:
-        ValueError: names the option, and what to do.
+        ValueError: an option would break; the error names it and says what to do.
     """
     if args.n_gpu > 1:
         raise ValueError(f"one process on {args.n_gpu} GPUs would use DataParallel. {ENGINES}")
@@ -56,5 +56,5 @@ def check_engine(args: TrainingArguments, attached: bool) -> None:
 
 
 def fsdp_is_asked(args: TrainingArguments) -> bool:
-    """Whether Trainer's options or Accelerate's configuration ask for FSDP."""
+    """Return whether Trainer's options or Accelerate's configuration ask for FSDP."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")

@@ -1,4 +1,4 @@
-"""What engines put around a model and an optimizer, looked through."""
+"""Engines put wrappers around a model and an optimizer; these functions look behind them."""
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -15,8 +15,8 @@ ENGINES = (
 )
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model behind torch.compile, DistributedDataParallel and a running average, unchecked."""
+def strip_wrappers(model: nn.Module) -> nn.Module:
+    """Return the model behind torch.compile, DistributedDataParallel and a running average, without any check."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -27,14 +27,14 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Transformers model behind torch.compile, DistributedDataParallel and a running average.
+    """Return the Transformers model behind torch.compile, DistributedDataParallel and a running average.
 
-    An FSDP2 model is itself; its parameters are brought back into shards, where an evaluation left them gathered.
+    An FSDP2 model has no wrapper; its parameters are brought back into shards where an evaluation left them gathered.
 
     Raises:
         ValueError: the model is spread over devices, carries adapters, or is sharded in a way that is not known.
     """
-    model = bare(model)
+    model = strip_wrappers(model)
     if isinstance(model, DataParallel | FullyShardedDataParallel):
         raise ValueError(f"the model is wrapped in {type(model).__name__}. {ENGINES}")
     if getattr(model, "peft_config", None):
@@ -58,7 +58,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def unwrap_optimizer(optimizer) -> torch.optim.Optimizer | None:
-    """The torch optimizer behind Accelerate's."""
+    """Return the optimizer of torch behind Accelerate's."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer

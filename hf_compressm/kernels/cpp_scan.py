@@ -1,7 +1,7 @@
-"""The selective scan on a CPU by a kernel in C++, `cpp_scan.cpp`, compiled on first use and kept.
+"""The selective scan on a CPU by a kernel in C++, the folder `cpp`, which is compiled on first use and kept.
 
-Needs GCC. Where that is missing or fails, one warning says so and the scan in PyTorch serves. The kernel lies in
-`$XDG_CACHE_HOME/hf_compressm`, under a name made from its source, torch and this processor.
+It needs GCC. Where that is missing or fails, one warning says so and the scan in PyTorch serves. The compiled kernel
+lies in `$XDG_CACHE_HOME/hf_compressm`, under a name made from its sources, torch and this processor.
 """
 
 import functools
@@ -20,13 +20,14 @@ from .operators import define_scan
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).parent / "cpp"
+SOURCE = SOURCES / "scan.cpp"  # includes the others
 FLAGS = "-std=c++20 -O3 -march=native -fopenmp -fPIC -shared -w".split()
 
 
 @functools.cache
 def is_available() -> bool:
-    """Whether the kernel is there; the first call compiles it."""
+    """The function says whether the kernel is there; the first call compiles it."""
     try:
         library = _library()
         if not library.exists():
@@ -72,7 +73,8 @@ def _library() -> Path:
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    parts = [SOURCE.read_text(), torch.__version__, platform.machine(), *FLAGS, *processor, *_compiler()]
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+    parts = [*sources, torch.__version__, platform.machine(), *FLAGS, *processor, *_compiler()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "hf_compressm" / f"cpp_scan_{name}.so"

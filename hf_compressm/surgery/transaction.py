@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..architectures import StateLayers, state_layers
 from ..architectures.recorded_sizes import record_state_sizes
-from ..engines import Engine, full, local, raise_in_all_processes, shard_like, unwrap_optimizer
+from ..engines import Engine, full_tensor, raise_in_all_processes, shard_like, to_local, unwrap_optimizer
 from .optimizer_state import check_optimizer, gather, resized_state, swap_parameter
 
 
@@ -116,7 +116,7 @@ def check_state_tensors(
         f"layer {index} {path}": parameter for index in layers for path, parameter in layers.parameters(index).items()
     }
     for name, parameter in parameters.items():
-        if not is_overwritten and not torch.isfinite(local(parameter)).all():
+        if not is_overwritten and not torch.isfinite(to_local(parameter)).all():
             raise ValueError(f"{name} holds NaN or Inf: training has diverged; go back to an earlier checkpoint.")
         if optimizer is not None and parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -152,9 +152,9 @@ def _whole_tensors(target: _Target, indices: list[int]) -> dict[int, dict[str, _
 
     def whole(parameter: nn.Parameter) -> _Whole:
         held = target.optimizer.state.get(parameter, {}) if target.optimizer is not None else {}
-        state = {key: full(value) for key, value in held.items()}
-        grad = None if parameter.grad is None else full(parameter.grad)
-        return _Whole(parameter, full(parameter.detach()), grad, state)
+        state = {key: full_tensor(value) for key, value in held.items()}
+        grad = None if parameter.grad is None else full_tensor(parameter.grad)
+        return _Whole(parameter, full_tensor(parameter.detach()), grad, state)
 
     return {i: {path: whole(old) for path, old in target.layers.parameters(i).items()} for i in indices}
 

@@ -6,6 +6,7 @@ from transformers import Trainer
 
 from ..architectures import state_sizes
 from ..engines import check_engine, from_first_process, process_index, raise_in_all_processes, unwrap
+from ..private_api import check_private_names
 from ..sharing.model_card import CardDetails
 from ..storage.checkpoint import check_complete, history_of_checkpoint, last_complete_checkpoint, recorded_history
 from ..storage.history import History
@@ -27,6 +28,7 @@ def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
     Raises:
         ValueError: The engine or the model is not served, or the trainer has another callback of this kind.
     """
+    check_private_names("transformers.Trainer")
     own = type(callback)
     if any(isinstance(c, own) and c is not callback for c in trainer.callback_handler.callbacks):
         raise ValueError(f"the trainer has another {own.__name__}, which would cut the same model: give one.")

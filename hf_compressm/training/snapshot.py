@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..architectures import state_sizes
-from ..engines import local, process_count, process_index, raise_in_all_processes, unwrap, unwrap_optimizer
+from ..engines import process_count, process_index, raise_in_all_processes, to_local, unwrap, unwrap_optimizer
 from ..storage.files import write_aside
 from ..surgery.shrink_and_grow import set_state_sizes
 
@@ -114,7 +114,7 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
-        local(tensor.detach()).copy_(tensors[name])
+        to_local(tensor.detach()).copy_(tensors[name])
         tensor.grad = None
 
 
@@ -150,4 +150,4 @@ def _placed(value: Tensor, on_cpu: bool, parameter: nn.Parameter) -> Tensor:
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    return local(tensor.detach()).to("cpu", copy=True)
+    return to_local(tensor.detach()).to("cpu", copy=True)

@@ -26,13 +26,14 @@ def study_decoding(args: Arguments, limits: Limits) -> list[dict]:
 def decoding_point(args: Arguments, size: int, batch: int, limits: Limits) -> dict:
     model = build_model(args, size).eval()
     prompt = torch.randint(args.vocab_size, (batch, 16), device=args.device)
-    cache = model(prompt, use_cache=True).cache_params
+    output = model(prompt, use_cache=True)
+    cache = "cache" if "cache" in output else "cache_params"  # as Transformers calls it from 5.24 on, and before
     token = prompt[:, -1:]
 
     def generate(with_scan) -> None:
         with with_scan():
             for _ in range(args.decode_tokens):
-                model(token, cache_params=cache, use_cache=True)
+                model(token, **{cache: output[cache]}, use_cache=True)
 
     runs = {"hf_compressm": partial(generate, _installed), "Transformers": partial(generate, _uninstalled)}
     for run in runs.values():

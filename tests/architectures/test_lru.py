@@ -203,12 +203,11 @@ def test_a_model_of_ragged_sizes_survives_a_round_trip_through_auto_classes(tmp_
     assert_identical(weights_of(base), weights_of(model.model))
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
-def test_gradient_checkpointing_runs_the_layers_twice_and_changes_no_gradient(blocks):
+def test_activation_checkpointing_runs_the_layers_twice_and_changes_no_gradient(blocks):
     def train(checkpointing: bool):
         model, calls = build_lru(hidden_dropout_prob=0.3).train(), []
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         for layer in model.model.layers:
             layer.mixer.register_forward_hook(lambda *args: calls.append(1))
         set_seed(1)

@@ -38,7 +38,7 @@ SHARDED = {**WRAPPED, "state_dict_type": "SHARDED_STATE_DICT"}
 DDP = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {"activation_checkpointing": True},
     "find unused": {"ddp_find_unused_parameters": True},
     "static graph": {"ddp_static_graph": True},
     "small buckets": {"ddp_bucket_cap_mb": 1},

@@ -59,7 +59,7 @@ def test_a_run_cuts_at_its_steps_and_says_so(tmp_path, dataset, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [{"gradient_accumulation_steps": 3}, {"gradient_checkpointing": True}, {"bf16": True}]
+    "options", [{"gradient_accumulation_steps": 3}, {"activation_checkpointing": True}, {"bf16": True}]
 )
 @pytest.mark.parametrize("criterion", ["output", "taylor"])
 def test_cuts_work_with(tmp_path, dataset, options, criterion):

@@ -1,0 +1,24 @@
+// The selective scan on a CPU, forward, backward and by single steps; see torch_scan.py for the recurrence.
+//
+// A group of CHANNELS channels, CHUNK positions and one state at a time: everything that is touched in the inner loops
+// lies in the first-level cache, lanes are channels, and a state costs the same whatever N is. The forward pass keeps
+// the states at the start of each chunk; the backward pass computes the ones in between again. A single position, when
+// text is generated, is a pass over the states as they lie in memory: there lanes are states.
+//
+// All of it is one translation unit, so that the compiler sees through every call.
+
+#include <torch/library.h>
+
+#include "forward.h"
+#include "backward.h"
+#include "step.h"
+
+TORCH_LIBRARY(hf_compressm_kernel, library) {
+  library.def("forward", &scan_forward);
+  library.def("backward", &scan_backward);
+  library.def(
+      "step(Tensor(a!) state, Tensor u, Tensor time_step, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, "
+      "Tensor? bias, bool softplus) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(hf_compressm_kernel, CPU, library) { library.impl("step", &step); }

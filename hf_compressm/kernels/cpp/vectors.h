@@ -1,0 +1,72 @@
+// Vectors of floats, a lane for each channel (or, in step.h, each state), and the functions that the scan takes of them.
+
+#pragma once
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
+template <int WIDTH>
+struct Lanes {
+  typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4)));
+  typedef int Integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
+};
+using Vector = Lanes<LANES>::Floats;
+using Integers = Lanes<LANES>::Integers;
+
+inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
+
+// 2^x to 1e-7, relative.
+template <int WIDTH>
+inline typename Lanes<WIDTH>::Floats power_of_two(typename Lanes<WIDTH>::Floats x) {
+  using V = typename Lanes<WIDTH>::Floats;
+  using I = typename Lanes<WIDTH>::Integers;
+  constexpr float ROUND = 12582912;  // 1.5 · 2^23: a float of this size is an integer
+  x = x < -126 ? V{} - 126 : x;  // NaN stays
+  x = x > 126 ? V{} + 126 : x;
+  V shifted = x + ROUND, f = x - (shifted - ROUND);
+  V p = 0.00132647269f * f + 0.009671512661f;
+  p = p * f + 0.05550733744f;
+  p = p * f + 0.2402224208f;
+  p = p * f + 0.6931469776f;
+  p = p * f + 1.0f;
+  return (V)((I)p + ((I)shifted << 23));
+}
+inline Vector exp2(Vector x) { return power_of_two<LANES>(x); }
+
+// log(1 + x) for 0 ≤ x ≤ 1, to 3e-8, relative.
+inline Vector log1p(Vector x) {
+  Vector p = 0.005232687911f * x - 0.02950521332f;
+  p = p * x + 0.07822591042f;
+  p = p * x - 0.1366324228f;
+  p = p * x + 0.1910600511f;
+  p = p * x - 0.2484298179f;
+  p = p * x + 0.3331909675f;
+  p = p * x - 0.4999949314f;
+  return (p * x + 0.9999999699f) * x;
+}
+
+inline Vector sigmoid(Vector x) { return 1 / (1 + exp2(-LOG2_E * x)); }
+inline Vector softplus(Vector x) { return maximum(x, Vector{}) + log1p(exp2(-LOG2_E * maximum(x, -x))); }
+
+// Entry i: the sum of rows[i].
+inline Vector sums(Vector* rows) {
+  for (int half = LANES / 2; half; half /= 2) {
+    Integers low, high;
+    for (int i = 0; i < LANES; ++i) {
+      bool second = i & half;
+      low[i] = second ? LANES + i - half : i;
+      high[i] = second ? LANES + i : i + half;
+    }
+    for (int i = 0; i < half; ++i)
+      rows[i] = __builtin_shuffle(rows[i], rows[i + half], low) + __builtin_shuffle(rows[i], rows[i + half], high);
+  }
+  return rows[0];
+}
+
+}  // namespace
