@@ -201,7 +201,7 @@ def test_the_source_is_no_target(models, tmp_path, target):
 FULL_DISK = """
     import resource, signal, sys
     from pathlib import Path
-    from hf_compressm.cli import main
+    from hf_compressm.console.cli import main
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the weights have more
