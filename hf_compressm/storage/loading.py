@@ -17,9 +17,9 @@ FROM_ELSEWHERE = ("attn_implementation", "_attn_implementation", "quantization_c
 TRUST = {"trust_remote_code": False}  # code beside the weights is not run: the classes are our own
 # Whatever a tokenizer of Transformers may need: its own files, those of its vocabulary, its code, its chat templates.
 TOKENIZER_FILES = (
-    "tokenizer* tokenization_*.py special_tokens_map.json added_tokens.json chat_template* "
-    "additional_chat_templates/* *vocab*.json vocab*.txt merges*.txt dict.txt bpe.codes *.model *.tiktoken *.tokenizer "
-    "byte_maps.json emoji.json normalizer.json word_shape.json word_pronunciation.json"
+    "tokenizer* tokenization_*.py special_tokens_map.json added_tokens.json *vocab*.json vocab*.txt merges*.txt "
+    "*.model *.tiktoken *.tokenizer bpe.codes dict.txt byte_maps.json emoji.json normalizer.json word_shape.json "
+    "word_pronunciation.json chat_template* additional_chat_templates/*"
 ).split()
 NEEDED = ["*.json", "*.safetensors", "pytorch_model.bin", *TOKENIZER_FILES]  # of a repository
 
