@@ -25,7 +25,7 @@ from ..storage.history import HISTORY_FILE, History, load_history, save_history
 from ..storage.loading import load_language_model, local_folder
 from .environment import env_report
 from .options import add_config_options, config_from
-from .text import token_batches
+from .text import TEXT_UNIT_HELP, TEXT_UNITS, token_batches
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes, beside 0
 FORMATS = ("uniform", "bf16", "sharded", "mamba_ssm")
@@ -169,7 +169,7 @@ def _analyzed(options: argparse.Namespace):
         progress.update()
         tokenizer = options.tokenizer or str(source)
         shape = (config.calibration_batches, options.batch_size, options.length)
-        batches = token_batches(options.text, tokenizer, *shape, options.text_column)
+        batches = token_batches(options.text, tokenizer, *shape, options.text_column, options.text_unit)
         _check_ids(batches, tokenizer, model)
         progress.update()
         progress.set_description(f"analysing {len(state_sizes(model))} layers")
@@ -237,6 +237,8 @@ def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text")
     text.add_argument("--text", required=True, help="calibration text: a .txt, .jsonl or .parquet file, or a dataset")
     text.add_argument("--text-column", default="text", help="column of the text (default: %(default)s)")
+    unit = f"{TEXT_UNIT_HELP} (default: %(default)s)"
+    text.add_argument("--text-unit", choices=TEXT_UNITS, default=TEXT_UNITS[0], help=unit)
     text.add_argument("--tokenizer", help="folder or name (default: the model's own)")
     text.add_argument("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
     text.add_argument("--batch-size", type=int, default=4, help="sequences per batch (default: %(default)s)")
