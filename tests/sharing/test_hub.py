@@ -190,7 +190,7 @@ def test_what_a_push_tells(hub, reduced, tokenizer, kind):
     assert linked_pictures(text) == pictures
     assert ("trust_remote_code=True" in text) == (kind == "per_layer") and f'"{NAME}"' in text
     assert f"from **16** to **{'8-16' if kind == 'per_layer' else '4'}** states" in text
-    assert "| evaluation loss at the end, nats per token | | 2.2500 |" in text
+    assert "| evaluation loss at the end, nats per prediction | | 2.2500 |" in text
 
 
 def test_the_card_counts_what_is_there(hub, reduced):
@@ -204,7 +204,7 @@ def test_the_card_counts_what_is_there(hub, reduced):
     assert f"| {4 * channels * 32 / 1024:.1f} KiB | {4 * channels * 24 / 1024:.1f} KiB |" in text
     cut = history.events[0]
     losses = f"{cut.loss_before:.4f} → {cut.loss_after:.4f}"
-    assert f"| after training | 16 → 8-16 | {1 - max(cut.score_discarded):.1%} | {losses} |" in text
+    assert f"| after training | 16 → 8-16 | {max(cut.score_discarded):.1%} | {losses} |" in text
 
 
 def test_the_card_tells_what_was_recalled(hub, reduced):
@@ -216,7 +216,7 @@ def test_the_card_tells_what_was_recalled(hub, reduced):
     history.events[0].recall_after = {"loss": 2.0, "accuracy": 0.5}
     push_compressed(model, NAME, history)
     text = hub.files(NAME)[CARD].decode()
-    assert "| recall of random pairs, nats (accuracy) |" in text and "| 1.500 (75%) → 2.000 (50%) |" in text
+    assert "| recall of random pairs, nats per value (accuracy) |" in text and "| 1.500 (75%) → 2.000 (50%) |" in text
 
 
 def test_where_a_push_goes(hub, reduced):
