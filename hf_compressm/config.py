@@ -6,6 +6,7 @@ from .theory.criteria import CRITERIA, SELECTIONS, Criterion, criterion_name
 
 GOALS = ("tolerance", "target_state_size", "loss_budget", "cut_fraction")
 ALLOCATIONS = ("uniform", "per_layer", "global")
+CHOICES = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "selection": SELECTIONS}  # by field
 
 
 def option(default, text: str):
@@ -28,9 +29,9 @@ def is_count(value) -> bool:
 class CompreSSMConfig:
     """What a reduction keeps. Exactly one of `tolerance`, `target_state_size`, `loss_budget`, `cut_fraction` is given.
 
-    Example: `CompreSSMConfig(loss_budget=0.01)` finds a state size whose measured loss is at most 0.01 nats per token
-    higher, while the next smaller one breaks that. `CompreSSMConfig(tolerance=0.02)` drops the weakest states that
-    together hold 2 % of the score.
+    Example: `CompreSSMConfig(loss_budget=0.01)` finds a state size whose measured loss is at most 0.01 nats per
+    prediction higher, while the next smaller one breaks that. `CompreSSMConfig(tolerance=0.02)` drops the weakest
+    states that together hold 2 % of the score.
 
     Raises:
         ValueError: a value out of range, or values that cannot hold together.
@@ -39,7 +40,7 @@ class CompreSSMConfig:
     tolerance: float | None = option(None, "Share of the state score that may be discarded at a cut, in (0, 1).")
     target_state_size: int | None = option(None, "State size N to arrive at, in states.")
     loss_budget: float | None = option(
-        None, "Rise of the measured loss allowed over the whole run, in nats per token."
+        None, "Rise of the measured loss allowed over the whole run, in nats per prediction."
     )
     cut_fraction: float | None = option(None, "Share of the present states to drop at every cut, in (0, 1).")
     criterion: Criterion | str | None = field(
@@ -101,7 +102,7 @@ class CompreSSMConfig:
         require(not self.refit or batches >= 3, "calibration_batches", batches, "at least 3 with refit = True")
         pairs = self.recall_pairs
         require(pairs == 0 or is_count(pairs), "recall_pairs", pairs, "a whole number, 0 for none")
-        for name, allowed in (("criterion", CRITERIA), ("allocation", ALLOCATIONS), ("selection", SELECTIONS)):
+        for name, allowed in CHOICES.items():
             value = getattr(self, name)
             optional = (value is None and name != "selection") or (name == "criterion" and callable(value))
             require(optional or value in allowed, name, value, f"one of {', '.join(allowed)}")
@@ -186,7 +187,7 @@ class CompreSSMConfig:
         Args:
             state_size: N now.
             events_left: cuts still to come, this one included.
-            loss_spent: rise of the loss by the cuts so far, nats per token.
+            loss_spent: rise of the loss by the cuts so far, nats per prediction.
             halvings: how often to halve the depth of the cut, after cuts that were too deep.
             part: share of the layers still to be cut that this event cuts, and so of the loss budget.
         """

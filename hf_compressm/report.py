@@ -1,17 +1,42 @@
-"""What `analyze` found and proposes, and how it is shown."""
+"""What `analyze` found and proposes, and how reports and cuts are shown, as text and as Markdown."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .analysis.recall import RecallResult, chance
 from .config import CompreSSMConfig
+from .storage.records import ReductionEvent, sizes_text
 from .theory.plan import Plan
+
+LOSS_UNIT = "nats per prediction"
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table has headings and rows of cells, and is rendered here only."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+    def as_text(self) -> str:
+        """The method returns lines with the cells of a column flush right."""
+        lines = [self.headings, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+    def as_markdown(self) -> str:
+        """The method returns a table in Markdown."""
+        lines = [f"| {' | '.join(line)} |" for line in (self.headings, *self.rows)]
+        lines.insert(1, "|---" * len(self.headings) + "|")
+        return "\n".join(lines)
 
 
 @dataclass
 class StateReport:
-    """What `analyze` found and proposes; `print(report)` shows it as a table.
+    """A report holds what `analyze` found and proposes; `print(report)` shows it as a table.
 
     Attributes:
         config: the configuration it answers.
@@ -81,29 +106,76 @@ class StateReport:
             shares[index] = float(1 - score[keep].sum() / score.sum().clamp_min(1e-300)) if cut else 0.0
         return shares
 
-    def __str__(self) -> str:
-        rows = ["layer  N before  N after  score discarded"]
-        for index, before in self.state_sizes_before.items():
-            rows.append(f"{index:5d}  {before:8d}  {self.state_sizes[index]:7d}  {self.score_discarded[index]:16.2%}")
-        if self.loss_before is None:
-            return "\n".join([*rows, *self._recall_rows()])
-        changes = self.single_layer_loss_change.values()
-        rows[0] += "  predicted loss change"
-        rows[1:] = [f"{row}  {change:+16.4f} nats" for row, change in zip(rows[1:], changes, strict=True)]
-        rows.append(
-            f"measured loss: {self.loss_before:.4f} → {self.loss_after:.4f} nats per prediction "
-            f"({self.loss_after - self.loss_before:+.4f}; the layers alone predict {sum(changes):+.4f})"
-        )
-        if self.config.refit and self.is_cut:
-            rows.append("refitted" if self.is_refitted else "not refitted: it did not help on held-out batches")
-        return "\n".join([*rows, *self._recall_rows()])
+    @property
+    def table(self) -> Table:
+        """The table of the layers: sizes, score discarded, and the single-layer loss change where it was measured."""
+        rows = [
+            [str(index), str(before), str(self.state_sizes[index]), f"{self.score_discarded[index]:.2%}"]
+            for index, before in self.state_sizes_before.items()
+        ]
+        headings = ["layer", "N before", "N after", "score discarded"]
+        if self.loss_before is not None:
+            headings.append("single-layer loss change")
+            for row, change in zip(rows, self.single_layer_loss_change.values(), strict=True):
+                row.append(f"{change:+.4f} nats")
+        return Table(headings, rows)
 
-    def _recall_rows(self) -> list[str]:
-        if self.recall_before is None:
-            return []
+    def __str__(self) -> str:
+        lines = [self.table.as_text()]
+        if self.loss_before is not None:
+            lines.append(
+                f"measured loss: {losses_text(self.loss_before, self.loss_after)} {LOSS_UNIT} "
+                f"({self.loss_after - self.loss_before:+.4f}; the single-layer changes add up to "
+                f"{sum(self.single_layer_loss_change.values()):+.4f})"
+            )
+            if self.config.refit and self.is_cut:
+                lines.append("refitted" if self.is_refitted else "not refitted: it did not help on held-out batches")
+        if self.recall_before is not None:
+            lines.append(self._recall_line())
+        return "\n".join(lines)
+
+    def _recall_line(self) -> str:
         before, after, pairs = self.recall_before, self.recall_after, self.config.recall_pairs
         by_chance = chance(pairs)
-        return [
-            f"recall of {pairs} pairs: {before.loss:.4f} → {after.loss:.4f} nats per value, {before.accuracy:.1%} → "
+        return (
+            f"recall of {pairs} pairs: {losses_text(before.loss, after.loss)} nats per value, {before.accuracy:.1%} → "
             f"{after.accuracy:.1%} right (by chance {by_chance.loss:.4f}, {by_chance.accuracy:.1%})"
+        )
+
+
+def cuts_table(cuts: Sequence[ReductionEvent]) -> Table:
+    """The function returns the table of cuts: step, sizes, score discarded, losses, and recall where it was measured.
+
+    Of the score discarded it shows that of the layer which lost most.
+    """
+    headings = ["step", "N", "score discarded", f"loss before → after, {LOSS_UNIT}"]
+    rows = [
+        [
+            "after training" if cut.step is None else str(cut.step),
+            f"{sizes_text(cut.state_sizes_before)} → {sizes_text(cut.state_sizes_after)}",
+            f"{max(cut.score_discarded):.1%}",
+            losses_text(cut.loss_before, cut.loss_after),
         ]
+        for cut in cuts
+    ]
+    if any(cut.recall_before is not None for cut in cuts):
+        headings.append("recall of random pairs, nats per value (accuracy)")
+        for row, cut in zip(rows, cuts, strict=True):
+            row.append(_recall_text(cut))
+    return Table(headings, rows)
+
+
+def loss_text(loss: float) -> str:
+    """The function returns a loss as it is shown everywhere, without its unit."""
+    return f"{loss:.4f}"
+
+
+def losses_text(before: float | None, after: float | None) -> str:
+    """The function returns the losses before and after a cut, without their unit, or that they were not measured."""
+    return NOT_MEASURED if before is None else f"{loss_text(before)} → {loss_text(after)}"
+
+
+def _recall_text(cut: ReductionEvent) -> str:
+    if cut.recall_before is None:
+        return NOT_MEASURED
+    return " → ".join(f"{told['loss']:.3f} ({told['accuracy']:.0%})" for told in (cut.recall_before, cut.recall_after))

@@ -136,7 +136,7 @@ def train(args: Arguments, subject: Subject) -> None:
         "use_cpu": True,
     }
     options |= {n: getattr(args, n) for n in ("max_steps", "hidden_size", "num_hidden_layers", "vocab_size")}
-    options |= {"train_file": subject.train_file} if subject.train_file else {}
+    options |= {"train_file": subject.train_file, "text_unit": "line"} if subject.train_file else {}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, pretrain.__file__, *words], check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -145,7 +145,7 @@ def train(args: Arguments, subject: Subject) -> None:
 def loaded(args: Arguments, subject: Subject):
     """(model, calibration batches, validation batches), the latter from text that it was not trained on."""
     tokenizer = AutoTokenizer.from_pretrained(subject.model)
-    data_args = pretrain.DataArguments(train_file=subject.train_file)
+    data_args = pretrain.DataArguments(train_file=subject.train_file, text_unit="line")
     texts = pretrain.load_text(data_args, subject.seed)
     train, validation = (pretrain.tokenized(text, tokenizer, data_args).with_format("torch") for text in texts)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(subject.seed))

@@ -47,6 +47,7 @@ from transformers import (
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
 from hf_compressm.architectures import state_sizes
 from hf_compressm.config import GOALS
+from hf_compressm.console.text import TEXT_UNIT_HELP, TEXT_UNITS, load_text_files
 from hf_compressm.engines import from_first_process, unwrap
 from hf_compressm.storage.checkpoint import check_complete, last_complete_checkpoint
 from hf_compressm.storage.history import save_history
@@ -55,7 +56,6 @@ from hf_compressm.storage.records import sizes_text
 EXAMPLE_GOAL = ["--target_state_size", "16"]
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_EXAMPLES = 100_000  # read to train a tokenizer; enough for any vocabulary, little of a large stream
-FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass
@@ -80,6 +80,7 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Local .txt, .json, .jsonl or .parquet file."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, for validation."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_unit: str = field(default=TEXT_UNITS[0], metadata={"help": TEXT_UNIT_HELP, "choices": TEXT_UNITS})
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream, without a copy on disk."})
     validation_examples: int = field(
         default=1000, metadata={"help": "Training examples set aside where there is no validation data."}
@@ -140,11 +141,11 @@ class ThroughputCallback(TrainerCallback):
 
     def __str__(self) -> str:
         rates = self.rates()
-        first = next(iter(rates.values()))
+        first = next(iter(rates.values()), None)
         rows = [
             f"  N = {size:>3}: {rate:8,.0f} tokens per second ({rate / first:.2f}×)" for size, rate in rates.items()
         ]
-        return "\n".join(rows)
+        return "\n".join(rows or ["  none was taken: the run was at its end already"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -231,15 +232,17 @@ def load_text(args: DataArguments, seed: int):
     if args.dataset_name:
         splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     else:
-        files = files or {"train": str(embedded_text())}
-        formats = {FILE_FORMATS.get(Path(file).suffix) for file in files.values()}
-        if len(formats) > 1 or None in formats:
-            raise ValueError(f"files {list(files.values())}; allowed: one of {', '.join(FILE_FORMATS)} for all.")
-        splits = load_dataset(formats.pop(), data_files=files, streaming=args.streaming)
+        splits = load_text_files(files or {"train": str(embedded_text())}, args.text_unit, args.streaming)
     if "validation" in splits:
         return splits["train"], splits["validation"]
     if args.streaming:
         return splits["train"].skip(args.validation_examples), splits["train"].take(args.validation_examples)
+    count = len(splits["train"])
+    if count <= args.validation_examples:
+        raise ValueError(
+            f"the data hold {count} texts, validation_examples = {args.validation_examples} are to be set aside: give "
+            "fewer, or a validation_file; of a .txt file with a text in each line, --text_unit line."
+        )
     parts = splits["train"].train_test_split(test_size=args.validation_examples, seed=seed)
     return parts["train"], parts["test"]
 

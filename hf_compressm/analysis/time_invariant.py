@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..architectures import StateLayers
 from ..config import CompreSSMConfig
+from ..engines import gathered_parameters
 from ..theory.criteria import choose_states, seeded_generator
 from ..theory.hankel import balancing_transformation, diagonal_gramians, diagonalize, project
 from ..theory.plan import Plan, PlanEntry, Projection, Selection

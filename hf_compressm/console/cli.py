@@ -14,18 +14,18 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..architectures import state_sizes
 from ..architectures.mamba_scan import install_scan
-from ..config import GOALS, CompreSSMConfig
 from ..plotting import plot_score_map, save_figure
 from ..reduction import analyze, compress
 from ..report import StateReport
 from ..sharing.model_card import CardDetails, write_model_card
 from ..sharing.pictures import write_pictures
-from ..storage.export import export_bf16, export_mamba_ssm, export_sharded, export_uniform
+from ..storage.export import export_bf16, export_mamba_ssm, export_sharded, export_uniform, in_one_dtype
 from ..storage.files import check_new, folder_aside, write_json
 from ..storage.history import HISTORY_FILE, History, load_history, save_history
 from ..storage.loading import load_language_model, local_folder
 from .environment import env_report
-from .text import token_batches
+from .options import add_config_options, config_from
+from .text import TEXT_UNIT_HELP, TEXT_UNITS, token_batches
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes, beside 0
 FORMATS = ("uniform", "bf16", "sharded", "mamba_ssm")
@@ -53,7 +53,7 @@ with those of MODEL before anything is called done.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """The function runs one command and returns the exit code."""
     options = _parser().parse_args(argv)
     try:
         options.run(options)
@@ -91,7 +91,7 @@ def run_compress(options: argparse.Namespace) -> None:
     history = load_history(source) if (source / HISTORY_FILE).exists() else History(config.to_dict())
     history.events.append(compress(model, report))
     with folder_aside(options.output) as folder:
-        model.save_pretrained(folder)
+        in_one_dtype(model).save_pretrained(folder)
         AutoTokenizer.from_pretrained(options.tokenizer or source).save_pretrained(folder)
         save_history(history, folder)
         write_pictures(folder, history)
@@ -134,7 +134,7 @@ def run_env(options: argparse.Namespace) -> None:
 
 
 def report_content(report: StateReport) -> dict:
-    """A report as JSON types; per layer: sizes, score discarded, scores and spectrum, both descending."""
+    """The function returns a report as JSON types, with the scores and the spectrum of each layer descending."""
     scores = _sorted_scores(report)
     layers = [
         {
@@ -161,7 +161,7 @@ def _sorted_scores(report: StateReport) -> dict:
 
 def _analyzed(options: argparse.Namespace):
     """(folder, model, report); progress is shown on standard error."""
-    config = _config(options)
+    config = config_from(options)
     _check_device(options.device)
     with tqdm(total=3, desc="reading the text", file=sys.stderr) as progress:
         source = local_folder(options.model)
@@ -169,7 +169,7 @@ def _analyzed(options: argparse.Namespace):
         progress.update()
         tokenizer = options.tokenizer or str(source)
         shape = (config.calibration_batches, options.batch_size, options.length)
-        batches = token_batches(options.text, tokenizer, *shape, options.text_column)
+        batches = token_batches(options.text, tokenizer, *shape, options.text_column, options.text_unit)
         _check_ids(batches, tokenizer, model)
         progress.update()
         progress.set_description(f"analysing {len(state_sizes(model))} layers")
@@ -190,12 +190,6 @@ def _check_ids(batches: list[dict], tokenizer: str, model: PreTrainedModel) -> N
     largest, known = max(int(batch["input_ids"].max()) for batch in batches), model.config.vocab_size
     if largest >= known:
         raise ValueError(f"{tokenizer} gives ids up to {largest}, the model has {known} tokens; give its --tokenizer.")
-
-
-def _config(options: argparse.Namespace) -> CompreSSMConfig:
-    goal = {name: getattr(options, name) for name in GOALS if getattr(options, name) is not None}
-    names = "criterion refit allocation multiple_of min_state_size calibration_batches recall_pairs".split()
-    return CompreSSMConfig(**(goal or {"tolerance": 0.01}), **{name: getattr(options, name) for name in names})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,37 +233,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
-    helps = {name: field.metadata["help"] for name, field in CompreSSMConfig.__dataclass_fields__.items()}
-    parser.add_argument(
-        "--text", required=True, help="calibration text: a .txt, .jsonl or .parquet file, or a dataset"
-    )
-    parser.add_argument("--text-column", default="text", help="column of the text (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="folder or name (default: the model's own)")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences per batch (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    goals = parser.add_argument_group("what to keep", "one of these; by default --tolerance 0.01")
-    for name, kind in (
-        ("tolerance", float),
-        ("target_state_size", int),
-        ("loss_budget", float),
-        ("cut_fraction", float),
-    ):
-        goals.add_argument(f"--{name.replace('_', '-')}", type=kind, help=_escaped(helps[name]))
-    for name, kind, default in (
-        ("criterion", str, None),
-        ("allocation", str, None),
-        ("multiple_of", int, 1),
-        ("min_state_size", int, 1),
-        ("calibration_batches", int, 8),
-        ("recall_pairs", int, 0),
-    ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=_escaped(helps[name]))
-    parser.add_argument("--refit", action="store_true", help=_escaped(helps["refit"]))
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")  # argparse formats its help texts
+    text = parser.add_argument_group("text")
+    text.add_argument("--text", required=True, help="calibration text: a .txt, .jsonl or .parquet file, or a dataset")
+    text.add_argument("--text-column", default="text", help="column of the text (default: %(default)s)")
+    unit = f"{TEXT_UNIT_HELP} (default: %(default)s)"
+    text.add_argument("--text-unit", choices=TEXT_UNITS, default=TEXT_UNITS[0], help=unit)
+    text.add_argument("--tokenizer", help="folder or name (default: the model's own)")
+    text.add_argument("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
+    text.add_argument("--batch-size", type=int, default=4, help="sequences per batch (default: %(default)s)")
+    add_config_options(parser)
 
 
 if __name__ == "__main__":

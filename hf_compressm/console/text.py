@@ -1,4 +1,4 @@
-"""Calibration text for the console commands: from a file or a dataset to batches of tokens."""
+"""Text for training and calibration: how files are read, and how the console makes batches of tokens of them."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -11,26 +11,70 @@ from pyarrow import ArrowInvalid
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TEXT_UNITS = ("paragraph", "line")
+TEXT_UNIT_HELP = "What is one text in a .txt file: a 'paragraph', which a blank line ends, or a 'line'."
+
+
+def load_text_files(files: dict[str, str], unit: str = "paragraph", streaming: bool = False):
+    """The function reads local files as data sets.
+
+    Args:
+        files: split → .txt, .json, .jsonl or .parquet file, all of one kind.
+        unit: what is one text in a .txt file, "paragraph" or "line".
+        streaming: whether to read as a stream, without a copy on disk.
+
+    Returns:
+        Split → data set, as of `datasets.load_dataset`; that of a .txt file has the column "text".
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file of an unknown kind, files of several kinds, or an unknown unit.
+    """
+    if unit not in TEXT_UNITS:
+        raise ValueError(f"text_unit = {unit!r}; allowed: one of {', '.join(TEXT_UNITS)}.")
+    formats = {FORMATS.get(Path(file).suffix) for file in files.values()}
+    if len(formats) > 1 or None in formats:
+        raise ValueError(f"files {list(files.values())}; allowed: one of {', '.join(FORMATS)} for all.")
+    for file in files.values():
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file} is not a file.")
+    (kind,) = formats
+    options = {"sample_by": unit} if kind == "text" else {}
+    return load_dataset(kind, data_files=files, streaming=streaming, **options)
 
 
 def token_batches(
-    text: str, tokenizer: str, count: int, batch_size: int, length: int, column: str = "text"
+    text: str,
+    tokenizer: str,
+    count: int,
+    batch_size: int,
+    length: int,
+    column: str = "text",
+    unit: str = "paragraph",
 ) -> list[dict[str, torch.Tensor]]:
-    """`count` batches of tokens, (batch_size, length), of texts that are joined by the end-of-text token.
+    """The function makes batches of the tokens of texts that are joined by the end-of-text token.
 
     Args:
         text: a .txt, .json, .jsonl or .parquet file, or the name of a dataset, whose train split is streamed.
-        tokenizer: folder or name.
+        tokenizer: folder or name of the tokenizer.
+        count: number of batches.
+        batch_size: sequences per batch.
+        length: tokens per sequence, L.
+        column: name of the column that holds the text.
+        unit: what is one text in a .txt file, as for `load_text_files`.
+
+    Returns:
+        `count` batches, {"input_ids": (batch_size, length)}.
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: no tokenizer, a file that is damaged or of another kind, no such column, or too little text; says
-            how much there is.
+        ValueError: no tokenizer, a file that is damaged or of another kind, no such column, or too little text, and
+            then how much there is.
     """
     for name, value in (("length", length), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} = {value}; allowed: a whole number, at least 1.")
-    tokens = _tokens(text, _tokenizer(tokenizer), column)
+    tokens = _tokens(text, _tokenizer(tokenizer), column, unit)
     wanted = count * batch_size * length
     stream = torch.tensor(list(islice(tokens, wanted)))
     if len(stream) < wanted:
@@ -49,9 +93,9 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"no tokenizer can be read from {name} ({reason}); give --tokenizer.") from error
 
 
-def _tokens(text: str, tokenizer, column: str) -> Iterator[int]:
+def _tokens(text: str, tokenizer, column: str, unit: str) -> Iterator[int]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for example in _examples(text):
+    for example in _examples(text, unit):
         if column not in example:
             raise ValueError(f"{text} has no column '{column}'; it has {', '.join(example)}: give --text-column.")
         if not isinstance(example[column], str):
@@ -59,20 +103,17 @@ def _tokens(text: str, tokenizer, column: str) -> Iterator[int]:
         yield from chain(tokenizer(example[column], add_special_tokens=False)["input_ids"], end)
 
 
-def _examples(text: str) -> Iterator[dict]:
+def _examples(text: str, unit: str) -> Iterator[dict]:
     try:
-        yield from _dataset(text)
+        yield from _dataset(text, unit)
     except (ArrowInvalid, DatasetsError) as error:
         raise ValueError(f"{text} is damaged ({error}); give another text.") from error
 
 
-def _dataset(text: str):
+def _dataset(text: str, unit: str):
     path = Path(text)
     if path.suffix in FORMATS:
-        if not path.is_file():
-            raise FileNotFoundError(f"{text} is not a file.")
-        options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-        return load_dataset(FORMATS[path.suffix], data_files=text, split="train", streaming=True, **options)
+        return load_text_files({"train": text}, unit, streaming=True)["train"]
     if path.exists() or text.startswith((".", "/", "~")):
         raise ValueError(f"{text}: allowed are {', '.join(FORMATS)} files, and names of datasets on the Hub.")
     return load_dataset(text, split="train", streaming=True)

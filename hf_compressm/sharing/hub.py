@@ -13,6 +13,7 @@ from ..storage.history import History, load_history, save_history
 from .model_card import CARD, CardDetails, check_language_model, may_be_written, write_model_card
 from .pictures import write_pictures
 
+COMMIT_MESSAGE = "Upload a Mamba reduced by hf_compressm"
 # Not of a model, but of its training.
 NOT_PUSHED = ["_*", "checkpoint-*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", ".*"]
 ADVICE = {
@@ -26,7 +27,7 @@ ADVICE = {
 
 
 class PushError(RuntimeError):
-    """A push that the Hub did not take, or a token that may not push. Nothing was lost on this side."""
+    """The Hub did not take a push, or a token may not push. Nothing was lost on this side."""
 
 
 def check_may_push(
@@ -36,15 +37,15 @@ def check_may_push(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Make sure, before work is done, that the repository is there and may be written; it is made where it is missing.
+    """The function makes sure, before work is done, that the repository may be written; a missing one is made.
 
     Args:
         repo_id: "name" or "namespace/name".
-        token: by default the one that is logged in.
-        private: for a repository that is made.
-        create_pr: only a pull request will be opened, which everybody may who sees the repository and has a token that
-            is not only for reading.
-        revision: branch that will be pushed to; made where it is missing.
+        token: the token to push with, by default the one that is logged in.
+        private: whether a repository that is made is private.
+        create_pr: whether only a pull request will be opened, which everybody may who sees the repository and has a
+            token that is not only for reading.
+        revision: the branch that will be pushed to, which is made where it is missing.
 
     Returns:
         "namespace/name".
@@ -80,21 +81,30 @@ def push_compressed(
     history: History,
     tokenizer: PreTrainedTokenizerBase | None = None,
     details: CardDetails | None = None,
-    **options,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str = COMMIT_MESSAGE,
 ) -> CommitInfo:
-    """Push a reduced language model in one commit: weights, tokenizer, history, pictures and card.
+    """The function pushes a reduced language model in one commit: weights, tokenizer, history, pictures and card.
 
     Args:
-        model: as it is in memory; of one process, or gathered.
-        history: of its reduction: the callback's, or `History(config, events=[compress(…)])`.
-        details: for the card.
-        options: `private`, `revision`, `create_pr`, `token`, `commit_message`, as for `push_folder`.
+        model: the model as it is in memory, of one process or gathered.
+        repo_id: "name" or "namespace/name".
+        history: the history of its reduction: the callback's, or `History(config, events=[compress(…)])`.
+        tokenizer: the tokenizer that goes with it.
+        details: what the card says beside it.
+        private: whether a repository that is made is private.
+        revision: the branch to push to, which is made where it is missing.
+        create_pr: whether to open a pull request with the changes.
+        token: the token to push with, by default the one that is logged in.
+        commit_message: the title of the commit.
 
     Raises:
         PushError: the Hub refused; see `push_folder`. The rights are checked before anything is written.
     """
-    checked = {name: value for name, value in options.items() if name in ("token", "private", "create_pr", "revision")}
-    repo_id = check_may_push(repo_id, **checked)
+    repo_id = check_may_push(repo_id, token, private, create_pr, revision)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         unwrap(model).save_pretrained(folder)
@@ -102,7 +112,7 @@ def push_compressed(
             tokenizer.save_pretrained(folder)
         save_history(history, folder)
         write_pictures(folder, history, details.log_history if details else ())
-        return push_folder(folder, repo_id, details, **options)
+        return push_folder(folder, repo_id, details, private, revision, create_pr, token, commit_message)
 
 
 def push_folder(
@@ -113,14 +123,21 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
-    commit_message: str = "Upload a Mamba reduced by hf_compressm",
+    commit_message: str = COMMIT_MESSAGE,
 ) -> CommitInfo:
-    """Push a folder with a reduced model and its history in one commit; the card is written, unless you wrote one.
+    """The function pushes a folder with a reduced model and its history in one commit.
+
+    The card is written before, unless you wrote one by hand.
 
     Args:
-        private: for a repository that is made.
-        revision: branch to push to; made where it is missing.
-        create_pr: open a pull request with the changes.
+        folder: the folder.
+        repo_id: "name" or "namespace/name".
+        details: what the card says beside the history.
+        private: whether a repository that is made is private.
+        revision: the branch to push to, which is made where it is missing.
+        create_pr: whether to open a pull request with the changes.
+        token: the token to push with, by default the one that is logged in.
+        commit_message: the title of the commit.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no such model, or one that is damaged. Nothing was sent.
@@ -150,7 +167,7 @@ def push_folder(
 
 
 def as_push_error(error: BaseException, repo_id: str) -> PushError:
-    """What went wrong, and what to do about it."""
+    """The function says what went wrong, and what to do about it."""
     status, cause = None, error
     while cause is not None and status is None:  # the client wraps what happened to a large file
         if isinstance(cause, HfHubHTTPError):
@@ -159,10 +176,7 @@ def as_push_error(error: BaseException, repo_id: str) -> PushError:
             status = 401
         cause = cause.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if isinstance(error, ValueError) and status in (
-        None,
-        400,
-    ):  # a card or a name that is not valid: all of it is needed
+    if isinstance(error, ValueError) and status in (None, 400):  # a card or a name that is not valid: all is needed
         reason, advice = " ".join(lines), "Correct it and push again; nothing was lost here."
     else:
         reason, advice = lines[0], ADVICE.get(status, "Try again; nothing was lost here.")

@@ -11,10 +11,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import CONFIG_NAME
 
 from ..architectures.registry import FAMILIES
+from ..report import LOSS_UNIT, cuts_table, loss_text
 from ..storage.checkpoint import check_checkpoint, state_tensor_shapes, weight_shapes
 from ..storage.files import read_json, write_aside
 from ..storage.history import History, load_history
-from ..storage.records import ReductionEvent, sizes_text
+from ..storage.records import sizes_text
 from .pictures import PICTURES
 
 CARD = "README.md"
@@ -25,17 +26,17 @@ WRITTEN_BY = ("<!-- written by hf_compressm", "<!-- This model card has been gen
 
 @dataclass
 class CardDetails:
-    """What the files of a model do not say.
+    """These details say what the files of a model do not.
 
     Attributes:
-        name: title; the repository's name by default.
-        license: identifier of the Hub, such as "apache-2.0".
-        base_model: the model that was reduced after its training, on the Hub.
-        datasets: names on the Hub of what it was trained on.
-        language: ISO codes.
-        tags: beside those of every reduced model.
-        eval_results: for the `model-index` of the card.
-        log_history: of the Trainer: loss, evaluation loss, tokens per second.
+        name: the title; the repository's name by default.
+        license: its identifier on the Hub, such as "apache-2.0".
+        base_model: the name on the Hub of the model that was reduced after its training.
+        datasets: the names on the Hub of what it was trained on.
+        language: its languages, as ISO codes.
+        tags: tags beside those of every reduced model.
+        eval_results: results for the `model-index` of the card.
+        log_history: the log of the Trainer, with the loss, evaluation loss and tokens per second.
     """
 
     name: str | None = None
@@ -54,7 +55,7 @@ class CardDetails:
 
 
 def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | None = None) -> ModelCard:
-    """Write `README.md` beside a reduced language model and its history.
+    """The function writes `README.md` beside a reduced language model and its history.
 
     Raises:
         FileNotFoundError: no model or no history in the folder.
@@ -68,14 +69,20 @@ def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | No
     facts = _facts(folder, sizes, history) | _results(details, history) | _cuts(history)
     pictures = {f"has_{Path(picture).stem.split('_')[-1]}": (folder / picture).exists() for picture in PICTURES}
     card = ModelCard.from_template(
-        _card_data(details, name), template_str=template, name=name, repo_id=repo_id, **facts, **pictures
+        _card_data(details, name),
+        template_str=template,
+        name=name,
+        repo_id=repo_id,
+        loss_unit=LOSS_UNIT,
+        **facts,
+        **pictures,
     )
     write_aside(folder / CARD, card.save)
     return card
 
 
 def check_language_model(folder: Path) -> None:
-    """Refuse a model for which there is no card.
+    """The function refuses a model for which there is no card.
 
     Raises:
         ValueError: not a language model.
@@ -86,16 +93,16 @@ def check_language_model(folder: Path) -> None:
 
 
 def check_details(details: CardDetails) -> None:
-    """Let the Hub say whether it would take a card with these.
+    """The function lets the Hub say whether it would take a card with these details.
 
     Raises:
-        ValueError: it would not; says why.
+        ValueError: the Hub would not; the message says why.
     """
     ModelCard(f"---\n{_card_data(details, details.name or 'model')}\n---\n").validate()
 
 
 def may_be_written(path: Path) -> bool:
-    """Whether a card may be written anew: there is none, or we or Trainer wrote it."""
+    """The function tells whether a card may be written anew: there is none, or we or Trainer wrote it."""
     return not path.exists() or any(mark in path.read_text("utf-8", "replace") for mark in WRITTEN_BY)
 
 
@@ -143,51 +150,30 @@ def _facts(folder: Path, sizes: dict[int, int], history: History) -> dict:
 
 
 def _cuts(history: History) -> dict:
+    """What was cut, how the other states made up for it, and what it cost."""
     cuts = history.standing_cuts
+    measured = bool(cuts) and cuts[0].loss_before is not None
     return {
-        "cuts": [_cut_row(cut) for cut in cuts],
+        "cuts": cuts_table(cuts).as_markdown() if cuts else None,
         "in_training": any(cut.step is not None for cut in cuts),
         "compensate": any(cut.compensate for cut in cuts),
         "refit": any(cut.refit for cut in cuts),
-        "recalls": any(cut.recall_before is not None for cut in cuts),
-        "loss_before": _loss_text(cuts[0].loss_before) if cuts else None,
-        "loss_after": _loss_text(cuts[-1].loss_after) if cuts else None,
-    }
-
-
-def _cut_row(cut: ReductionEvent) -> dict:
-    measured = cut.loss_before is not None
-    return {
-        "step": "after training" if cut.step is None else cut.step,
-        "sizes": f"{sizes_text(cut.state_sizes_before)} → {sizes_text(cut.state_sizes_after)}",
-        "score_kept": f"{1 - max(cut.score_discarded):.1%}",
-        "losses": f"{_loss_text(cut.loss_before)} → {_loss_text(cut.loss_after)}" if measured else "not measured",
-        "recall": _recall_text(cut),
+        "loss_before": loss_text(cuts[0].loss_before) if measured else None,
+        "loss_after": loss_text(cuts[-1].loss_after) if measured else None,
     }
 
 
 def _results(details: CardDetails, history: History) -> dict:
-    """What a Trainer's log says: the last evaluation, and the speed up to the first cut and after the last one."""
+    """What a Trainer's log says: the last evaluation, and the speed up to the first cut and after the last."""
     losses = [entry["eval_loss"] for entry in details.log_history if "eval_loss" in entry]
     steps = [cut.step for cut in history.standing_cuts if cut.step is not None]
     rates = [entry for entry in details.log_history if "tokens_per_second" in entry and steps]
     before = [entry["tokens_per_second"] for entry in rates if entry["step"] <= steps[0]]
     after = [entry["tokens_per_second"] for entry in rates if entry["step"] > steps[-1]]
     return {
-        "evaluation_loss": _loss_text(losses[-1]) if losses else None,
+        "evaluation_loss": loss_text(losses[-1]) if losses else None,
         "tokens_per_second": [f"{before[0]:,.0f}", f"{after[-1]:,.0f}"] if before and after else None,
     }
-
-
-def _recall_text(cut: ReductionEvent) -> str:
-    """Loss and accuracy in recalling random pairs, before and after."""
-    if cut.recall_before is None:
-        return "not measured"
-    return " → ".join(f"{told['loss']:.3f} ({told['accuracy']:.0%})" for told in (cut.recall_before, cut.recall_after))
-
-
-def _loss_text(loss: float | None) -> str | None:
-    return None if loss is None else f"{loss:.4f}"
 
 
 def _bytes_text(count: float) -> str:

@@ -1,26 +1,28 @@
 """A language model in the form that another tool wants. Nothing is called done before its logits were compared."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..architectures import state_sizes
 from ..architectures.mamba_scan import scan_installed
 from ..surgery.shrink_and_grow import pad_state
 from .files import check_new, folder_aside
 from .history import HISTORY_FILE, SPECTRA_FILE
-from .loading import load_language_model
+from .loading import TOKENIZER_FILES, load_language_model
 from .mamba_ssm_format import write_mamba_ssm
 
 TOLERANCE = 1e-5  # of the largest logit
 PROBE = (2, 64)  # sequences, tokens
-CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "generation_config.json")
+CARRIED = (*TOKENIZER_FILES, GENERATION_CONFIG_NAME)
 HISTORY = (HISTORY_FILE, SPECTRA_FILE)
 
 
@@ -49,17 +51,17 @@ class Exported:
 
 
 def export_uniform(source: Path, target: Path, state_size: int | None = None) -> Exported:
-    """One state size for all layers, by states that do nothing; the largest layer's by default."""
+    """The function writes one state size for all layers, the largest layer's by default; added states do nothing."""
 
     def write(model: PreTrainedModel, folder: Path) -> None:
         pad_state(model, max(state_sizes(model).values()) if state_size is None else state_size)
-        model.save_pretrained(folder)
+        in_one_dtype(model).save_pretrained(folder)
 
     return _export(source, target, write)
 
 
 def export_bf16(source: Path, target: Path) -> Exported:
-    """Weights in bfloat16: half the size, for use and not for further training."""
+    """The function writes all weights in bfloat16: half the size, for use and not for further training."""
 
     def write(model: PreTrainedModel, folder: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -68,15 +70,15 @@ def export_bf16(source: Path, target: Path) -> Exported:
 
 
 def export_sharded(source: Path, target: Path, max_shard_size: str = "5GB") -> Exported:
-    """Safetensors files of at most `max_shard_size` each, with an index.
+    """The function writes safetensors files of at most `max_shard_size` each, with an index.
 
     Raises:
-        ValueError: the model fits into one.
+        ValueError: the model fits into one file.
     """
 
     def write(model: PreTrainedModel, folder: Path) -> None:
         try:
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            in_one_dtype(model).save_pretrained(folder, max_shard_size=max_shard_size)
         except ValueError as error:
             raise ValueError(f"max_shard_size = {max_shard_size}; allowed: a size such as 5GB ({error}).") from error
         if not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
@@ -86,7 +88,10 @@ def export_sharded(source: Path, target: Path, max_shard_size: str = "5GB") -> E
 
 
 def export_mamba_ssm(source: Path, target: Path) -> Exported:
-    """config.json and pytorch_model.bin as `MambaLMHeadModel.from_pretrained` reads them; one size for all layers."""
+    """The function writes what `MambaLMHeadModel.from_pretrained` reads, with one size for all layers.
+
+    Every weight keeps its dtype, since that format has one for each.
+    """
 
     def write(model: PreTrainedModel, folder: Path) -> None:
         pad_state(model, max(state_sizes(model).values()))
@@ -102,10 +107,10 @@ def _export(
     rounded_to: torch.dtype | None = None,
     carried: tuple[str, ...] = CARRIED + HISTORY,
 ) -> Exported:
-    """Write aside, read back as a user would, compare, and only then rename.
+    """The export is written aside, read back as a user would read it, compared, and only then renamed.
 
     Raises:
-        ValueError, FileExistsError: nothing was written then.
+        ValueError, FileExistsError: the export is impossible or came out wrong; nothing is left of it.
     """
     source, target = Path(source), Path(target)
     check_new(target)
@@ -114,9 +119,7 @@ def _export(
     rounded = expected if rounded_to is None else _logits(model.to(rounded_to))
     with folder_aside(target) as folder:
         write(model, folder)
-        for file in {file for pattern in carried for file in source.glob(pattern)}:
-            if not (folder / file.name).exists():
-                shutil.copy(file, folder)
+        _carry_over(source, folder, carried)
         written = load_language_model(folder)
         found, largest = _logits(written), float(expected.abs().max())
         if not float((found - rounded).abs().max()) <= TOLERANCE * max(largest, 1.0):
@@ -127,12 +130,27 @@ def _export(
     return Exported(target, state_sizes(written), float((found - expected).abs().max()), largest)
 
 
+def in_one_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """The function casts all weights to the widest of their dtypes, which loses nothing, and returns the model.
+
+    Transformers reads every weight in the one dtype that `config.json` names: what is saved in several dtypes would
+    come back as another model.
+    """
+    return model.to(reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()}))
+
+
+def _carry_over(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files of these patterns, in the folders that they lie in, but for those that were written anew."""
+    for file in {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}:
+        target = folder / file.relative_to(source)
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(file, target)
+
+
 @torch.no_grad()
 def _logits(model: PreTrainedModel) -> Tensor:
-    """Of fixed tokens, in float32, (2, 64, vocabulary); the model keeps its dtype."""
+    """The logits of fixed tokens, computed by a copy in float32, (2, 64, vocabulary)."""
     tokens = torch.randint(model.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
-    dtype = next(model.parameters()).dtype
     with scan_installed():
-        logits = model.float()(input_ids=tokens, use_cache=False).logits
-    model.to(dtype)
-    return logits
+        return copy.deepcopy(model).float()(input_ids=tokens, use_cache=False).logits

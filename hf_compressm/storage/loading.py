@@ -15,7 +15,13 @@ from .mamba_ssm_format import read_mamba_ssm
 # Entries of a config by which Transformers takes code, kernels or weights from elsewhere, or other weights than float.
 FROM_ELSEWHERE = ("attn_implementation", "_attn_implementation", "quantization_config", "transformers_weights")
 TRUST = {"trust_remote_code": False}  # code beside the weights is not run: the classes are our own
-NEEDED = ["*.json", "*.safetensors", "pytorch_model.bin", "*.txt", "*.model"]  # of a repository: weights and tokenizer
+# Whatever a tokenizer of Transformers may need: its own files, those of its vocabulary, its code, its chat templates.
+TOKENIZER_FILES = (
+    "tokenizer* tokenization_*.py special_tokens_map.json added_tokens.json *vocab*.json vocab*.txt merges*.txt "
+    "*.model *.tiktoken *.tokenizer bpe.codes dict.txt byte_maps.json emoji.json normalizer.json word_shape.json "
+    "word_pronunciation.json chat_template* additional_chat_templates/*"
+).split()
+NEEDED = ["*.json", "*.safetensors", "pytorch_model.bin", *TOKENIZER_FILES]  # of a repository
 
 
 def local_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:

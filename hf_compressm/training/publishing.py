@@ -4,7 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import CONFIG_NAME, logging
 
 from ..architectures import family_of
@@ -21,52 +21,75 @@ CODE_FILE = f"{modeling_compressm_mamba.MODULE}.py"
 
 
 class Publisher:
-    """Comes before the class of a trainer: its checkpoints and pushes say how the model was reduced.
+    """It comes before the class of a trainer, whose checkpoints and pushes then say how the model was reduced.
 
     Trainer pushes and rotates checkpoints before it tells its callbacks of them, so this cannot be left to a callback.
 
     Attributes:
-        state_size_callback: whose history it is.
-        card_details: what the card says beside it.
+        state_size_callback: the callback whose history is published.
+        card_details: what the card says beside the history.
     """
 
     def check_may_push(self) -> None:
-        """Refuse at the start what could not be pushed at the end: the token, or what the card is to say.
+        """The method refuses at the start what could not be pushed at the end: the token, or what the card would say.
 
         Raises:
             PushError: in every process.
         """
         with raise_in_all_processes():
             if self.args.push_to_hub and self.is_world_process_zero():
-                check_may_push(self.hub_model_id, self.args.hub_token, revision=self.args.hub_revision)
+                args = self.args
+                check_may_push(self.hub_model_id, args.hub_token, args.hub_private_repo, revision=args.hub_revision)
                 try:
                     check_details(self.card_details)
                 except Exception as error:
                     raise as_push_error(error, self.hub_model_id) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """As Trainer's, with the history beside the weights; with pictures where the run ends."""
+        """The history is saved beside the weights, with pictures but for the checkpoints of a run that goes on."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder, history = Path(output_dir or self.args.output_dir), self.state_size_callback.history
             save_history(history, folder)
-            if folder == Path(self.args.output_dir):
+            if folder != Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
                 write_pictures(folder, history, self.state.log_history)
 
-    def create_model_card(self, language=None, license=None, tags=None, **kwargs):
-        """The card of the reduction, in the place of Trainer's; one that somebody wrote by hand stays."""
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ):
+        """The card of the reduction takes the place of Trainer's; one that somebody wrote by hand stays.
+
+        Its arguments are Trainer's, and are said in the card's metadata: `finetuned_from` as the base model,
+        `dataset_tags` as the data sets, `tasks` among the tags. Trainer shows `dataset` and `dataset_args` beside a
+        metric only; what was measured on which data is said here by `CardDetails.eval_results`.
+        """
         folder = Path(self.args.output_dir)
         if not self.is_world_process_zero() or not may_be_written(folder / CARD):
-            return
+            return None
         if not self._is_language_model:
-            return super().create_model_card(language, license, tags, **kwargs)
-        given = {"license": license, "language": language, "base_model": kwargs.get("finetuned_from")}
-        given |= {"datasets": kwargs.get("dataset_tags")}
-        given |= {"tags": [*self.card_details.tags, *([tags] if isinstance(tags, str) else tags or ())]}
-        self._write_card(folder, replace(self.card_details, **{name: value for name, value in given.items() if value}))
+            names = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
+            return super().create_model_card(*names)
+        if dataset or dataset_args:
+            logger.warning(
+                f"The card does not name dataset = {dataset!r}, dataset_args = {dataset_args!r}: give the data set's "
+                "name on the Hub as dataset_tags, and results as CardDetails(eval_results=…) to attach."
+            )
+        card = self.card_details
+        given = {"license": license, "language": language, "base_model": finetuned_from, "datasets": dataset_tags}
+        given |= {"tags": [*card.tags, *_as_list(tags), *_as_list(tasks)], "name": card.name or model_name}
+        return self._write_card(folder, replace(card, **{name: value for name, value in given.items() if value}))
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        """As Trainer's, which pushes from its output folder: what goes with the weights comes there with them."""
+        """Trainer pushes from its output folder: what goes with the weights is put there with them."""
         self._tell_failed_pushes()
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.args.hub_strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
@@ -82,12 +105,12 @@ class Publisher:
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self):
-        """As Trainer's, which does not say when a push in the background failed."""
+        """Trainer does not say when a push in the background failed; this does."""
         super()._finish_current_push()
         self._tell_failed_pushes()
 
     def _tell_failed_pushes(self) -> None:
-        """Warn of each push in the background that failed, once."""
+        """The method warns of each push in the background that failed, once."""
         push = getattr(self, "push_in_progress", None)
         for job in list(push.jobs if push is not None else ()):
             if job.done() and job.exception() is not None:
@@ -104,3 +127,7 @@ class Publisher:
     def _write_card(self, folder: Path, details: CardDetails) -> None:
         details = replace(details, log_history=self.state.log_history)
         write_model_card(folder, self.hub_model_id or folder.name, details)
+
+
+def _as_list(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())

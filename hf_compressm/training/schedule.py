@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ..config import is_count, option, require
 
@@ -107,7 +108,8 @@ class CompreSSMSchedule:
             ValueError: the window of a run this short has no room for the events.
         """
         width = (self.end - self.start) / self.events
-        steps = [round(max_steps * (self.start + width * (i + 1))) for i in range(self.events)]
+        shares = [self.start + width * i for i in range(1, self.events)]
+        steps = [round(max_steps * share) for share in (*shares, self.end)]
         if steps[0] < 1 or len(set(steps)) < len(steps):
             raise ValueError(
                 f"{self.events} cuts do not fit between {self.start:.0%} and {self.end:.0%} of {max_steps} steps "
@@ -116,12 +118,13 @@ class CompreSSMSchedule:
         return steps
 
     def settling_steps(self, max_steps: int) -> int:
-        """How many steps a ranking has to stand still."""
-        return math.ceil(max_steps * self.settled_over)
+        """The number of steps over which a ranking has to stand still."""
+        return math.ceil(max_steps * _as_written(self.settled_over))
 
     def comparison_steps(self, max_steps: int) -> list[int]:
         """The steps in the window at which rankings can be compared with earlier ones, ascending."""
-        first = max(math.floor(max_steps * self.start) + 1, self.monitor_steps + self.settling_steps(max_steps))
+        opens = math.floor(max_steps * _as_written(self.start)) + 1
+        first = max(opens, self.monitor_steps + self.settling_steps(max_steps))
         first = math.ceil(first / self.monitor_steps) * self.monitor_steps
         return list(range(first, round(max_steps * self.end) + 1, self.monitor_steps))
 
@@ -140,3 +143,8 @@ class CompreSSMSchedule:
                 "(settled_patience). Measure more often, or give a wider window or more steps."
             )
         return sorted({*settled, *self.event_steps(max_steps)})
+
+
+def _as_written(share: float) -> Fraction:
+    """The number that was meant: 0.07 is seven hundredths, of which 100 * 0.07 in floating point is not quite 7."""
+    return Fraction(str(float(share)))

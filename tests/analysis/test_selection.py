@@ -263,7 +263,7 @@ def test_a_trained_model_in_half_precision_is_analysed_in_float32_and_cast_back(
 def test_the_report_is_a_table_that_names_every_layer(trained, batches):
     text = str(analyze(trained[0], batches, CompreSSMConfig(target_state_size=5)))
     header, first, second, measured = text.splitlines()
-    assert header.split("  ") == ["layer", "N before", "N after", "score discarded", "predicted loss change"]
+    assert header.split("  ") == ["layer", "N before", "N after", "score discarded", "single-layer loss change"]
     assert first.split()[:3] == ["0", "16", "5"] and second.split()[:3] == ["1", "16", "5"]
     assert "%" in first and "nats" in first
     assert measured.startswith("measured loss: ")

@@ -37,7 +37,7 @@ def pretrain(
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory, verses):
     path = tmp_path_factory.mktemp("data") / "verses.txt"
-    path.write_text("\n".join(verses))
+    path.write_text("\n\n".join(verses))
     return path
 
 

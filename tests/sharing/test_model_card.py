@@ -43,7 +43,7 @@ def test_the_card_counts_what_is_there(hub, reduced):
     assert f"| {4 * channels * 32 / 1024:.1f} KiB | {4 * channels * 24 / 1024:.1f} KiB |" in text
     cut = history.events[0]
     losses = f"{cut.loss_before:.4f} → {cut.loss_after:.4f}"
-    assert f"| after training | 16 → 8-16 | {1 - max(cut.score_discarded):.1%} | {losses} |" in text
+    assert f"| after training | 16 → 8-16 | {max(cut.score_discarded):.1%} | {losses} |" in text
 
 
 def test_the_card_tells_what_was_recalled(hub, reduced):
@@ -55,7 +55,7 @@ def test_the_card_tells_what_was_recalled(hub, reduced):
     history.events[0].recall_after = {"loss": 2.0, "accuracy": 0.5}
     push_compressed(model, NAME, history)
     text = hub.files(NAME)[CARD].decode()
-    assert "| recall of random pairs, nats (accuracy) |" in text and "| 1.500 (75%) → 2.000 (50%) |" in text
+    assert "| recall of random pairs, nats per value (accuracy) |" in text and "| 1.500 (75%) → 2.000 (50%) |" in text
 
 
 def card_of(folder: Path, details: CardDetails | None = None, name: str = NAME) -> str:

@@ -93,7 +93,7 @@ def test_what_a_push_tells(hub, reduced, tokenizer, kind):
     assert linked_pictures(text) == pictures
     assert ("trust_remote_code=True" in text) == (kind == "per_layer") and f'"{NAME}"' in text
     assert f"from **16** to **{'8-16' if kind == 'per_layer' else '4'}** states" in text
-    assert "| evaluation loss at the end, nats per token | | 2.2500 |" in text
+    assert "| evaluation loss at the end, nats per prediction | | 2.2500 |" in text
 
 
 def test_where_a_push_goes(hub, reduced):
