@@ -8,6 +8,7 @@ import configparser
 import re
 import shutil
 import sys
+from dataclasses import fields
 from itertools import pairwise
 
 import accelerate_loop
@@ -39,6 +40,7 @@ import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
 from hf_compressm.console import cli
 from hf_compressm.sharing.hub import push_folder
+from hf_compressm.storage.records import TENSORS, Observation, ReductionEvent
 
 READER = "hf_reader"  # the token of `user`, whom the pages let push, and who owns the checkpoints that they name
 SMALL = ["--length", "32", "--calibration-batches", "4"]  # of the console, where the text of the tests is short
@@ -264,3 +266,15 @@ def test_every_page_of_docs_is_linked_from_the_readme():
 def test_every_public_name_is_told_of_in_the_docs():
     text = "\n".join(page.read_text() for page in PAGES)
     assert all(re.search(rf"\b{name}\b", text) for name in hf_compressm.__all__)
+
+
+def test_the_file_format_names_every_field_of_the_records():
+    text = (ROOT / "docs" / "file-format.md").read_text()
+    names = {field.name for kind in (ReductionEvent, Observation) for field in fields(kind)} - set(TENSORS)
+    assert not {name for name in names if f"`{name}`" not in text}
+
+
+def test_every_option_is_told_of_in_the_docs():
+    text = "\n".join(page.read_text() for page in PAGES)
+    names = {field.name for kind in (CompreSSMConfig, CompreSSMSchedule) for field in fields(kind)}
+    assert not {name for name in names if not re.search(rf"\b{name}\b", text)}
