@@ -9,15 +9,10 @@ import re
 import shutil
 import sys
 from dataclasses import fields
+from importlib import import_module
 from itertools import pairwise
 
-import accelerate_loop
-import benchmark
-import benchmark_engines
-import compare_reductions
-import pretrain
 import pytest
-import reproduce
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -38,9 +33,12 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
 import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
+from hf_compressm.architectures.family import Family, SelectiveFamily, TimeInvariantFamily
+from hf_compressm.architectures.registry import FAMILIES
 from hf_compressm.console import cli
 from hf_compressm.sharing.hub import push_folder
 from hf_compressm.storage.records import TENSORS, Observation, ReductionEvent
+from hf_compressm.theory.criteria import CRITERIA
 
 READER = "hf_reader"  # the token of `user`, whom the pages let push, and who owns the checkpoints that they name
 SMALL = ["--length", "32", "--calibration-batches", "4"]  # of the console, where the text of the tests is short
@@ -91,7 +89,8 @@ def checkout(tmp_path, models, monkeypatch):
     folder.mkdir()
     for name in ("scripts", "model_cards", "constraints.txt", "setup.cfg"):
         (folder / name).symlink_to(ROOT / name)
-    shutil.copy(pretrain.embedded_text(), folder / "kjv.jsonl")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    shutil.copy(import_module("pretrain").embedded_text(), folder / "kjv.jsonl")
     shutil.copy(models / "text.txt", folder / "my.txt")
     shutil.copytree(models / "whole", folder / "mamba")
     shutil.copytree(models / "uniform", folder / "small-mamba")
@@ -176,45 +175,34 @@ CONSOLE = {
 }
 
 
-def check_pretrain(options) -> None:
+def check_pretrain(options, own_arguments: type | None = None) -> None:
     """Not run: it takes minutes, or a data set of the Hub and GPUs; tests/scripts runs it small, and launched."""
-    groups = (
-        pretrain.PretrainingArguments,
-        CompreSSMConfig,
-        CompreSSMSchedule,
-        pretrain.ModelArguments,
-        pretrain.DataArguments,
-    )
+    pretrain = import_module("pretrain")
+    own_arguments = own_arguments or pretrain.PretrainingArguments
+    groups = own_arguments, CompreSSMConfig, CompreSSMSchedule, pretrain.ModelArguments, pretrain.DataArguments
     pretrain.parse_arguments([*options, "--use_cpu"], groups)  # which bf16 needs where there is no GPU
 
 
 def check_accelerate_loop(options) -> None:
     """Not run: it takes minutes; tests/scripts runs it small, and launched."""
-    groups = (
-        accelerate_loop.LoopArguments,
-        CompreSSMConfig,
-        CompreSSMSchedule,
-        pretrain.ModelArguments,
-        pretrain.DataArguments,
-    )
-    pretrain.parse_arguments(options, groups)
+    check_pretrain(options, import_module("accelerate_loop").LoopArguments)
 
 
 def check_reproduce(options) -> None:
     """Not run: a study takes an hour, or a GPU; it is stopped before its first run, where there are no results."""
     sys.argv += ["--report_only", "--output_dir", "nothing"]
     with pytest.raises(SystemExit, match="no results in nothing"):
-        reproduce.main()
+        import_module("reproduce").main()
 
 
 def check_compare_reductions(options) -> None:
     """Not run: it takes more than an hour."""
-    HfArgumentParser(compare_reductions.Arguments).parse_args_into_dataclasses(options)
+    HfArgumentParser(import_module("compare_reductions").Arguments).parse_args_into_dataclasses(options)
 
 
 def check_benchmark(options) -> None:
     """Not run: it takes seven minutes of a machine that does nothing else, or a GPU."""
-    benchmark.parse_arguments(options)
+    import_module("benchmark").parse_arguments(options)
 
 
 def check_benchmark_analysis(options) -> None:
@@ -224,7 +212,7 @@ def check_benchmark_analysis(options) -> None:
 
 def check_benchmark_engines(options) -> None:
     """Not run: it takes minutes and gigabytes."""
-    HfArgumentParser(benchmark_engines.Arguments).parse_args_into_dataclasses(options)
+    HfArgumentParser(import_module("benchmark_engines").Arguments).parse_args_into_dataclasses(options)
 
 
 SCRIPTS = {
@@ -278,3 +266,27 @@ def test_every_option_is_told_of_in_the_docs():
     text = "\n".join(page.read_text() for page in PAGES)
     names = {field.name for kind in (CompreSSMConfig, CompreSSMSchedule) for field in fields(kind)}
     assert not {name for name in names if not re.search(rf"\b{name}\b", text)}
+
+
+def test_the_check_list_for_an_architecture_is_complete():
+    text = (ROOT / "docs" / "adding-an-architecture.md").read_text()
+    names = {name for kind in (Family, SelectiveFamily, TimeInvariantFamily) for name in public_names(kind)}
+    assert not {name for name in names if f"`{name}`" not in text}
+
+
+def public_names(kind: type) -> set[str]:
+    """What a class declares or defines by itself."""
+    return {name for name in {*vars(kind), *kind.__annotations__} if not name.startswith("_")}
+
+
+def test_the_readme_names_every_model_type_that_is_served():
+    text = (ROOT / "README.md").read_text()
+    assert not {model_type for model_type in FAMILIES if f"`{model_type}`" not in text}
+
+
+def test_the_page_of_the_theory_has_every_criterion_with_its_power():
+    lines = (ROOT / "docs" / "theory.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
+    told = {row[0].split("`")[1]: row[2] for row in rows if len(row) > 2}
+    powers = {name: str(criterion.power) for name, criterion in CRITERIA.items()}
+    assert {name: told.get(name) for name in powers} == powers
