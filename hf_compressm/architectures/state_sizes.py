@@ -41,12 +41,11 @@ def record_state_sizes(model: nn.Module, sizes: dict[int, int]) -> None:
     mixers = mixers_of(model)
     for index, size in sizes.items():
         _record_in_mixer(mixers[index], layout, size)
-    of_layers = {index: getattr(mixer, layout.size_attribute) for index, mixer in mixers.items()}
+    everywhere = [getattr(mixer, layout.size_attribute) for mixer in mixers.values()]
     if isinstance(layout, SelectiveLayout):
-        _record_in_mamba(model, of_layers)
+        _record_in_mamba(model, everywhere)
     else:
-        given = list(of_layers.values())
-        setattr(model.config, layout.size_field, given[0] if len(set(given)) == 1 else given)
+        setattr(model.config, layout.size_field, everywhere[0] if len(set(everywhere)) == 1 else everywhere)
 
 
 def recorded_state_sizes(config: dict) -> dict[int, int]:
@@ -111,14 +110,14 @@ def _record_in_mixer(mixer: nn.Module, layout: StateLayout, size: int) -> None:
         projection.out_features = projection.weight.shape[0]
 
 
-def _record_in_mamba(model: nn.Module, sizes: dict[int, int]) -> None:
-    config, is_uniform = model.config, len(set(sizes.values())) == 1
+def _record_in_mamba(model: nn.Module, sizes: list[int]) -> None:
+    config, is_uniform = model.config, len(set(sizes)) == 1
     if original_class(model) in PER_LAYER_CLASSES | PLAIN_CLASSES:
         _change_classes(model, is_uniform)
     config.per_layer_config = None
-    config.state_size = max(sizes.values())
+    config.state_size = max(sizes)
     if not is_uniform and config.model_type != "mamba":
-        config.per_layer_config = {index: {"state_size": size} for index, size in sizes.items()}
+        config.per_layer_config = {index: {"state_size": size} for index, size in enumerate(sizes)}
     for block in (module for module in model.modules() if isinstance(module, MambaBlock)):
         block.config = block.mixer.config = config.per_layer_config[block.layer_idx]
 

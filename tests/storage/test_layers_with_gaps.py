@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
-from hf_compressm.architectures.family import state_sizes
+from hf_compressm.architectures.layers import state_layers, state_sizes
+from hf_compressm.architectures.registry import FAMILIES
 from hf_compressm.plotting import (
     plot_event_spectra,
     plot_kept_share,
@@ -133,14 +134,13 @@ def test_the_files_name_the_layers(run, history, tmp_path):
 def test_a_checkpoint_is_held_against_the_layers_that_have_a_state(run, monkeypatch):
     """Which ones they are a hybrid's family is to say; no family of today has gaps, so one is refused."""
     folder = f"{run[0].args.output_dir}/{LAST}"
-    message = (
-        r"of the layers \[1, 4\], by config.json the layers \[0, 1, 2, 3, 4\] have a state; the checkpoint is inc"
-    )
+    message = r"hold states of the layers \[1, 4\], by config.json the layers \[0, 1, 2, 3, 4\] have a state"
     with pytest.raises(ValueError, match=message):
         check_checkpoint(folder)
-    monkeypatch.setattr("hf_compressm.architectures.state_sizes.layers_with_state", lambda config: list(GAPS))
+    family = type(FAMILIES["compressm_mamba"])
+    monkeypatch.setattr(family, "layers_of_config", lambda self, config: list(GAPS))
     assert check_checkpoint(folder) == SIZES
-    monkeypatch.setattr("hf_compressm.architectures.state_sizes.layers_with_state", lambda config: [1, 3])
+    monkeypatch.setattr(family, "layers_of_config", lambda self, config: [1, 3])
     with pytest.raises(ValueError, match=r"per_layer_config names a layer '4'; allowed: 1, 3"):
         check_checkpoint(folder)
 
@@ -237,13 +237,13 @@ def test_spectra_are_drawn_under_the_names_of_their_layers(history):
 
 def test_the_trigger_waits_for_layers_by_their_index(history):
     """Layer 4 was settled and cut; of layer 1, whose position is 0, as of layer 4 no position may be taken for it."""
-    model, config = build_hybrid(), replace(CONFIG, skip_layers=[])
+    layers, config = state_layers(build_hybrid()), replace(CONFIG, skip_layers=[])
     trigger = Trigger(CompreSSMSchedule(**SETTLED), config, 20)
     seen = [replace(each, settled_points=[0, 1]) if each.settled_points else each for each in history.observations]
     step = history.events[0].step
-    due = trigger.due(model, replace(history, events=[], observations=seen), step)
+    due = trigger.due(layers, replace(history, events=[], observations=seen), step)
     assert due.reasons == {4: "settled"} and due.config.skip_layers == [1]
     assert due.reasons_of(GAPS) == [None, "settled"]
-    assert trigger.due(model, replace(history, observations=seen), 16) is None
-    due = trigger.due(model, replace(history, observations=seen), 17)
+    assert trigger.due(layers, replace(history, observations=seen), 16) is None
+    due = trigger.due(layers, replace(history, observations=seen), 17)
     assert due.reasons == {1: "window ended"} and due.config.skip_layers == [4]
