@@ -1,4 +1,4 @@
-"""The selective scan on a CPU by a kernel in C++, the folder `cpp`, which is compiled on first use and kept.
+"""A kernel in C++, the folder `cpp`, computes the selective scan on a CPU; it is compiled on first use and kept.
 
 It needs GCC. Where that is missing or fails, one warning says so and the scan in PyTorch serves. The compiled kernel
 lies in `$XDG_CACHE_HOME/hf_compressm`, under a name made from its sources, torch and this processor.
@@ -27,7 +27,7 @@ FLAGS = "-std=c++20 -O3 -march=native -fopenmp -fPIC -shared -w".split()
 
 @functools.cache
 def is_available() -> bool:
-    """The function says whether the kernel is there; the first call compiles it."""
+    """Return whether the kernel is there; the first call compiles it."""
     try:
         library = _library()
         if not library.exists():
@@ -47,21 +47,21 @@ def is_available() -> bool:
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep):
-    """See `operators`."""
+    """Implement the contract in `operators`."""
     return torch.ops.hf_compressm_kernel.forward(
         u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep
     )
 
 
 def backward(grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept):
-    """See `operators`."""
+    """Implement the contract in `operators`."""
     return torch.ops.hf_compressm_kernel.backward(
         grad_y, grad_last_state.contiguous(), u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
     )
 
 
 def step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
-    """One position of the recurrence: overwrites the state, (batch, D, N), and returns y, (batch, D); no gradients.
+    """Take a step of the recurrence: overwrite the state, (batch, D, N), and return y, (batch, D), without gradients.
 
     u, time_step and gate are (batch, D), B and C (batch, N), in any dtype; the state is float32 and contiguous.
     """
@@ -69,7 +69,7 @@ def step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
 
 
 def _library() -> Path:
-    """Where the kernel for this source, torch and processor lies, or will."""
+    """Return where the kernel for these sources, torch and processor lies, or will lie."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

@@ -1,4 +1,4 @@
-"""The selective scan in plain PyTorch, on any device and in any dtype, with a backward pass of its own.
+"""Plain PyTorch computes the selective scan, on any device and in any dtype, with a backward pass of its own.
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t        y_t = Σ_n C_t[n] h_t[:, n]
 
@@ -19,7 +19,7 @@ LOG2_E = 1.4426950408889634
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep) -> tuple[Tensor, ...]:
-    """See `operators`."""
+    """Implement the contract in `operators`."""
     u_, time_step, B, C = (tensor.to(A.dtype) for tensor in (u, time_step, B, C))
     time_step = effective_time_step(time_step, time_step_bias, softplus)
     step, drive, B, C = map(_time_major, (time_step, time_step * u_, B, C))  # (L, batch, …)
@@ -43,7 +43,7 @@ def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_st
 def backward(
     grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
 ) -> tuple[Tensor, ...]:
-    """See `operators`."""
+    """Implement the contract in `operators`."""
     grad, u_, raw, B_, C_ = (tensor.to(A.dtype) for tensor in (grad_y, u, time_step, B, C))
     of_D, of_gate, of_bias = (A.new_empty(0) for _ in range(3))
     if gate is not None:
@@ -66,9 +66,10 @@ def backward(
 
 
 def _recurrence_gradients(step, drive, B, C, grad_y, A, kept, grad_h) -> tuple[Tensor, ...]:
-    """Gradients for Δ (in the exponent alone), Δ u, B and C, all (L, batch, …), for A (D, N) and h_0 (batch, D, N).
+    """Return gradients for Δ (in the exponent alone), Δ u, B, C, all (L, batch, …), A (D, N) and h_0 (batch, D, N).
 
-    From the last chunk to the first: its states again, then its gradients backwards in time.
+    Chunks are taken from the last to the first: each has its states computed again, then its gradients, backwards in
+    time.
     """
     grad_step, grad_drive, grad_B, grad_C = map(torch.empty_like, (step, drive, B, C))
     decay, h = drive.new_empty(CHUNK, *grad_h.shape), drive.new_empty(CHUNK + 1, *grad_h.shape)
@@ -93,19 +94,19 @@ def _recurrence_gradients(step, drive, B, C, grad_y, A, kept, grad_h) -> tuple[T
 
 
 def effective_time_step(time_step: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """Δ, (batch, D, L), in the dtype of `time_step`, after its bias (D,) and softplus."""
+    """Return Δ, (batch, D, L), in the dtype of `time_step`, after its bias (D,) and softplus."""
     if bias is not None:
         time_step = time_step + bias.to(time_step.dtype)[:, None]
     return F.softplus(time_step) if softplus else time_step
 
 
 def _time_major(tensor: Tensor) -> Tensor:
-    """(batch, X, L) → (L, batch, X), contiguous, so that a position is one block of memory."""
+    """Return (batch, X, L) as (L, batch, X), contiguous, so that a position is one block of memory."""
     return tensor.permute(2, 0, 1).contiguous()
 
 
 def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    """The values, in the dtype and the memory order of the tensor."""
+    """Return the values in the dtype and the memory order of the tensor."""
     return torch.empty_like(tensor).copy_(values)
 
 

@@ -1,4 +1,4 @@
-"""The selective scan on a GPU, forward and backward, in Triton; see torch_scan.py for the recurrence.
+"""Kernels in Triton compute the selective scan on a GPU, forward and backward; torch_scan.py states the recurrence.
 
 A warp holds the states of some channels of one sequence, a tile (N, D), in registers, and walks along the sequence:
 nothing of the size (batch, L, D, N) is written. Neighbouring lanes are channels, so that for small N each has all the
@@ -23,7 +23,7 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep) -> tuple[Tensor, ...]:
-    """See `operators`."""
+    """Implement the contract in `operators`."""
     batch, channels, length = u.shape
     y, last_state = position_major(u), A.new_empty(batch, A.shape[1], channels)
     ungated = position_major(u, A.dtype) if keep and gate is not None else A.new_empty(0)
@@ -40,7 +40,7 @@ def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_st
 def backward(
     grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
 ) -> tuple[Tensor, ...]:
-    """See `operators`."""
+    """Implement the contract in `operators`."""
     batch, channels, length = u.shape
     tile = _tile(A.shape[1])
     of_u, of_step, of_gate = (A.new_empty(batch, length, channels) for _ in range(3))
@@ -63,18 +63,18 @@ def backward(
 
 
 def _tile(state_size: int) -> dict[str, int]:
-    """For one warp: a power of two that holds N, and channels beside it, so that 16 values fall to a lane."""
+    """Return the tile of a warp: a power of two that holds N, and channels beside it, so that a lane has 16 values."""
     states = triton.next_power_of_2(state_size)
     return {"BLOCK_N": states, "BLOCK_D": min(max(512 // states, 2), 32), "num_warps": 1}
 
 
 def _by_position(tensor: Tensor | None) -> Tensor | None:
-    """(batch, X, Y) → (batch, Y, X), contiguous: as most of a Mamba layer's projections make them, by position."""
+    """Return (batch, X, Y) as (batch, Y, X), contiguous, as most projections of a Mamba layer make it."""
     return None if tensor is None else tensor.transpose(1, 2).contiguous()
 
 
 def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    """The values, (batch, L, X), in the dtype and the memory order of the tensor, (batch, X, L)."""
+    """Return the values, (batch, L, X), in the dtype and the memory order of the tensor, (batch, X, L)."""
     return torch.empty_like(tensor).copy_(values.transpose(1, 2))
 
 
@@ -198,7 +198,7 @@ def _scan_backward(
 
 @triton.jit
 def _effective_steps(time_step, origin, start, length, channels, d, offset, softplus: tl.constexpr):
-    """Δ of a block, zero beyond the end, where nothing moves then."""
+    """Return Δ of a block; it is zero beyond the end, where nothing moves then."""
     raws = _load_rows(time_step, origin, start, length, channels, d)
     steps = ()
     for k in tl.static_range(POSITIONS):
@@ -208,7 +208,7 @@ def _effective_steps(time_step, origin, start, length, channels, d, offset, soft
 
 @triton.jit
 def _effective_step(raw, offset, softplus: tl.constexpr):
-    """log(1 + e^x) without losing the digits of a small e^x."""
+    """Return Δ: with softplus log(1 + e^x), without losing the digits of a small e^x."""
     x = raw + offset
     if softplus:
         small = tl.exp(-tl.abs(x))
@@ -221,7 +221,7 @@ def _effective_step(raw, offset, softplus: tl.constexpr):
 
 @triton.jit
 def _load_vector(pointer, columns, width):
-    """Entries of a vector (width,), zero beyond its end, or where there is none."""
+    """Load entries of a vector (width,): zero beyond its end, or where there is none."""
     values = tl.zeros(columns.shape, tl.float32)
     if pointer is not None:
         values = tl.load(pointer + columns, columns < width, other=0)
@@ -230,20 +230,20 @@ def _load_vector(pointer, columns, width):
 
 @triton.jit
 def _within(columns, row, length, width):
-    """The mask for a row of a matrix (length, width)."""
+    """Return the mask for a row of a matrix (length, width)."""
     return columns < tl.where(row < length, width, 0)
 
 
 @triton.jit
 def _load_row(pointer, origin, row, length, width, columns):
-    """A row of a matrix (length, width), zero beyond its ends."""
+    """Load a row of a matrix (length, width): zero beyond its ends."""
     offsets, mask = (origin + row) * width + columns, _within(columns, row, length, width)
     return tl.load(pointer + offsets, mask, other=0).to(tl.float32)
 
 
 @triton.jit
 def _load_rows(pointer, origin, start, length, width, columns):
-    """The rows of a block."""
+    """Load the rows of a block."""
     rows = ()
     for k in tl.static_range(POSITIONS):
         rows = rows + (_load_row(pointer, origin, start + k, length, width, columns),)
