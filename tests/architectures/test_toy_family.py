@@ -1,84 +1,21 @@
 """A new architecture is one family: a toy that is registered here goes through everything, and no file changes."""
 
-import copy
-from contextlib import contextmanager
-
 import pytest
 import torch
-import toy_ssm
-from conftest import assert_identical, build_trainer, losses_of, train_steps, weights_of
+from conftest import assert_identical, train_steps, weights_of
+from toy_family import ToyFamily, toy_registered  # noqa: F401, a fixture
 from toy_ssm import ToyConfig, ToyForCausalLM
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import set_seed
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
-from hf_compressm.architectures import register, registry, state_layers, state_sizes
-from hf_compressm.architectures.family import Block, SelectiveFamily, StateTensor
-from hf_compressm.kernels import selective_scan
+from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
+from hf_compressm.architectures import state_layers, state_sizes
+from hf_compressm.architectures.family import Block, StateTensor
 from hf_compressm.sharing.model_card import write_model_card
 from hf_compressm.storage.checkpoint import check_checkpoint
 from hf_compressm.storage.history import History, load_history, save_history
 from hf_compressm.storage.loading import load_language_model
-from hf_compressm.theory.selective import StateMaps
 
-
-class ToyFamily(SelectiveFamily):
-    model_types = ("toy_ssm",)
-    mixer_class = "ToyMixer"
-    size_attribute = size_field = "states"
-    tensors = {  # noqa: RUF012
-        "maps": StateTensor(axis=0, blocks=(Block("C"), Block("B"))),
-        "log_decay": StateTensor(axis=1),
-    }
-    decay, output_projection = "log_decay", "out.weight"
-    title, limits = "Toy", "It is a toy."
-
-    def layers_of_config(self, config):
-        return list(range(1, config["num_hidden_layers"], 2))
-
-    def is_per_layer(self, model):
-        return False
-
-    def record_in_model(self, model, sizes):
-        model.config.states = max(sizes.values())
-
-    def maps(self, tensors, mixer, size=None):
-        B, C = (tensors["maps"][self.block_slice(mixer, "maps", name, size)] for name in ("B", "C"))
-        return StateMaps(B, C, tensors["log_decay"])
-
-    @contextmanager
-    def observed_scan(self, observer):
-        def observed(u, time_step, A, B, C):
-            return observer(u, time_step, A, B, C, None, None, None, False)[0]
-
-        toy_ssm.scan = observed
-        try:
-            yield
-        finally:
-            toy_ssm.scan = selective_scan
-
-    def layer_output(self, mixer):
-        def output(maps, inputs):
-            B, C = (torch.einsum("nd,bdl->bnl", rows, inputs.u) for rows in (maps.B_rows, maps.C_rows))
-            return mixer.out.weight.detach() @ selective_scan(inputs.u, inputs.time_step, -maps.A_log.exp(), B, C)
-
-        return output
-
-    def undecayed(self, mixer):
-        yield mixer.log_decay
-
-    def values_per_state(self, config):
-        return config["width"]
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    before = dict(registry.FAMILIES)
-    register(ToyFamily())
-    AutoConfig.register("toy_ssm", ToyConfig, exist_ok=True)
-    AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM, exist_ok=True)
-    yield
-    registry.FAMILIES.clear()
-    registry.FAMILIES.update(before)
+pytestmark = pytest.mark.usefixtures("toy_registered")
 
 
 @pytest.fixture
@@ -120,22 +57,6 @@ def test_every_kind_of_score_ranks_its_states(toy, batches, criterion):
     config = CompreSSMConfig(loss_budget=0.02, criterion=criterion)
     report = analyze(toy, batches, config)
     assert report.loss_after <= report.loss_before + 0.02 and set(report.scores) == {1, 3}
-
-
-def test_it_shrinks_in_training_and_resumes_exactly(toy, dataset, tmp_path):
-    def trainer_in(folder, model):
-        callback = CompreSSMCallback(CompreSSMConfig(target_state_size=2), CompreSSMSchedule(end=0.5, events=2))
-        trainer = build_trainer(folder, dataset, model=model, save_strategy="steps", save_steps=7)
-        callback.attach(trainer)
-        return trainer, callback
-
-    whole, callback = trainer_in(tmp_path / "a", copy.deepcopy(toy))
-    whole.train()
-    assert [event.state_sizes_after for event in callback.history.events] == [[4, 4], [2, 2]]
-    resumed, _ = trainer_in(tmp_path / "b", copy.deepcopy(toy))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
-    assert_identical(weights_of(whole.model), weights_of(resumed.model))
-    assert losses_of(resumed) == losses_of(whole)
 
 
 def test_it_is_saved_checked_described_and_loaded(toy, batches, tmp_path):
