@@ -100,7 +100,8 @@ PRIVATE_NAMES = (
     *_names(
         "transformers.utils",
         "Files of a checkpoint are found by these names.",
-        "ADAPTER_CONFIG_NAME CONFIG_NAME SAFE_WEIGHTS_INDEX_NAME SAFE_WEIGHTS_NAME WEIGHTS_NAME",
+        "ADAPTER_CONFIG_NAME CONFIG_NAME GENERATION_CONFIG_NAME "
+        "SAFE_WEIGHTS_INDEX_NAME SAFE_WEIGHTS_NAME WEIGHTS_NAME",
     ),
     # Accelerate
     *_names(
