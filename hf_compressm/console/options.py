@@ -42,7 +42,7 @@ def config_from(options: argparse.Namespace) -> CompreSSMConfig:
     return CompreSSMConfig(**(DEFAULTS | goal | given))
 
 
-def _add_option(group: argparse._ArgumentGroup, field: Field) -> None:
+def _add_option(group, field: Field) -> None:
     kind = _TYPES[field.name]
     how = {"help": _help(field), "default": argparse.SUPPRESS}
     if kind is bool:

@@ -46,18 +46,19 @@ def check_checkpoint(folder: str | Path) -> dict[int, int]:
         expected = recorded_state_sizes(config)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}; take another checkpoint.") from error
-    sizes = _sizes_in_weights(folder, FAMILIES[config["model_type"]])
-    if sizes.keys() != expected.keys():
+    family = FAMILIES[config["model_type"]]
+    found = state_tensor_shapes(folder, family)
+    if found.keys() != expected.keys():
         raise ValueError(
-            f"the weights in {folder} hold states of the layers {list(sizes)}, by {CONFIG_NAME} the layers "
+            f"the weights in {folder} hold states of the layers {list(found)}, by {CONFIG_NAME} the layers "
             f"{list(expected)} have a state; the checkpoint is incomplete, take another."
         )
-    for index, size in sizes.items():
+    for index, shapes in found.items():
+        size = _size_of_layer(folder, family, index, shapes)
         if size != expected[index]:
             raise ValueError(
-                f"{folder}: layer {index} has {size} states, {CONFIG_NAME} says "
-                f"{FAMILIES[config['model_type']].size_field} = {expected[index]}; the files do not belong together, "
-                "take another checkpoint."
+                f"{folder}: layer {index} has {size} states, {CONFIG_NAME} says {family.size_field} = "
+                f"{expected[index]}; the files do not belong together, take another checkpoint."
             )
     return expected
 
@@ -171,7 +172,7 @@ def state_tensor_shapes(folder: Path, family: Family) -> dict[int, dict[str, tup
     """Layer → path → shape of its state tensors, as the weights have them, by layer index.
 
     Raises:
-        ValueError: a tensor is not a layer's, or has too few axes; no model of the family has such a one.
+        ValueError: a tensor is not a layer's, has too few axes, or is there twice, as in no model of the family.
     """
     found = {}
     for name, shape in weight_shapes(folder).items():
@@ -180,18 +181,16 @@ def state_tensor_shapes(folder: Path, family: Family) -> dict[int, dict[str, tup
             layer = _LAYER.search(name)
             if layer is None or len(shape) <= family.tensors[path].axis:
                 raise ValueError(f"{folder}: {name} of shape {shape} is not a layer's; take another checkpoint.")
-            found.setdefault(int(layer[1]), {})[path] = shape
+            if found.setdefault(int(layer[1]), {}).setdefault(path, shape) is not shape:
+                raise ValueError(f"{folder}: {name} is the second {path} of its layer; take another checkpoint.")
     return dict(sorted(found.items()))
 
 
-def _sizes_in_weights(folder: Path, family: Family) -> dict[int, int]:
-    """Layer → N, as the weights have it."""
-    sizes = {}
-    for index, shapes in state_tensor_shapes(folder, family).items():
-        if missing := family.tensors.keys() - shapes.keys():
-            raise ValueError(f"{folder}: layer {index} has no {min(missing)}; take another checkpoint.")
-        sizes[index] = family.size_in_weights(shapes)
-    return sizes
+def _size_of_layer(folder: Path, family: Family, index: int, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Return N of a layer, as its weights have it."""
+    if missing := family.tensors.keys() - shapes.keys():
+        raise ValueError(f"{folder}: layer {index} has no {min(missing)}; take another checkpoint.")
+    return family.size_in_weights(shapes)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
