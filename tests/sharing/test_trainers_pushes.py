@@ -18,7 +18,7 @@ from hub_fixtures import (
     titles,
 )
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_compressm.sharing.model_card import CARD, CardDetails
 from hf_compressm.storage.history import load_history
@@ -31,11 +31,23 @@ STRATEGIES = {
 }
 
 
+class PushInTurn(TrainerCallback):
+    """A checkpoint waits for its push: Trainer leaves out one that is due while another is under way."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.trainer.push_in_progress is not None:
+            self.trainer.push_in_progress.wait_until_done()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_push_of_trainer_is_whole(hub, dataset, tmp_path, strategy):
     prefix, config = STRATEGIES[strategy]
     options = {"hub_strategy": strategy, "hub_private_repo": True, "save_total_limit": 1}
     trainer = pushing_trainer(tmp_path / "out", dataset, config, **options)
+    trainer.add_callback(PushInTurn(trainer))
     trainer.train()
     history = trainer.state_size_callback.history
     assert history.steps == [2, 4] and len(titles(hub)) == {"end": 0, "every_save": 4}.get(strategy, 8)
