@@ -108,6 +108,7 @@ def test_layers_of_different_sizes_are_recorded(model, data, tmp_path):
     model.save_pretrained(tmp_path / "cut")
     loaded = type(model).from_pretrained(tmp_path / "cut")
     assert check_checkpoint(tmp_path / "cut") == state_sizes(loaded) == state_sizes(model)
+    assert model.config.model_type == loaded.config.model_type == type(model.config).model_type
 
 
 @pytest.mark.parametrize("model_type", CASES)
