@@ -106,7 +106,7 @@ class CompreSSMSchedule:
         """Return the optimizer steps after which to cut, ascending; with the trigger "settled" the latest ones.
 
         Raises:
-            ValueError: the window of a run this short has no room for the events.
+            ValueError: the window of a run this short is too small for the events.
         """
         width = (self.end - self.start) / self.events
         shares = [self.start + width * i for i in range(1, self.events)]
@@ -133,7 +133,7 @@ class CompreSSMSchedule:
         """Return the steps after which the trigger "settled" may cut layers, ascending; the last ends the window.
 
         Raises:
-            ValueError: the window leaves no room for a layer to settle.
+            ValueError: the window is too small for a layer to settle.
         """
         settled = self.comparison_steps(max_steps)[self.settled_patience - 1 :]
         if not settled:
