@@ -1,4 +1,4 @@
-"""The same training without Trainer: a loop of one's own with Accelerate, and two calls that shrink the state.
+"""This script trains without Trainer, in a loop of its own with Accelerate, and shrinks the state by two calls.
 
     python scripts/accelerate_loop.py
     accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/accelerate_loop.py --max_steps 300
@@ -29,12 +29,12 @@ from hf_compressm.surgery.shrink_and_grow import set_state_sizes
 
 @dataclass
 class LoopArguments:
-    """The run."""
+    """These arguments describe the run."""
 
-    output_dir: str = field(default="runs/accelerate_loop", metadata={"help": "Where checkpoints and model go."})
-    max_steps: int = field(default=300, metadata={"help": "Optimizer steps."})
+    output_dir: str = field(default="runs/accelerate_loop", metadata={"help": "Folder for checkpoints and model."})
+    max_steps: int = field(default=300, metadata={"help": "Number of optimizer steps."})
     batch_size: int = field(default=8, metadata={"help": "Sequences per process and step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "At the end of the warm-up."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate at the end of the warm-up."})
     save_steps: int = field(default=100, metadata={"help": "Steps between checkpoints."})
     average_decay: float = field(default=0.99, metadata={"help": "Decay of the running average; 0 for none."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Folder of a checkpoint."})
@@ -48,9 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = (LoopArguments, CompreSSMConfig, CompreSSMSchedule, ModelArguments, DataArguments)
     args, config, schedule, model_args, data_args = parse_arguments(sys.argv[1:] if argv is None else argv, groups)
     if schedule.rollback_tolerance is not None or schedule.monitor_steps is not None:
-        raise ValueError(
-            "rollback_tolerance and monitor_steps are the callback's: use pretrain.py, or leave them out."
-        )
+        raise ValueError("rollback_tolerance and monitor_steps need the callback: use pretrain.py, or leave them out.")
     data_configuration = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(cpu=args.use_cpu, dataloader_config=data_configuration)
     set_seed(args.seed)
@@ -61,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     with accelerator.main_process_first():
         dataset = tokenized(train_text, tokenizer, data_args)
     model, history, done = build_model(model_args, tokenizer), History(config.to_dict(), asdict(schedule)), 0
-    if args.resume_from_checkpoint:  # the sizes first: optimizer and wrapper are built for them
+    if args.resume_from_checkpoint:  # optimizer and wrapper are built for these sizes, so they come first
         history = load_history(args.resume_from_checkpoint)
         if history.state_sizes:
             set_state_sizes(model, history.state_sizes, is_prepared=False)
@@ -95,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             events_left = len(event_steps) - event_steps.index(step)
             size = reducible_size(config, state_layers(accelerator.unwrap_model(model)))
             goal = config.for_event(size, events_left, history.loss_spent)
-            report = analyze(model, calibration, goal)  # the wrapped model: every process takes part
+            report = analyze(model, calibration, goal)  # the model is the wrapped one, since every process takes part
             event = compress(model, report, optimizer, step=step, companions=[average] if keep_average else [])
             history.events.append(event)
             accelerator.print(f"\nstep {step}\n{report}\n")
@@ -104,18 +102,18 @@ def main(argv: list[str] | None = None) -> None:
         if step % args.save_steps == 0 or step == args.max_steps:
             save(Path(args.output_dir) / f"checkpoint-{step}", history, accelerator)
 
-    weights = accelerator.get_state_dict(model)  # gathered, where it is sharded
+    weights = accelerator.get_state_dict(model)  # sharded weights are gathered
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         save_history(history, args.output_dir)
     accelerator.print(f"State sizes {list((history.state_sizes or {}).values())}. Saved in {args.output_dir}")
-    accelerator.wait_for_everyone()  # or the first to leave would take the others' connections down
+    accelerator.wait_for_everyone()  # the first to leave would take down the others' connections
     accelerator.end_training()
 
 
 def batches_from(done: int, loader, accelerator) -> Iterator[dict]:
-    """The batches of step `done` + 1 and all later ones, epoch after epoch."""
+    """Yield the batches of step `done` + 1 and of all later ones, epoch after epoch."""
     epoch, skipped = divmod(done, len(loader))
     while True:
         loader.set_epoch(epoch)
@@ -124,7 +122,7 @@ def batches_from(done: int, loader, accelerator) -> Iterator[dict]:
 
 
 def save(folder: Path, history: History, accelerator: Accelerator) -> None:
-    """Everything that training needs to go on; the history comes last, and says the state sizes."""
+    """Save what training needs to go on; the history comes last, and says the state sizes."""
     accelerator.save_state(str(folder))
     if accelerator.is_main_process:
         save_history(history, folder)

@@ -1,16 +1,16 @@
-"""Benchmarks on one machine: what is compared runs in turn, in one process, and is judged by its ratios in each round.
+"""This benchmark times what it compares in turn, in one process, and compares the ratios within each round.
 
     python scripts/benchmark.py                # all studies, about seven minutes on two idle CPU cores
     python scripts/benchmark.py scan --state_size 64
     python scripts/benchmark.py --device cuda  # sizes of mamba-130m, less than ten minutes
 
-`scan`: forward and backward of a selective scan, this package's against mamba-ssm (on a GPU, where installed), mambapy
-and Transformers' loop, by N and L, in time and in peak memory; their gradients are checked to agree before.
-`training`: the step of a model by scan, after a cut against a model built at that size, and what analysis adds.
-`decoding`: generation by N.
+`scan` times forward and backward of a selective scan and their peak memory, by N and L: this package's scans against
+mamba-ssm (on a GPU, where it is installed), mambapy and Transformers' loop, after checking that all gradients agree.
+`training` times the step of a model with each scan, the step after a cut against that of a model built at that size,
+and what analysis adds. `decoding` times generation by N.
 
-Writes benchmark.json, benchmark.md and benchmark.png. Shares of the limit are those of the time that the least bytes
-and the arithmetic would take at the speed of a large copy and a large product of matrices on this machine.
+It writes benchmark.json, benchmark.md and benchmark.png. A share of the limit is that of the time which the least
+bytes and the arithmetic would take at the speed of a large copy and a large product of matrices on this machine.
 """
 
 import json
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def parse_arguments(argv: list[str]) -> tuple[Arguments, list[str]]:
-    """The options, with the sizes that suit the device, and the studies; all of them if none is named."""
+    """Return the options, with sizes that suit the device, and the studies; all of them if none is named."""
     parser = HfArgumentParser(Arguments)
     parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="What to measure: " + ", ".join(STUDIES))
     device = parser.parse_known_args(argv)[0].device

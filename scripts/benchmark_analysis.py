@@ -1,13 +1,13 @@
-"""What the theory costs: the analysis of Linear Recurrent Units, and Hankel regularisation beside it.
+"""This benchmark times what the theory costs: the analysis of Linear Recurrent Units, and Hankel regularisation.
 
     python scripts/benchmark_analysis.py                 # both, two minutes on two CPU cores
     python scripts/benchmark_analysis.py analysis --state_sizes 64 128 256
     python scripts/benchmark_analysis.py regulariser --device cuda
 
-`analysis`: one `analyze` of a 6-layer model, from its weights alone: time against N, and peak memory at N = 384.
-`regulariser`: a training step with and without the Hankel nuclear norm in the loss, computed in three ways (as it is
-written down, with the Gramians in closed form, and by this package), against four cuts in the first tenth of the run
-and the steps of the small model after them. What is compared runs in turn, in one process.
+`analysis` times one `analyze` of a 6-layer model, from its weights alone, against N, and takes its peak memory at
+N = 384. `regulariser` times a training step with and without the Hankel nuclear norm in the loss, computed in three
+ways (as it is written down, with the Gramians in closed form, and by this package), against four cuts in the first
+tenth of the run and the steps of the small model after them. What is compared runs in turn, in one process.
 """
 
 import argparse
@@ -32,20 +32,20 @@ WEIGHT = 1e-3  # of the regulariser; its cost does not depend on it
 
 
 def norm_as_written(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Σ sqrt(eig(P Q)) with both Lyapunov equations solved for a dense A, all of it differentiated."""
+    """Return Σ sqrt(eig(P Q)) with both Lyapunov equations solved for a dense A, all of it differentiable."""
     A = torch.diag(eigenvalues)
     P, Q = _lyapunov(A, B @ B.mH), _lyapunov(A.mH, C.mH @ C)
     return torch.linalg.eigvals(P @ Q).real.clamp_min(1e-12).sqrt().sum()
 
 
 def norm_with_closed_gramians(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Σ sqrt(eig(P Q)) with the Gramians of a diagonal system in closed form."""
+    """Return Σ sqrt(eig(P Q)) with the Gramians of a diagonal system in closed form."""
     P, Q = diagonal_gramians(eigenvalues, B, C)
     return torch.linalg.eigvals(P @ Q).real.clamp_min(1e-12).sqrt().sum()
 
 
 def _lyapunov(A: Tensor, right_side: Tensor) -> Tensor:
-    """X = A X Aᴴ + right_side by doubling, differentiable; 16 doublings reach |λ| = 0.999."""
+    """Solve X = A X Aᴴ + right_side by doubling, differentiably; 16 doublings reach |λ| = 0.999."""
     for _ in range(16):
         right_side, A = right_side + A @ right_side @ A.mH, A @ A
     return right_side
@@ -59,14 +59,14 @@ NORMS = {
 
 
 def build(layers: int, hidden_size: int, state_size: int, device: str) -> LRUForSequenceClassification:
-    """A model with random weights: the cost does not depend on them."""
+    """Build a model with random weights, on which the cost does not depend."""
     torch.manual_seed(0)
     config = LRUConfig(num_hidden_layers=layers, hidden_size=hidden_size, state_size=state_size, num_labels=10)
     return LRUForSequenceClassification(config).to(device)
 
 
 def study_analysis(options: argparse.Namespace) -> dict:
-    """Seconds of one `analyze` by N."""
+    """Return the seconds of one `analyze` by N."""
     seconds, config = {}, CompreSSMConfig(tolerance=0.1)
     peak = added_peak(partial(analyze, build(6, 512, 384, "cpu"), None, config), "cpu")
     print(f"6 layers, N = 384: {mebibytes(peak)} MiB at the peak of an analysis on the CPU, beyond what there was")
@@ -79,7 +79,7 @@ def study_analysis(options: argparse.Namespace) -> dict:
 
 
 def study_regulariser(options: argparse.Namespace) -> dict:
-    """Seconds per training step with each regulariser and after a reduction, and what whole runs come to."""
+    """Return seconds per training step with each regulariser and after a reduction, and those of whole runs."""
     runs = {"full size": Training(options, options.state_size, None)}
     runs |= {f"nuclear norm, {name}": Training(options, options.state_size, norm) for name, norm in NORMS.items()}
     reduced = f"reduced to N = {options.reduced_size}"
@@ -106,7 +106,7 @@ def study_regulariser(options: argparse.Namespace) -> dict:
 
 
 class Training:
-    """One block of width 8 on random sequences, with a regulariser in the loss or none."""
+    """It trains one block of width 8 on random sequences, with a regulariser in the loss or none."""
 
     def __init__(self, options: argparse.Namespace, state_size: int, norm: Callable | None):
         self.model, self.norm = build(1, 8, state_size, options.device), norm
@@ -125,14 +125,14 @@ class Training:
 
 
 def one_event(options: argparse.Namespace) -> None:
-    """Analysis and surgery, without any loss measured."""
+    """Run analysis and surgery, without any loss measured."""
     model = build(1, 8, options.state_size, options.device)
     optimizer = torch.optim.AdamW(model.parameters())
     compress(model, analyze(model, None, CompreSSMConfig(tolerance=0.02)), optimizer)
 
 
 def plot_cost(seconds: dict[int, float]) -> Figure:
-    """Time of an analysis against N, both logarithmic, with the slope of N³ beside it."""
+    """Draw the time of an analysis against N, both logarithmic, with the slope of N³ beside it."""
     figure = Figure(figsize=(5, 3.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     sizes = sorted(seconds)

@@ -1,10 +1,11 @@
-"""What one resize costs on each engine: a model and its AdamW moments cut to half the state, in two processes.
+"""This benchmark times one resize on each engine: a model and its AdamW moments are cut to half the state.
 
     python scripts/benchmark_engines.py
 
-Beside it the time of the training step before and after, on short sequences: what a resize costs is to be compared
-with what it interrupts. Without two GPUs the processes share the CPU and speak by gloo; times of a loaded machine mean
-little, so every engine does it `rounds` times, from 128 states down by halves, and the median is told.
+It also times the training step before and after, on short sequences, since what a resize costs is to be compared with
+what it interrupts. Of the two processes of DDP and FSDP2 each has a GPU; without two GPUs they share the CPU and speak
+by gloo. Times of a loaded machine mean little, so every engine resizes `rounds` times, from 128 states down by halves,
+and the median is told.
 """
 
 import json
@@ -35,10 +36,10 @@ ENGINES = {"plain": 1, "DDP": 2, "FSDP2": 2}  # with their processes
 
 @dataclass
 class Arguments:
-    """What is measured."""
+    """These arguments say what is measured."""
 
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "Sizes of the model."})
-    engines: list[str] = field(default_factory=lambda: list(ENGINES), metadata={"help": "plain, DDP, FSDP2."})
+    engines: list[str] = field(default_factory=lambda: list(ENGINES), metadata={"help": "Some of plain, DDP, FSDP2."})
     rounds: int = field(default=5, metadata={"help": "Resizes of each model: 128 states, then half, and so on."})
     output: str = field(default="runs/benchmark_engines.json", metadata={"help": "JSON file to write."})
 
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def measure(rank: int, processes: int, engine: str, name: str, rounds: int, answers) -> None:
-    """In one of the processes: the median resize, and the steps before the first and after the last, in seconds."""
+    """Measure, in each process, the median resize and the steps before the first and after the last, in seconds."""
     on_gpu = torch.cuda.device_count() >= processes
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     torch.set_num_threads(max(1, 2 // processes))
@@ -97,7 +98,7 @@ def measure(rank: int, processes: int, engine: str, name: str, rounds: int, answ
 
 
 def prepared(model: MambaForCausalLM, engine: str):
-    """(model, optimizer), as the engine has them."""
+    """Return (model, optimizer), as the engine has them."""
     if engine == "DDP":
         model = DistributedDataParallel(model)
     elif engine == "FSDP2":
@@ -109,7 +110,7 @@ def prepared(model: MambaForCausalLM, engine: str):
 
 
 def timed(function) -> float:
-    """Seconds, all processes together."""
+    """Return the seconds until all processes have run it."""
 
     def wait() -> None:
         if torch.cuda.is_available():

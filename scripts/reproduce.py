@@ -1,4 +1,4 @@
-"""Does starting large and shrinking beat starting small? One command per study.
+"""Each study asks with one command whether starting large and shrinking beats starting small.
 
     python scripts/reproduce.py recall      # Mamba: multi-query associative recall; an hour on two CPU cores
     python scripts/reproduce.py copying     # Mamba: selective copying, generated; 40 minutes
@@ -32,11 +32,11 @@ STUDIES = time_invariant.STUDIES | language.STUDIES
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--output_dir", type=Path, help="default: runs/reproduce/STUDY")
-    parser.add_argument("--seeds", type=int, nargs="+", help="by default the study's own")
+    parser.add_argument("--output_dir", type=Path, help="folder for runs and results (default: runs/reproduce/STUDY)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to run (default: the study's own)")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="runs at a time")
-    parser.add_argument("--max_steps", type=int, help="steps of every run; by default the study's own")
-    parser.add_argument("--report_only", action="store_true", help="no runs: tables and figures from what there is")
+    parser.add_argument("--max_steps", type=int, help="steps of every run (default: the study's own)")
+    parser.add_argument("--report_only", action="store_true", help="make tables and figures without a run")
     options = parser.parse_args()
     root, study = options.output_dir or Path("runs/reproduce") / options.study, STUDIES[options.study]
     study = replace(study, steps=options.max_steps or study.steps)

@@ -1,1 +1,1 @@
-"""The command `hf-compressm`."""
+"""This package is the command `hf-compressm`."""

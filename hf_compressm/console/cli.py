@@ -1,4 +1,4 @@
-"""The console command `hf-compressm`: analyze, compress, export, push, env."""
+"""The console command `hf-compressm` has five parts: analyze, compress, export, push, env."""
 
 import argparse
 import sys
@@ -53,7 +53,7 @@ with those of MODEL before anything is called done.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The function runs one command and returns the exit code."""
+    """Run one command and return the exit code."""
     options = _parser().parse_args(argv)
     try:
         options.run(options)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_analyze(options: argparse.Namespace) -> None:
-    """Table, JSON and picture of what each layer's states do."""
+    """Show what each layer's states do, as table, JSON and picture."""
     if options.output is not None and options.output.exists() and not options.output.is_dir():
         raise FileExistsError(f"{options.output} exists and is not a folder; give another.")
     _, _, report = _analyzed(options)
@@ -103,7 +103,7 @@ def run_compress(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    """Another form of the same model."""
+    """Write the same model in another form."""
     if options.state_size is not None and options.to != "uniform":
         raise ValueError(f"--state-size {options.state_size} is for --to uniform; got --to {options.to}.")
     exporters: dict[str, Callable] = {
@@ -116,7 +116,7 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def run_push(options: argparse.Namespace) -> None:
-    """To the Hub, with card and metadata."""
+    """Push a reduced model to the Hub, with card and metadata."""
     from ..sharing.hub import push_folder
 
     details = CardDetails(license=options.license, base_model=options.base_model, datasets=options.datasets)
@@ -127,14 +127,14 @@ def run_push(options: argparse.Namespace) -> None:
 
 
 def run_env(options: argparse.Namespace) -> None:
-    """What a report of a problem should say."""
+    """Show what a report of a problem should say."""
     install_scan()
     for name, value in env_report().items():
         print(f"{name:18} {value}")
 
 
 def report_content(report: StateReport) -> dict:
-    """The function returns a report as JSON types, with the scores and the spectrum of each layer descending."""
+    """Return a report as JSON types, with the scores and the spectrum of each layer descending."""
     scores = _sorted_scores(report)
     layers = [
         {
@@ -160,7 +160,7 @@ def _sorted_scores(report: StateReport) -> dict:
 
 
 def _analyzed(options: argparse.Namespace):
-    """(folder, model, report); progress is shown on standard error."""
+    """Return (folder, model, report); progress is shown on standard error."""
     config = config_from(options)
     _check_device(options.device)
     with tqdm(total=3, desc="reading the text", file=sys.stderr) as progress:
@@ -181,7 +181,7 @@ def _analyzed(options: argparse.Namespace):
 def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises the latter
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device = {name}; allowed: cpu, or cuda where there is one ({reason}).") from error
 
@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    analysis = command("analyze", run_analyze, description="What each layer's states do; nothing is changed.")
+    analysis = command("analyze", run_analyze, description="Find out what each layer's states do; nothing is changed.")
     reduction = command("compress", run_compress, description="Reduce a trained model, without training.")
     for added in (analysis, reduction):
         added.add_argument("model", metavar="MODEL")
@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--base-model", help="for the card: the model that was reduced, on the Hub")
     push.add_argument("--datasets", nargs="*", default=(), help="for the card: what it was trained on, on the Hub")
 
-    command("env", run_env, description="Versions, devices and the scan that would run; for reports of problems.")
+    command("env", run_env, description="Show versions, devices and the scan that would run; for reports of problems.")
     return parser
 
 

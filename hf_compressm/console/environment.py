@@ -1,4 +1,4 @@
-"""What a report of a problem should say of the machine it happened on."""
+"""This module finds what a report of a problem should say of the machine that it happened on."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ PACKAGES = (
 
 
 def env_report() -> dict[str, str]:
-    """Versions, devices, and which scan a Mamba runs on each kind of device; names and texts."""
+    """Return versions, devices, and which scan a Mamba runs on each kind of device, as texts by name."""
     report = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:

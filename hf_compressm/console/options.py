@@ -1,4 +1,4 @@
-"""The options of the console that make a `CompreSSMConfig`: one for each of its fields, generated from the field."""
+"""The console's options that make a `CompreSSMConfig` are generated here, one from each of its fields."""
 
 import argparse
 from dataclasses import MISSING, Field, fields
@@ -6,16 +6,16 @@ from typing import get_args, get_origin, get_type_hints
 
 from ..config import CHOICES, GOALS, CompreSSMConfig
 
-# Where the console differs from the dataclass: a goal is not asked for, and a command may take its time.
+# The console differs from the dataclass in these: it has a goal by default, and a command may take its time.
 DEFAULT_GOAL = {"tolerance": 0.01}
 DEFAULTS = {"calibration_batches": 8}
 
-WORDS = (int, float, str)  # what a word of the command line can be read as
+WORDS = (int, float, str)  # a word of the command line can be read as these
 _TYPES = get_type_hints(CompreSSMConfig)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """The function adds an option for every field of `CompreSSMConfig`, in three groups.
+    """Add an option for every field of `CompreSSMConfig`, in three groups.
 
     An option that is not given leaves nothing in the namespace; `config_from` fills in the defaults.
     """
@@ -31,10 +31,10 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(options: argparse.Namespace) -> CompreSSMConfig:
-    """The function returns the configuration that was asked for.
+    """Return the configuration that was asked for.
 
     Raises:
-        ValueError: a value out of range, or values that cannot hold together.
+        ValueError: a value is out of range, or values cannot hold together.
     """
     names = [field.name for field in fields(CompreSSMConfig)]
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
@@ -57,7 +57,7 @@ def _add_option(group, field: Field) -> None:
 
 
 def _help(field: Field) -> str:
-    """The field's own text, with the default where it says something."""
+    """Return the field's own text, with the default where there is one to tell."""
     default = DEFAULTS.get(field.name, field.default)
     shown = "" if default is None or default is MISSING else f" (default: {default})"
     return (field.metadata["help"] + shown).replace("%", "%%")  # argparse formats its help texts

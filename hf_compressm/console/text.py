@@ -1,4 +1,4 @@
-"""Text for training and calibration: how files are read, and how the console makes batches of tokens of them."""
+"""This module reads text for training and calibration, and makes the batches of tokens that the console needs."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -16,7 +16,7 @@ TEXT_UNIT_HELP = "What is one text in a .txt file: a 'paragraph', which a blank 
 
 
 def load_text_files(files: dict[str, str], unit: str = "paragraph", streaming: bool = False):
-    """The function reads local files as data sets.
+    """Read local files as data sets.
 
     Args:
         files: split → .txt, .json, .jsonl or .parquet file, all of one kind.
@@ -28,13 +28,15 @@ def load_text_files(files: dict[str, str], unit: str = "paragraph", streaming: b
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file of an unknown kind, files of several kinds, or an unknown unit.
+        ValueError: a file or the unit is of an unknown kind, or the files are of several kinds.
     """
     if unit not in TEXT_UNITS:
         raise ValueError(f"text_unit = {unit!r}; allowed: one of {', '.join(TEXT_UNITS)}.")
     formats = {FORMATS.get(Path(file).suffix) for file in files.values()}
     if len(formats) > 1 or None in formats:
-        raise ValueError(f"files {list(files.values())}; allowed: one of {', '.join(FORMATS)} for all.")
+        raise ValueError(
+            f"the files {list(files.values())} are not all of one known kind; allowed: one of {', '.join(FORMATS)}."
+        )
     for file in files.values():
         if not Path(file).is_file():
             raise FileNotFoundError(f"{file} is not a file.")
@@ -52,15 +54,15 @@ def token_batches(
     column: str = "text",
     unit: str = "paragraph",
 ) -> list[dict[str, torch.Tensor]]:
-    """The function makes batches of the tokens of texts that are joined by the end-of-text token.
+    """Make batches of the tokens of texts that are joined by the end-of-text token.
 
     Args:
         text: a .txt, .json, .jsonl or .parquet file, or the name of a dataset, whose train split is streamed.
         tokenizer: folder or name of the tokenizer.
-        count: number of batches.
-        batch_size: sequences per batch.
-        length: tokens per sequence, L.
-        column: name of the column that holds the text.
+        count: the number of batches.
+        batch_size: the number of sequences per batch.
+        length: the number of tokens per sequence, L.
+        column: the name of the column that holds the text.
         unit: what is one text in a .txt file, as for `load_text_files`.
 
     Returns:
@@ -68,8 +70,8 @@ def token_batches(
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: no tokenizer, a file that is damaged or of another kind, no such column, or too little text, and
-            then how much there is.
+        ValueError: there is no tokenizer or no such column, a file is damaged or of another kind, or there is too
+            little text; the message says how much there is.
     """
     for name, value in (("length", length), ("batch_size", batch_size)):
         if value < 1:
@@ -99,7 +101,9 @@ def _tokens(text: str, tokenizer, column: str, unit: str) -> Iterator[int]:
         if column not in example:
             raise ValueError(f"{text} has no column '{column}'; it has {', '.join(example)}: give --text-column.")
         if not isinstance(example[column], str):
-            raise ValueError(f"{text}: the column '{column}' holds {example[column]!r}, expected text.")
+            raise ValueError(
+                f"the column '{column}' of {text} holds {example[column]!r}, no text: give --text-column."
+            )
         yield from chain(tokenizer(example[column], add_special_tokens=False)["input_ids"], end)
 
 
@@ -115,5 +119,7 @@ def _dataset(text: str, unit: str):
     if path.suffix in FORMATS:
         return load_text_files({"train": text}, unit, streaming=True)["train"]
     if path.exists() or text.startswith((".", "/", "~")):
-        raise ValueError(f"{text}: allowed are {', '.join(FORMATS)} files, and names of datasets on the Hub.")
+        raise ValueError(
+            f"{text} cannot be read as text; allowed: {', '.join(FORMATS)} files, and names of datasets on the Hub."
+        )
     return load_dataset(text, split="train", streaming=True)

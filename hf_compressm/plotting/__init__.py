@@ -1,9 +1,10 @@
-"""Pictures of the singular values, of a run, and of results: they need matplotlib.
+"""This package draws pictures of one analysis, of a run, and of many runs; it needs matplotlib.
 
-Every function returns a matplotlib `Figure`, which `save_figure` writes. No pyplot: no global state, no backend.
+Every function returns a matplotlib `Figure`, which `save_figure` writes. None uses pyplot, so there is no global state
+and no backend. What belongs to layers is given as a dict of layer indices.
 
-One analysis: `plot_spectra`, `plot_kept_share`, `plot_score_map`. A run: `plot_trajectories`, `plot_event_spectra`,
-`plot_settling`, `plot_state_sizes`, `plot_loss`. Many runs: `plot_accuracy`.
+`plot_spectra`, `plot_kept_share` and `plot_score_map` show one analysis; `plot_trajectories`, `plot_event_spectra`,
+`plot_settling`, `plot_state_sizes` and `plot_loss` show a run; `plot_accuracy` shows many runs.
 """
 
 from .figures import save_figure

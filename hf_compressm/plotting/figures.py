@@ -1,4 +1,4 @@
-"""What all figures share: colours, panels, ticks, legends and notes, and how a figure is written."""
+"""All figures share these colours, panels, ticks, legends and notes, and the way in which they are written."""
 
 import math
 from collections.abc import Sequence
@@ -23,14 +23,18 @@ NOTE_WIDTH = 0.03  # of an upright note above the axes, as a share of their widt
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure in the format of the path's ending, aside first and then renamed."""
+    """Write a figure in the format of the path's ending, to a file aside that is then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:]))
 
 
 def load_matplotlib():
-    """The package, with the modules that are used here."""
+    """Return the package matplotlib, with the modules that are used here.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import matplotlib.cm
         import matplotlib.figure
@@ -42,7 +46,7 @@ def load_matplotlib():
 
 
 def new_figure(height: float = 4, **options) -> tuple:
-    """A figure 6.4 inches wide, and what its `subplots` gives."""
+    """Return a figure 6.4 inches wide, and what its `subplots` gives."""
     figure = load_matplotlib().figure.Figure(figsize=(6.4, height), dpi=150, layout="constrained")
     panels = figure.subplots(**options)
     for axes in figure.axes:
@@ -52,14 +56,14 @@ def new_figure(height: float = 4, **options) -> tuple:
 
 
 def color_scale(smallest: int, largest: int) -> "ScalarMappable":
-    """Viridis without its pale end, which is hard to see on white."""
+    """Return viridis over [smallest, largest], without its pale end, which is hard to see on white."""
     mpl = load_matplotlib()
     colors = mpl.colors.ListedColormap(mpl.colormaps["viridis"](range(230)))
     return mpl.cm.ScalarMappable(mpl.colors.Normalize(smallest, max(largest, smallest + 1)), colors)
 
 
 def color_bar(axes: "Axes", colors: "ScalarMappable", label: str, **options) -> None:
-    """A bar without a frame beside the axes, with ticks at whole numbers unless told otherwise."""
+    """Draw a colour bar without a frame beside the axes, with ticks at whole numbers by default."""
     options = {"ticks": whole_numbers()} | options
     bar = axes.figure.colorbar(colors, ax=axes, label=label, **options)
     bar.outline.set_visible(False)
@@ -67,7 +71,7 @@ def color_bar(axes: "Axes", colors: "ScalarMappable", label: str, **options) -> 
 
 
 def tell_layers_apart(axes: "Axes", colors: "ScalarMappable", layers: int) -> None:
-    """A legend of the labelled lines, or with many layers a colour bar."""
+    """Draw a legend of the labelled lines, or with many layers a colour bar."""
     if layers > LEGEND_LAYERS:
         color_bar(axes, colors, "layer")
     else:
@@ -75,26 +79,26 @@ def tell_layers_apart(axes: "Axes", colors: "ScalarMappable", layers: int) -> No
 
 
 def check_layer(layer: int, layers: Sequence[int], otherwise: str = "") -> None:
-    """The function refuses an index of which a history has no state.
+    """Refuse the index of a layer that has no state.
 
     Raises:
-        ValueError: it is not one of `layers`; names them.
+        ValueError: the index is not one of `layers`; the message names them.
     """
     if layer not in layers:
         raise ValueError(f"layer = {layer}; allowed: {', '.join(map(str, layers))}{otherwise}.")
 
 
 def whole_numbers(intervals: int = 10):
-    """Ticks for layers, ranks and steps, with at most so many intervals."""
+    """Return a locator of ticks for layers, ranks and steps, with at most so many intervals."""
     return load_matplotlib().ticker.MaxNLocator(intervals, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
 
 
 def size_ticks(axes: "Axes", sizes: Sequence[float], axis: str = "x") -> None:
-    """A logarithmic axis with ticks at these sizes, numbered where there is room, powers of two first."""
+    """Make an axis logarithmic, with ticks at these sizes, numbered where there is space, powers of two first."""
     sizes = sorted(sizes)
-    room, labelled = math.log2(sizes[-1] / sizes[0]) / 12, []
+    gap, labelled = math.log2(sizes[-1] / sizes[0]) / 12, []
     for size in sorted(sizes, key=lambda size: (math.log2(size) % 1 > 0, size)):
-        if all(abs(math.log2(size / other)) > room for other in labelled):
+        if all(abs(math.log2(size / other)) > gap for other in labelled):
             labelled.append(size)
     getattr(axes, f"set_{axis}scale")("log", base=2)
     set_ticks = getattr(axes, f"set_{axis}ticks")
@@ -103,14 +107,14 @@ def size_ticks(axes: "Axes", sizes: Sequence[float], axis: str = "x") -> None:
 
 
 def size_change(before: Sequence[int], after: Sequence[int]) -> str:
-    """N before and after; its mean over layers where they differ."""
+    """Return N before and after as words; its mean over layers where they differ."""
     name = "N" if len(set(before)) == len(set(after)) == 1 else "mean N"
     before, after = (f"{round(mean(sizes), 1):g}" for sizes in (before, after))
     return f"{name} {before} → {after}"
 
 
 def write_above(axes: "Axes", notes: Sequence[tuple[float, str, str]]) -> None:
-    """Upright notes above the axes, each at its x; those too close move apart, with a line to where they belong.
+    """Write upright notes above the axes, each at its x; those too close move apart, with a line to that x.
 
     Call it when all data are drawn. Of more notes than fit it writes every second, or third, and so on.
 
@@ -139,7 +143,7 @@ def write_above(axes: "Axes", notes: Sequence[tuple[float, str, str]]) -> None:
 
 
 def _apart(places: list[float], gap: float) -> list[float]:
-    """Ascending places in [0, 1], moved to lie at least `gap` apart; a crowd stays centred where it belongs."""
+    """Move ascending places in [0, 1] at least `gap` apart; those that were close stay centred where they were."""
     groups: list[list[float]] = []
     for place in places:
         groups.append([place])
@@ -149,7 +153,7 @@ def _apart(places: list[float], gap: float) -> list[float]:
 
 
 def _spread(group: list[float], gap: float) -> list[float]:
-    """`gap` apart around the mean of the group, within [0, 1]."""
+    """Return places `gap` apart around the mean of the group, within [0, 1]."""
     width = gap * (len(group) - 1)
     first = min(max(sum(group) / len(group) - width / 2, 0), 1 - width)
     return [first + gap * i for i in range(len(group))]

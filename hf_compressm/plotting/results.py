@@ -1,4 +1,4 @@
-"""What many runs came to."""
+"""This picture shows what many runs came to."""
 
 import math
 from itertools import cycle
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 
 def plot_accuracy(results: list[dict]) -> "Figure":
-    """Accuracy against final state size, one series per arm: the mean over seeds, bars of one standard deviation.
+    """Draw accuracy against final state size by arm: means over seeds with bars of one standard deviation.
 
     Args:
         results: dicts of `arm` (str), `state_size` (float) and `accuracy` (fractions, one per seed).
+
+    Raises:
+        ValueError: there are no results.
     """
     if not results:
         raise ValueError("there are no results to plot.")

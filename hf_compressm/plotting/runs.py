@@ -1,4 +1,4 @@
-"""What happened in a run: how N went down, and what the loss did."""
+"""These pictures show what happened in a run: how N went down, and what the loss did."""
 
 import math
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ TAIL = 0.05  # of the run: how far a line goes on after what changed at its end
 
 
 def plot_state_sizes(history: History, max_steps: int | None = None) -> "Figure":
-    """N through training, on a logarithmic axis, with rollbacks, and with what was cut after training at the end.
+    """Draw N through training on a logarithmic axis, with rollbacks, and at the end what was cut after training.
 
-    One line where all layers have one size; else a line for each layer, coloured along depth, or with more than 32
-    their mean and range.
+    There is one line where all layers have one size; else there is a line for each layer, coloured along depth, or
+    with more than 32 layers their mean and range.
 
     Args:
-        history: of a run.
-        max_steps: optimizer steps of the whole run. By default the lines end with the last step that is known of.
+        history: the history of a run.
+        max_steps: the number of optimizer steps of the whole run; by default the lines end at the last known step.
 
     Raises:
         ValueError: there is no step of training, or there are some above `max_steps`.
@@ -57,13 +57,13 @@ def plot_state_sizes(history: History, max_steps: int | None = None) -> "Figure"
 
 
 def plot_loss(log_history: Sequence[dict], history: History) -> "Figure":
-    """Loss through training, with cuts (N before → after) and rollbacks; what a rollback undid is shaded.
+    """Draw the loss through training, with cuts (N before → after) and rollbacks; what a rollback undid is shaded.
 
     The axis ends at the highest loss after the first 2 % of the steps, or after the first cut if that is earlier.
 
     Args:
         log_history: `trainer.state.log_history`: dicts with `step` and `loss` or `eval_loss`, in nats per prediction.
-        history: of the same run.
+        history: the history of the same run.
 
     Raises:
         ValueError: the log holds no loss.
@@ -90,18 +90,18 @@ def plot_loss(log_history: Sequence[dict], history: History) -> "Figure":
 
 
 def _known_steps(history: History) -> list[int]:
-    """The steps of all that happened in training."""
+    """Return the steps of all that happened in training."""
     happened = [record.step for record in [*history.events, *history.observations]]
     return [step for step in [*happened, *_rollbacks(history)] if step is not None]
 
 
 def _rollbacks(history: History) -> dict[int, ReductionEvent]:
-    """Step of each rollback → the earliest of the cuts that it undid."""
+    """Return the step of each rollback → the earliest of the cuts that it undid."""
     return {event.rolled_back_at: event for event in reversed(history.events) if event.rolled_back_at is not None}
 
 
 def _sizes_over_steps(history: History, end: int) -> tuple[list[float], dict[int, list[int]]]:
-    """The function returns steps, (T,), and from each on N of every layer, T by index; the last is where lines end."""
+    """Return steps, (T,), and by layer index N from each step on, (T,); the lines end at the last step."""
     first = history.events[0].state_sizes_before if history.events else history.observations[0].state_sizes
     cuts = [(event.step, event.state_sizes_after) for event in history.events if event.step is not None]
     rollbacks = [(step, event.state_sizes_before) for step, event in _rollbacks(history).items()]
@@ -115,13 +115,13 @@ def _sizes_over_steps(history: History, end: int) -> tuple[list[float], dict[int
 
 
 def _after_training(history: History, end: int) -> list[tuple[float, list[int]]]:
-    """The function returns the sizes after each cut that came after training, at places beyond the end of it."""
+    """Return the sizes after each cut that came after training, at places beyond its end."""
     sizes = [event.state_sizes_after for event in history.events if event.step is None]
     return [(end * (1 + TAIL * i), after) for i, after in enumerate(sizes, 1)]
 
 
 def _draw_sizes(axes: "Axes", steps: list[float], sizes: dict[int, list[int]]) -> None:
-    """The function draws N over the steps, (T,), of layers given by index, (T,) each."""
+    """Draw N over the steps, (T,), of layers given by index, (T,) each."""
     draw = partial(axes.plot, steps, drawstyle="steps-post")
     first, *others = sizes.values()
     uniform = all(other == first for other in others)
@@ -129,7 +129,7 @@ def _draw_sizes(axes: "Axes", steps: list[float], sizes: dict[int, list[int]]) -
         draw(first, color=COLORS[0], linewidth=2)
     elif len(sizes) <= SINGLE_LAYERS:
         colors = color_scale(min(sizes), max(sizes))
-        halo = 2.4 if len(sizes) <= LEGEND_LAYERS else 0  # so that a line under others still shows
+        halo = 2.4 if len(sizes) <= LEGEND_LAYERS else 0  # a line under others still shows then
         for drawn, (layer, line) in enumerate(sizes.items(), 1):
             width = 1.2 + halo * (1 - drawn / len(sizes))
             draw(line, color=colors.to_rgba(layer), linewidth=width, label=f"layer {layer}")
@@ -147,7 +147,7 @@ def _draw_sizes(axes: "Axes", steps: list[float], sizes: dict[int, list[int]]) -
 
 
 def _logged(log_history: Sequence[dict], name: str) -> list[tuple[int, float]]:
-    """(step, value) of the entries that hold it."""
+    """Return (step, value) of the entries that hold the value."""
     return [(entry["step"], float(entry[name])) for entry in log_history if {"step", name} <= entry.keys()]
 
 
@@ -160,12 +160,12 @@ def _leave_out_steep_start(axes: "Axes", losses: list[tuple[int, float]], histor
 
 
 def _cuts(history: History) -> list[ReductionEvent]:
-    """In training."""
+    """Return the cuts that were made in training."""
     return [event for event in history.events if event.is_cut and event.step is not None]
 
 
 def _mark_cuts(axes: "Axes", history: History) -> list[tuple[int, str, str]]:
-    """Dashed lines at the cuts, and the notes that belong above them."""
+    """Draw dashed lines at the cuts, and return the notes that belong above them."""
     cuts = _cuts(history)
     for event in cuts:
         axes.axvline(event.step, **AUXILIARY)
@@ -173,7 +173,7 @@ def _mark_cuts(axes: "Axes", history: History) -> list[tuple[int, str, str]]:
 
 
 def _mark_rollbacks(axes: "Axes", history: History) -> list[tuple[int, str, str]]:
-    """Dotted lines at the rollbacks, a shade over the steps they undid, and the notes that belong above the lines."""
+    """Draw dotted lines at the rollbacks and shade the steps that they undid; return the notes above the lines."""
     rollbacks = _rollbacks(history)
     for step, event in rollbacks.items():
         axes.axvspan(event.step, step, color=COLORS[1], alpha=0.15, linewidth=0, zorder=0)
@@ -182,7 +182,7 @@ def _mark_rollbacks(axes: "Axes", history: History) -> list[tuple[int, str, str]
 
 
 def _mark_after_training(axes: "Axes", history: History, end: int) -> list[tuple[float, str, str]]:
-    """Dashed lines at the cuts after training, and the notes that belong above them."""
+    """Draw dashed lines at the cuts after training, and return the notes that belong above them."""
     cuts = _after_training(history, end)
     for place, _ in cuts:
         axes.axvline(place, **AUXILIARY)

@@ -1,4 +1,4 @@
-"""When the rankings of states settled: their movement through training beside the noise of the calibration data."""
+"""This picture shows when rankings settled: their movement in training beside the noise of the calibration data."""
 
 import math
 from typing import TYPE_CHECKING
@@ -18,14 +18,14 @@ MEASURES = {  # of an observation: the movement, the noise, what the axis says
 
 
 def plot_settling(history: History, layer: int | None = None) -> "Figure":
-    """The figure shows how the states rank beside an earlier point of training, and beside another calibration draw.
+    """Draw how the states rank beside an earlier point of training, and beside another calibration draw.
 
     There is a panel with the rank correlations for each layer that has a state. Dots are filled where the layer stood
     still: where neither the order nor the score shares moved further than the noise. Dashes stand where the layer was
     cut, with the reason. Of a single layer the distance of its score shares is shown as well, below.
 
     Args:
-        history: of a run with the trigger "settled".
+        history: the history of a run with the trigger "settled".
         layer: the index of a layer that has a state; None for all of them.
 
     Raises:
@@ -90,7 +90,7 @@ def _draw(axes: "Axes", seen: list[Observation], layer: int, measure: str) -> No
 
 
 def _points(values: dict[int, float | None]) -> tuple[list[int], list[float]]:
-    """NaN makes the gaps, where a layer was cut in between."""
+    """Return steps and values; NaN makes gaps where a layer was cut in between."""
     return list(values), [math.nan if value is None else value for value in values.values()]
 
 

@@ -1,4 +1,4 @@
-"""One analysis: spectra and scores, layer by layer."""
+"""These pictures show one analysis: spectra and scores, layer by layer."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ SMALLEST_SHARE = 1e-4  # %, in the map of scores
 
 
 def plot_spectra(spectra: Spectra) -> "Figure":
-    """Hankel singular values of every layer, σ_i / σ_1 on a logarithmic axis; what is below 1e-10 is shown there.
+    """Draw the Hankel singular values of every layer, σ_i / σ_1 on a logarithmic axis, from 1e-10 on.
 
     Args:
         spectra: layer index → spectrum, (N,), descending, as in `StateReport.hankel_singular_values` or from
@@ -42,7 +42,7 @@ def plot_spectra(spectra: Spectra) -> "Figure":
 
 
 def plot_kept_share(spectra: Spectra, tolerances: Sequence[float] = (0.1, 0.05, 0.01)) -> "Figure":
-    """Share of Σσ that the first r singular values hold, in %; dots at the rank that each tolerance τ gives a layer.
+    """Draw the share of Σσ that the first r singular values hold, in %, with a dot at the rank for each tolerance τ.
 
     Args:
         spectra: as for `plot_spectra`.
@@ -65,7 +65,7 @@ def plot_kept_share(spectra: Spectra, tolerances: Sequence[float] = (0.1, 0.05, 
 
 
 def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | None = None) -> "Figure":
-    """The map shows each state's share of its layer's score, in %, over depth and rank.
+    """Draw each state's share of its layer's score, in %, as a map over depth and rank.
 
     Colours are logarithmic, from 1e-4 % on.
 
@@ -90,12 +90,12 @@ def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | None = None) -
 
 
 def shares_of_largest(sigma: Tensor) -> Tensor:
-    """σ_i / σ_1, (N,), what is below 1e-10 set to that."""
+    """Return σ_i / σ_1, (N,), where what is below 1e-10 is set to that."""
     return (sigma / sigma[0].clamp_min(1e-300)).clamp_min(FLOOR)
 
 
 def _by_layer(spectra: Spectra) -> dict[int, Tensor]:
-    """The function returns spectra by layer index, (N,), float64 on the CPU.
+    """Return spectra by layer index, (N,), float64 on the CPU.
 
     Raises:
         ValueError: there are none, or they do not say their layers.
@@ -111,7 +111,7 @@ def _by_layer(spectra: Spectra) -> dict[int, Tensor]:
 
 
 def _draw_layers(axes: "Axes", curves: dict[int, Tensor]) -> list:
-    """A line for each layer over the ranks 1 … N, coloured along depth, and what tells the layers apart."""
+    """Draw a line for each layer over the ranks 1 … N, coloured along depth, and say which line is which."""
     colors = color_scale(min(curves), max(curves))
     for index, curve in curves.items():
         style = {"color": colors.to_rgba(index), "marker": "." if len(curve) <= 16 else ""}
@@ -143,7 +143,7 @@ def _check_state_sizes(state_sizes: dict[int, int], scores: dict[int, Tensor]) -
 
 
 def _draw_map(axes: "Axes", scores: dict[int, Tensor]) -> None:
-    """A row for each layer, the first on top, its states from the largest to the smallest, and the colour bar."""
+    """Draw a row for each layer, the first on top, its states from the largest to the smallest, and the colour bar."""
     mpl, layers = load_matplotlib(), list(scores)
     shares = [100 * e.sort(descending=True).values / e.sum().clamp_min(1e-300) for e in scores.values()]
     table = pad_sequence(shares, batch_first=True, padding_value=torch.nan)  # (layers, N), NaN where there is no state
@@ -167,7 +167,7 @@ def _draw_map(axes: "Axes", scores: dict[int, Tensor]) -> None:
 
 
 def _draw_kept(axes: "Axes", state_sizes: list[int]) -> None:
-    """A line down the rows, to the right of the states kept; white within black shows on every colour."""
+    """Draw a line down the rows, to the right of the states kept; white within black shows on every colour."""
     mpl = load_matplotlib()
     borders = [size + 0.5 for size in state_sizes for _ in range(2)]
     rows = [row + side for row in range(len(state_sizes)) for side in (-0.5, 0.5)]

@@ -1,4 +1,4 @@
-"""The singular values of a run: along its steps, and where it measured to cut."""
+"""These pictures show the singular values of a run: along its steps, and where it measured to cut."""
 
 import math
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ COLUMNS = 3  # of panels
 
 
 def plot_trajectories(history: History, layer: int | None = None) -> "Figure":
-    """The figure shows a layer through training: its singular values, and below them how far they moved.
+    """Draw the singular values of a layer through training, and below them how far they moved.
 
     A line follows σ_i, by its rank i, and ends at the cut that removes it; dots are the spectra that events measured.
     Movement and Weyl's bound are in % of σ_1, with gaps where two observations cannot be compared.
 
     Args:
-        history: of a run with observations.
+        history: the history of a run with observations.
         layer: the index of a layer that has a state; None for the first one.
 
     Raises:
@@ -60,15 +60,15 @@ def plot_trajectories(history: History, layer: int | None = None) -> "Figure":
 
 
 def plot_event_spectra(history: History) -> "Figure":
-    """Spectra that the events measured, before their cuts, a panel each: σ_i / σ_1 over all layers.
+    """Draw the spectra that the events measured before their cuts, a panel each: σ_i / σ_1 over all layers.
 
     The line is the geometric mean, over the ranks that every layer has; the band reaches from the smallest to the
     largest over layers, and grey lines are the means of the other events. Dashes stand to the right of the states that
-    are kept: of their mean number, where layers differ, with a bar at the foot from the fewest to the most. What is
+    are kept: of their mean number, where layers differ, with a bar at the bottom from the fewest to the most. What is
     below 1e-10 is shown there.
 
     Args:
-        history: of a run, or of cuts after training.
+        history: the history of a run, or of cuts after training.
 
     Raises:
         ValueError: there are no events with spectra.
@@ -93,7 +93,7 @@ def plot_event_spectra(history: History) -> "Figure":
 
 
 def _draw_singular_values(axes: "Axes", history: History, layer: int) -> None:
-    """A line per rank through all spectra; at the step of an event its own, from before the cut."""
+    """Draw a line per rank through all spectra; an event's own spectrum is that from before its cut."""
     records = chain(history.observations, history.events)
     spectra = {record.step: record.by_layer("hankel_singular_values")[layer].tolist() for record in records}
     largest = max(map(len, spectra.values()))
@@ -112,7 +112,7 @@ def _draw_singular_values(axes: "Axes", history: History, layer: int) -> None:
 
 
 def _draw_movement(axes: "Axes", history: History, layer: int) -> None:
-    """Both in % of σ_1, over the step of the later of the two observations compared; NaN makes the gaps."""
+    """Draw movement and Weyl's bound in % of σ_1 at the later of the two observations compared; NaN makes gaps."""
     distances = {"Weyl's bound": ("weyl_bound", COLORS[1], "s"), "largest movement": ("movement", COLORS[0], "o")}
     steps = [observation.step for observation in history.observations]
     for label, (name, color, marker) in distances.items():
@@ -129,7 +129,7 @@ def _draw_movement(axes: "Axes", history: History, layer: int) -> None:
 
 
 def _mark_cuts(above: "Axes", below: "Axes", history: History, layer: int) -> None:
-    """Dashed lines at the steps where this layer lost states, with N before and after at their top."""
+    """Draw dashed lines at the steps where this layer lost states, with N before and after at their top."""
     for event in history.events:
         before, after = (event.by_layer(f"state_sizes_{when}")[layer] for when in ("before", "after"))
         if after < before:
@@ -140,14 +140,14 @@ def _mark_cuts(above: "Axes", below: "Axes", history: History, layer: int) -> No
 
 
 def _step_colors(events: Sequence[ReductionEvent]) -> list:
-    """Dark to light along the steps of training; one of its own for what came after."""
+    """Return colours from dark to light along the steps of training, and one of its own for what came after."""
     steps = [event.step for event in events if event.step is not None] or [0]
     scale = color_scale(min(steps), max(steps))
     return [COLORS[1] if event.step is None else scale.to_rgba(event.step) for event in events]
 
 
 def _range_over_layers(spectra: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Smallest, (N,), geometric mean, (r,), and largest, (N,), of σ_i / σ_1 over layers; all of them have a rank r.
+    """Return the smallest, (N,), geometric mean, (r,), and largest, (N,), σ_i / σ_1; all layers have a rank r.
 
     Beyond r a mean would rise wherever a layer with small values ends.
     """
@@ -180,7 +180,7 @@ def _mark_sizes_kept(axes: "Axes", event: ReductionEvent) -> None:
 
 
 def _title(event: ReductionEvent) -> str:
-    """When, what became of N (its mean over layers where they differ), and whether it lasted."""
+    """Return when an event was, what became of N (its mean where layers differ), and whether that lasted."""
     when = "after training" if event.step is None else f"step {event.step}"
     undone = f", undone at {event.rolled_back_at}" if event.is_cut and event.rolled_back_at is not None else ""
     change = size_change(event.state_sizes_before, event.state_sizes_after)
@@ -188,7 +188,7 @@ def _title(event: ReductionEvent) -> str:
 
 
 def _finish_grid(figure: "Figure", panels: list["Axes"], used: int, columns: int) -> None:
-    """Axes named once, ranks below the lowest panel of every column, one legend for all."""
+    """Name the axes once, number ranks below the lowest panel of every column, and draw one legend for all."""
     for axes in panels[used:]:
         axes.set_visible(False)
     for axes in panels[used - columns : used]:

@@ -1,1 +1,1 @@
-"""What goes with a model to the Hub: its card, its pictures, its record."""
+"""This package shares a model on the Hub, with its card, its pictures and its record."""

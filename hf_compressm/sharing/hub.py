@@ -1,4 +1,4 @@
-"""Reduced models on the Hub: with their card, their pictures and the record of how they were made."""
+"""This module pushes reduced models to the Hub, with their card, their pictures and the record of their cuts."""
 
 import tempfile
 from pathlib import Path
@@ -14,7 +14,7 @@ from .model_card import CARD, CardDetails, check_language_model, may_be_written,
 from .pictures import write_pictures
 
 COMMIT_MESSAGE = "Upload a Mamba reduced by hf_compressm"
-# Not of a model, but of its training.
+# These files are not a model's, but its training's.
 NOT_PUSHED = ["_*", "checkpoint-*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", ".*"]
 ADVICE = {
     401: "The token is missing or not valid: log in (hf auth login) or set HF_TOKEN.",
@@ -27,7 +27,7 @@ ADVICE = {
 
 
 class PushError(RuntimeError):
-    """The Hub did not take a push, or a token may not push. Nothing was lost on this side."""
+    """The Hub did not take a push, or a token may not push; nothing was lost on this side."""
 
 
 def check_may_push(
@@ -37,7 +37,7 @@ def check_may_push(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """The function makes sure, before work is done, that the repository may be written; a missing one is made.
+    """Make sure, before work is done, that the repository may be written; a missing one is made.
 
     Args:
         repo_id: "name" or "namespace/name".
@@ -51,7 +51,7 @@ def check_may_push(
         "namespace/name".
 
     Raises:
-        PushError: no token, one that is not valid, or one that may not write there.
+        PushError: there is no token, or it is not valid, or it may not write there.
     """
     api = HfApi(token=token)
     try:
@@ -87,7 +87,7 @@ def push_compressed(
     token: str | None = None,
     commit_message: str = COMMIT_MESSAGE,
 ) -> CommitInfo:
-    """The function pushes a reduced language model in one commit: weights, tokenizer, history, pictures and card.
+    """Push a reduced language model in one commit: weights, tokenizer, history, pictures and card.
 
     Args:
         model: the model as it is in memory, of one process or gathered.
@@ -102,7 +102,7 @@ def push_compressed(
         commit_message: the title of the commit.
 
     Raises:
-        PushError: the Hub refused; see `push_folder`. The rights are checked before anything is written.
+        PushError: the Hub refused, as in `push_folder`. The rights are checked before anything is written.
     """
     repo_id = check_may_push(repo_id, token, private, create_pr, revision)
     with tempfile.TemporaryDirectory() as name:
@@ -125,7 +125,7 @@ def push_folder(
     token: str | None = None,
     commit_message: str = COMMIT_MESSAGE,
 ) -> CommitInfo:
-    """The function pushes a folder with a reduced model and its history in one commit.
+    """Push a folder with a reduced model and its history in one commit.
 
     The card is written before, unless you wrote one by hand.
 
@@ -167,16 +167,16 @@ def push_folder(
 
 
 def as_push_error(error: BaseException, repo_id: str) -> PushError:
-    """The function says what went wrong, and what to do about it."""
+    """Return an error that says what went wrong, and what to do about it."""
     status, cause = None, error
-    while cause is not None and status is None:  # the client wraps what happened to a large file
+    while cause is not None and status is None:  # the client wraps errors of large files
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
         elif isinstance(cause, LocalTokenNotFoundError):
             status = 401
         cause = cause.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if isinstance(error, ValueError) and status in (None, 400):  # a card or a name that is not valid: all is needed
+    if isinstance(error, ValueError) and status in (None, 400):  # a card or a name is not valid: every line helps
         reason, advice = " ".join(lines), "Correct it and push again; nothing was lost here."
     else:
         reason, advice = lines[0], ADVICE.get(status, "Try again; nothing was lost here.")

@@ -1,4 +1,4 @@
-"""The card of a reduced language model, from what lies in its folder; the text is in `templates/model_card.md`."""
+"""This module writes the card of a reduced language model from its folder and `templates/model_card.md`."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from .pictures import PICTURES
 
 CARD = "README.md"
 TAGS = ("compressm", "mamba", "state-space-model")
-# What tells a card that nobody wrote by hand: ours, and Trainer's, which asks to remove this when it is completed.
+# These lines mark a card that nobody wrote by hand: ours, and Trainer's, which asks whoever completes it to go.
 WRITTEN_BY = ("<!-- written by hf_compressm", "<!-- This model card has been generated automatically according to")
 
 
@@ -55,11 +55,11 @@ class CardDetails:
 
 
 def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | None = None) -> ModelCard:
-    """The function writes `README.md` beside a reduced language model and its history.
+    """Write `README.md` beside a reduced language model and its history.
 
     Raises:
-        FileNotFoundError: no model or no history in the folder.
-        ValueError: not a language model, or a file that is damaged.
+        FileNotFoundError: the folder holds no model or no history.
+        ValueError: the model is not a language model, or a file is damaged.
     """
     folder, details = Path(folder), details or CardDetails()
     sizes, history = check_checkpoint(folder), load_history(folder)
@@ -82,10 +82,10 @@ def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | No
 
 
 def check_language_model(folder: Path) -> None:
-    """The function refuses a model for which there is no card.
+    """Refuse a model for which there is no card.
 
     Raises:
-        ValueError: not a language model.
+        ValueError: the model is not a language model.
     """
     model_type = read_json(folder / CONFIG_NAME)["model_type"]
     if not FAMILIES[model_type].is_language_model:
@@ -93,16 +93,16 @@ def check_language_model(folder: Path) -> None:
 
 
 def check_details(details: CardDetails) -> None:
-    """The function lets the Hub say whether it would take a card with these details.
+    """Let the Hub say whether it would take a card with these details.
 
     Raises:
-        ValueError: the Hub would not; the message says why.
+        ValueError: the Hub would refuse it; the message says why.
     """
     ModelCard(f"---\n{_card_data(details, details.name or 'model')}\n---\n").validate()
 
 
 def may_be_written(path: Path) -> bool:
-    """The function tells whether a card may be written anew: there is none, or we or Trainer wrote it."""
+    """Say whether a card may be written anew: there is none, or we or Trainer wrote it."""
     return not path.exists() or any(mark in path.read_text("utf-8", "replace") for mark in WRITTEN_BY)
 
 
@@ -121,7 +121,7 @@ def _card_data(details: CardDetails, name: str) -> ModelCardData:
 
 
 def _facts(folder: Path, sizes: dict[int, int], history: History) -> dict:
-    """Sizes, parameters and state, before and after."""
+    """Return sizes, parameters and bytes of state, before and after, as texts by the template's names."""
     config, cuts, before, live = read_json(folder / CONFIG_NAME), history.standing_cuts, sizes, sizes
     if cuts:
         before, live = cuts[0].by_layer("state_sizes_before"), cuts[-1].by_layer("state_sizes_after")
@@ -150,7 +150,7 @@ def _facts(folder: Path, sizes: dict[int, int], history: History) -> dict:
 
 
 def _cuts(history: History) -> dict:
-    """What was cut, how the other states made up for it, and what it cost."""
+    """Return what was cut, how the other states made up for it, and what it cost."""
     cuts = history.standing_cuts
     measured = bool(cuts) and cuts[0].loss_before is not None
     return {
@@ -164,7 +164,7 @@ def _cuts(history: History) -> dict:
 
 
 def _results(details: CardDetails, history: History) -> dict:
-    """What a Trainer's log says: the last evaluation, and the speed up to the first cut and after the last."""
+    """Return the last evaluation of a Trainer's log, and the speed up to the first cut and after the last."""
     losses = [entry["eval_loss"] for entry in details.log_history if "eval_loss" in entry]
     steps = [cut.step for cut in history.standing_cuts if cut.step is not None]
     rates = [entry for entry in details.log_history if "tokens_per_second" in entry and steps]

@@ -1,4 +1,4 @@
-"""The pictures that lie beside a reduced model: what was cut, when, and what became of the loss."""
+"""These pictures lie beside a reduced model: what was cut, when, and what became of the loss."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ PICTURES = ("spectra.png", "state_sizes.png", "loss.png", "settling.png")
 
 
 def write_pictures(folder: str | Path, history: History, log_history: Sequence[dict] = ()) -> None:
-    """Write those of `PICTURES` that there is something to show in; without matplotlib none, and a warning.
+    """Write those of `PICTURES` that have something to show; without matplotlib warn and write none.
 
     Args:
-        log_history: of the Trainer, if one trained the model.
+        log_history: the log of the Trainer, if one trained the model.
     """
     folder, log_history = Path(folder), list(log_history)
     in_training = any(event.step is not None for event in history.events)
@@ -35,7 +35,7 @@ def write_pictures(folder: str | Path, history: History, log_history: Sequence[d
     try:
         figures = {name: draw() for name, draw in drawings.items()}
     except ImportError as error:
-        logger.warning(f"No pictures beside the model: {error}")
+        logger.warning(f"No pictures were written beside the model: {error}")
         return
     for name, figure in figures.items():
         if figure is not None:

@@ -1,1 +1,1 @@
-"""Inside Trainer: when to cut, what to watch, and how to go back."""
+"""This package works inside Trainer: it decides when to cut, watches the states, and takes back what did harm."""

@@ -1,4 +1,4 @@
-"""Trainer makes models, and loads weights of another state size, without asking callbacks: here it learns to ask."""
+"""Trainer makes models, and loads weights of another state size, without asking callbacks; `attach` makes it ask."""
 
 from pathlib import Path
 
@@ -16,17 +16,17 @@ from .publishing import Publisher
 
 
 def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
-    """The function lets Trainer and callback know each other; it is to be called once, before training.
+    """Let Trainer and callback know each other; call it once, before training.
 
     The callback is added, unless the trainer has it. The trainer's class becomes one derived from its own.
 
     Args:
-        trainer: the one that will train.
-        callback: the one that will cut.
+        trainer: the Trainer that will train.
+        callback: the callback that will cut.
         card: what the model's card is to say, where the trainer pushes to the Hub.
 
     Raises:
-        ValueError: The engine or the model is not served, or the trainer has another callback of this kind.
+        ValueError: the engine or the model is not served, or the trainer has another callback of this kind.
     """
     check_private_names("transformers.Trainer")
     own = type(callback)
@@ -44,10 +44,10 @@ def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
 
 
 class _StateSizeFollower:
-    """Comes before the class of a trainer and gives its model the state size of whatever is loaded into it."""
+    """This class comes before that of a trainer and gives its model the state size of whatever is loaded into it."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """The method trains as Trainer's does, but never from a checkpoint that was not written to its end."""
+        """Train as Trainer does, but never from a checkpoint that was not written to its end."""
         with raise_in_all_processes():
             checkpoint = resume_from_checkpoint or None
             if checkpoint is True:
@@ -68,13 +68,13 @@ class _StateSizeFollower:
             self.state_size_callback.stop_watching()  # evaluations after an interruption undo nothing
 
     def call_model_init(self, trial=None):
-        """The method is Trainer's; weights of any state size can be loaded into the new model."""
+        """Build a model as Trainer does, into which weights of any state size can be loaded."""
         model = super().call_model_init(trial)
         adopt_checkpoint_sizes(model)
         return model
 
     def create_optimizer(self, *args, **kwargs):
-        """The method is Trainer's, but resizes the model before: FSDP loads a checkpoint into one that is sharded."""
+        """Create the optimizer as Trainer does, of a model that was resized before FSDP loads a checkpoint into it."""
         for callback in self.callback_handler.callbacks:  # Trainer may have made a new one from its saved state
             if type(callback) is type(self.state_size_callback):
                 callback.trainer, self.state_size_callback = self, callback
@@ -94,7 +94,7 @@ class _StateSizeFollower:
         super()._load_best_model()
 
     def _take_sizes_of(self, history: History | None, is_prepared: bool) -> None:
-        """Resize to where the history ends; to the size before the first cut of the run, where it has none.
+        """Resize the model to where the history ends; without one, to its size before the first cut of the run.
 
         Raises:
             ValueError: the history speaks of other layers than those of the model that have a state.

@@ -1,4 +1,4 @@
-"""Where the calibration batches of a run come from, event after event."""
+"""This module says where the calibration batches of a run come from, event after event."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ from ..config import CompreSSMConfig
 
 
 class CalibrationData:
-    """Calibration batches for the events of one run: those of a loader, or drawn from the training data.
+    """The calibration data give the events of a run their batches, from a loader or drawn from the training data.
 
     Batches are drawn once when the object is built, so that missing data is noticed before training. A stream is read
     then only, before training reads it, and serves every event with the same batches.
@@ -18,11 +18,11 @@ class CalibrationData:
     Args:
         config: how many batches an event needs, and the seed by which they are drawn.
         args: the batch size, the device, and which of the processes this is.
-        train_dataloader: holds the training data and what makes batches of it.
+        train_dataloader: the loader with the training data and what makes batches of it.
         loader: an iterable of batches that is read from its beginning at every event, in place of the training data.
 
     Raises:
-        ValueError: There is too little data, or it can be read only once.
+        ValueError: there is too little data, or it can be read only once.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class CalibrationData:
             self._stream_batches = batches
 
     def draw(self, step: int) -> list[Batch]:
-        """The method returns this process's batches for what happens after `step`; the same step draws the same."""
+        """Return this process's batches for what happens after `step`; the same step draws the same."""
         if self._stream_batches is not None:
             return self._stream_batches
         count, devices = self.config.calibration_batches, [self.args.device]
@@ -60,10 +60,10 @@ class CalibrationData:
 
 
 def check_loader(loader: Iterable[dict] | None) -> None:
-    """The function refuses a loader that only one event could read.
+    """Refuse a loader that only one event could read.
 
     Raises:
-        ValueError: The loader is an iterator.
+        ValueError: the loader is an iterator.
     """
     if isinstance(loader, Iterator):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`CompreSSMCallback`: analyze and compress, scheduled inside Trainer. No mathematics."""
+"""`CompreSSMCallback` calls `analyze` and `compress` inside Trainer, on a schedule; it holds no mathematics."""
 
 import time
 from collections.abc import Sequence
@@ -40,15 +40,15 @@ from .trigger import DueEvent, Trigger, check_trigger
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):
-    """Shrinks the state of the model that Trainer trains.
+    """The callback shrinks the state of the model that Trainer trains.
 
     At each step of the schedule it analyses the model on calibration batches, prints the plan and carries it out, with
     the optimizer. It refuses at the start of training whatever it could not do when a cut is due. Every checkpoint
     gets `compressm.json` and `hsv.safetensors`; a run resumes exactly from any of them, in a script that builds the
     model at its original size.
 
-    `attach(trainer)` after building the Trainer is the full way in. Given to Trainer's constructor and not attached,
-    the callback serves one process and DistributedDataParallel, but neither FSDP2 nor `load_best_model_at_end`.
+    Call `attach(trainer)` after building the Trainer. Given to Trainer's constructor and not attached, the callback
+    serves one process and DistributedDataParallel, but neither FSDP2 nor `load_best_model_at_end`.
 
     Args:
         config: what to keep.
@@ -57,11 +57,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         calibration_loader: an iterable of calibration batches to use at every event. By default batches are drawn from
             Trainer's training data, by a generator of their own.
         companions: models that follow every cut, such as a `torch.optim.swa_utils.AveragedModel` of the model.
-        needs: for Trainer, which rebuilds the callback from `state()` without these arguments.
+        needs: names of the arguments above that were given: Trainer rebuilds the callback from `state()` without them.
 
     Attributes:
         history: what was measured and cut in this run; a second `train()` that does not resume starts a new one.
-        trainer: the Trainer it is attached to, or None.
+        trainer: the Trainer that the callback is attached to, or None.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=dataset)
@@ -91,30 +91,30 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         check_trigger(self.schedule, self.config)
         check_loader(calibration_loader)
         self.history = self._new_history()
-        self.exported_history: dict | None = None  # where Trainer puts the saved history; read from its state instead
-        self._trigger: Trigger | None = None  # from the start of training on
+        self.exported_history: dict | None = None  # Trainer puts the history here; its state is read instead
+        self._trigger: Trigger | None = None  # set from the start of training on
         self._calibration: CalibrationData | None = None  # as well
         self._layers: StateLayers | None = None  # as well
         self._monitor = StateMonitor()
         self._rollback: Rollback | None = None  # during training
 
     def attach(self, trainer: Trainer, card: CardDetails | None = None) -> None:
-        """The trainer and this callback get to know each other; the callback is added, unless the trainer has it.
+        """Let the trainer and this callback know each other; the callback is added, unless the trainer has it.
 
         What Trainer loads by itself can then be of any state size: a checkpoint under FSDP2, the best model at the
         end, weights for a model made by `model_init`. No checkpoint that was not written to its end is resumed. The
-        trainer's log gets what every event measured, and what it pushes to the Hub the history, pictures and a card.
+        trainer's log gets what every event measured; its pushes to the Hub carry the history, pictures and a card.
 
         Args:
             card: what that card is to say of license, data and the like.
 
         Raises:
-            ValueError: The engine or the model is not served, or the trainer has another callback of this kind.
+            ValueError: the engine or the model is not served, or the trainer has another callback of this kind.
         """
         attach(trainer, self, card)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs):
-        """The model will take the size of its checkpoint: this is the only moment before one is loaded."""
+        """Let the model take the size of a checkpoint; no later moment comes before one is loaded."""
         family_of(unwrap(model))
         adopt_checkpoint_sizes(model)
 
@@ -128,7 +128,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         train_dataloader=None,
         **kwargs,
     ):
-        """A run that could not end well is refused now; one that is resumed takes up its history."""
+        """Refuse a run that could not end well, and take up the history of one that is resumed."""
         with raise_in_all_processes():
             self._check_run(args, state, model, optimizer, train_dataloader)
             self._restore_history(state, self._layers.sizes)
@@ -140,7 +140,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._warn(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control, model=None, optimizer=None, **kwargs):
-        """Singular values are observed and states are cut where it is due; a step in between costs nothing."""
+        """Observe singular values and cut states where it is due; a step in between costs nothing."""
         step = state.global_step
         if self.schedule.monitor_steps and step % self.schedule.monitor_steps == 0:
             self._observe(state)
@@ -152,7 +152,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control, model=None, optimizer=None, metrics=None, **kwargs
     ):
-        """A cut after which the metric is too bad is undone."""
+        """Undo a cut after which the metric is too bad."""
         metric = self._rollback.rule.metric if self._rollback is not None else None
         if metric in (metrics or {}):
             value = metrics[metric]
@@ -161,17 +161,17 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 self._announce(undone_text(undone, metric, value, state), undone_numbers(undone), state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
-        """Evaluations from now on undo nothing."""
+        """Free the snapshots, so that later evaluations undo nothing."""
         if self._rollback is not None:
             self._rollback.discard_all()
         self.stop_watching()
 
     def stop_watching(self) -> None:
-        """The callback stops watching evaluations; snapshots on disk stay for a run that is resumed."""
+        """Stop watching evaluations; snapshots on disk stay for a run that is resumed."""
         self._rollback = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
-        """The history is written beside the weights."""
+        """Write the history beside the weights."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             save_history(self.history, folder)
@@ -179,7 +179,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._rollback.discard_unwatched(self.history, state.log_history)
 
     def state(self) -> dict:
-        """Trainer writes this into `trainer_state.json`: enough to rebuild the callback, and the history."""
+        """Return what Trainer writes into `trainer_state.json`: enough to rebuild the callback, and the history."""
         return {
             "args": {
                 "config": self.config.to_dict(),
@@ -202,7 +202,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         check_trigger(self.schedule, self.config, self._layers)
 
     def _warn(self, state: TrainerState) -> None:
-        """The method warns of what works, but hardly as it is meant."""
+        """Warn of what works, but hardly as it is meant."""
         warn_of_an_early_budget(self.config, self.history, self._trigger.steps[0], state.max_steps)
         warn_of_many_observations(self.schedule, state.max_steps)
         warn_of_a_slow_scan(self._layers)
@@ -236,7 +236,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks[name] = self.state()
 
     def _observe(self, state: TrainerState) -> None:
-        # Always the same batches: what moves is then the model, not the draw.
+        # The batches are always the same, so that what moves is the model and not the draw.
         with raise_in_all_processes():
             batches = self._calibration.draw(step=0) if self._layers.family.needs_data else None
         draws = 0 if self._is_stopped else self._trigger.draws(self._layers, self.history, state.global_step)
@@ -260,7 +260,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._announce(cut_text(report, state, due.reasons), event_numbers(event), state)
 
     def _announce(self, text: str, numbers: dict[str, float], state: TrainerState) -> None:
-        """What happened is printed, and the trainer reports it."""
+        """Print what happened, and let the trainer log it."""
         if state.is_world_process_zero:
             tqdm.write(text)
         if self.trainer is not None:
@@ -273,5 +273,5 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         return self.schedule.on_rollback == "stop" and self.history.rollbacks > 0
 
     def _as_wrapped(self, model: nn.Module) -> nn.Module:
-        """The method returns the model as its engine has it; Trainer shows callbacks the bare one."""
+        """Return the model as its engine has it; Trainer shows callbacks the bare one."""
         return model if self.trainer is None else self.trainer.model_wrapped

@@ -1,4 +1,4 @@
-"""What is said of a run while it trains: to read, and as numbers for the Trainer's log."""
+"""These functions say what happens in a run while it trains, in words and as numbers for the Trainer's log."""
 
 from collections.abc import Collection
 from statistics import mean
@@ -10,7 +10,7 @@ from ..storage.records import Observation, ReductionEvent, sizes_text
 
 
 def cut_text(report: StateReport, state: TrainerState, reasons: dict[int, str] | None = None) -> str:
-    """The function returns the plan that was carried out, and why now, where the step was not fixed.
+    """Return the plan that was carried out, and why it was due, where the step was not fixed.
 
     Args:
         reasons: why it is the turn of a layer, by layer index, as in `DueEvent`.
@@ -24,7 +24,7 @@ def cut_text(report: StateReport, state: TrainerState, reasons: dict[int, str] |
 
 
 def undone_text(undone: ReductionEvent, metric: str, value: float, state: TrainerState) -> str:
-    """The function returns which cut was taken back, and why."""
+    """Return which cut was taken back, and why."""
     return (
         f"\nCompreSSM, step {state.global_step} of {state.max_steps}: {metric} = {value:.4f} is too bad beside what "
         f"it was before the cut at step {undone.step}; back to state size {sizes_text(undone.state_sizes_before)}"
@@ -32,7 +32,7 @@ def undone_text(undone: ReductionEvent, metric: str, value: float, state: Traine
 
 
 def observed_text(observation: Observation, state: TrainerState) -> str:
-    """The function returns how far the singular values moved, and in which layers their ranking stands still."""
+    """Return how far the singular values moved, and in which layers the ranking of the states stands still."""
     text = f"singular values, step {observation.step} of {state.max_steps}: N {sizes_text(observation.state_sizes)}"
     if observation.movement is not None:
         text += f", moved by at most {max(observation.share('movement').values()):.2%} of σ_1"
@@ -45,10 +45,10 @@ def observed_text(observation: Observation, state: TrainerState) -> str:
 
 
 def event_numbers(event: ReductionEvent) -> dict[str, float]:
-    """The function returns, by name, what an event measured.
+    """Return what an event measured, by name.
 
-    It is the state size (the mean over the layers that have a state), the score kept in the layer that kept least,
-    losses in nats per prediction, and recall.
+    The numbers are the state size (the mean over the layers that have a state), the score kept in the layer that kept
+    least, losses in nats per prediction, and recall.
     """
     measured = {"loss_before_cut": event.loss_before, "loss_after_cut": event.loss_after}
     for when, recall in (("before", event.recall_before), ("after", event.recall_after)):
@@ -61,15 +61,15 @@ def event_numbers(event: ReductionEvent) -> dict[str, float]:
 
 
 def undone_numbers(undone: ReductionEvent) -> dict[str, float]:
-    """The function returns the state size (the mean over the layers that have a state) that the model is back to."""
+    """Return the state size (the mean over the layers that have a state) that the model is back to."""
     return {"state_size": mean(undone.state_sizes_before)}
 
 
 def observed_numbers(observation: Observation) -> dict[str, float]:
-    """The function returns, by name, what an observation measured.
+    """Return what an observation measured, by name.
 
-    It is the largest movement of a singular value since the last observation, as a share of σ_1, and how rankings
-    stand: the means over the layers, and how many layers moved no further than the noise.
+    The numbers are the largest movement of a singular value since the last observation, as a share of σ_1, and how
+    rankings stand: the means over the layers, and how many layers moved no further than the noise.
     """
     numbers = {"state_size": mean(observation.state_sizes)}
     if observation.movement is not None:
@@ -83,5 +83,5 @@ def observed_numbers(observation: Observation) -> dict[str, float]:
 
 
 def _layers_text(layers: Collection[int]) -> str:
-    """The function returns layer indices as words."""
+    """Return layer indices as words."""
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else "no layer"

@@ -1,4 +1,4 @@
-"""Watches the singular values through training: how far they moved, and how far Weyl's theorem allowed them to.
+"""The monitor watches the singular values: how far they moved, and how far Weyl's theorem allowed them to.
 
 For the trigger "settled" it watches the scores by which states are ranked as well, and what noise is in them.
 """
@@ -21,7 +21,7 @@ from ..theory.rankings import compare_rankings
 
 
 class StateMonitor:
-    """Makes observations, each compared with the one before it if that had the same sizes. The model is not disturbed.
+    """A monitor observes singular values, beside those before if the sizes are the same; the model is not disturbed.
 
     Args:
         last: the observation that the first one is compared with, in a run that goes on. Weyl's bound needs the
@@ -35,14 +35,14 @@ class StateMonitor:
     def observe(
         self, layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig, step: int, draws: int = 0
     ) -> Observation:
-        """Measure the spectrum of every layer.
+        """Measure the spectrum of every layer, and where it is asked for the scores.
 
         Args:
             batches: as for `analyze`; an LRU needs none.
             config: what to measure with: the criterion, and the number of calibration batches.
-            step: optimizer steps done.
-            draws: of how many disjoint draws to take the scores: none, one to compare later ones with, or two for
-                the noise. The second are the batches on which `analyze` measures losses.
+            step: the number of optimizer steps done.
+            draws: the number of disjoint draws to take the scores of: 0, 1 to compare later ones with, or 2 for the
+                noise. The second draw is that on which `analyze` measures losses.
         """
         started = time.perf_counter()
         statistics_batches, _, other_batches = split_batches(layers, batches, config)
@@ -79,5 +79,5 @@ class StateMonitor:
 
 
 def _shared_scores(analysis: StateAnalysis) -> list[Tensor]:
-    """Per layer, (N,), on the CPU, and the very same in all processes, which decide by them."""
+    """Return the scores of each layer, (N,), on the CPU, the same in all processes, which decide by them."""
     return from_first_process([score.cpu() for score in analysis.scores.values()])

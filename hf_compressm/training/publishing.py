@@ -21,7 +21,7 @@ CODE_FILE = f"{modeling_compressm_mamba.MODULE}.py"
 
 
 class Publisher:
-    """It comes before the class of a trainer, whose checkpoints and pushes then say how the model was reduced.
+    """This class comes before that of a trainer, whose checkpoints and pushes then say how the model was reduced.
 
     Trainer pushes and rotates checkpoints before it tells its callbacks of them, so this cannot be left to a callback.
 
@@ -31,10 +31,10 @@ class Publisher:
     """
 
     def check_may_push(self) -> None:
-        """The method refuses at the start what could not be pushed at the end: the token, or what the card would say.
+        """Refuse at the start what could not be pushed at the end: the token, or what the card would say.
 
         Raises:
-            PushError: in every process.
+            PushError: the token may not push, or the Hub would refuse the card; it is raised in every process.
         """
         with raise_in_all_processes():
             if self.args.push_to_hub and self.is_world_process_zero():
@@ -46,7 +46,7 @@ class Publisher:
                     raise as_push_error(error, self.hub_model_id) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """The history is saved beside the weights, with pictures but for the checkpoints of a run that goes on."""
+        """Save the history beside the weights, and pictures beside all but the checkpoints of a run that goes on."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder, history = Path(output_dir or self.args.output_dir), self.state_size_callback.history
@@ -66,7 +66,7 @@ class Publisher:
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ):
-        """The card of the reduction takes the place of Trainer's; one that somebody wrote by hand stays.
+        """Write the card of the reduction in place of Trainer's; one that somebody wrote by hand stays.
 
         Its arguments are Trainer's, and are said in the card's metadata: `finetuned_from` as the base model,
         `dataset_tags` as the data sets, `tasks` among the tags. Trainer shows `dataset` and `dataset_args` beside a
@@ -89,11 +89,11 @@ class Publisher:
         return self._write_card(folder, replace(card, **{name: value for name, value in given.items() if value}))
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        """Trainer pushes from its output folder: what goes with the weights is put there with them."""
+        """Push as Trainer does, with what goes with the weights put beside them in the output folder."""
         self._tell_failed_pushes()
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.args.hub_strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
-            return  # as Trainer would; nothing may change in the folder that is being pushed
+            return  # Trainer would return, too; nothing may change in the folder that is being pushed
         folder, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
         if self.is_world_process_zero() and (checkpoint / CONFIG_NAME).exists() and self._is_language_model:
             write_pictures(checkpoint, self.state_size_callback.history, self.state.log_history)
@@ -105,12 +105,12 @@ class Publisher:
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self):
-        """Trainer does not say when a push in the background failed; this does."""
+        """Finish as Trainer does, and tell which pushes in the background failed, as Trainer does not."""
         super()._finish_current_push()
         self._tell_failed_pushes()
 
     def _tell_failed_pushes(self) -> None:
-        """The method warns of each push in the background that failed, once."""
+        """Warn of each push in the background that failed, once."""
         push = getattr(self, "push_in_progress", None)
         for job in list(push.jobs if push is not None else ()):
             if job.done() and job.exception() is not None:

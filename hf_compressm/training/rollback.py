@@ -1,4 +1,4 @@
-"""Rollback: a cut after which the evaluations are worse is undone."""
+"""A rollback undoes a cut after which the evaluations are worse."""
 
 import math
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ from .snapshot import Snapshot
 
 logger = logging.get_logger(__name__)
 
-FOLDER = "_rollback"  # of the snapshots, within Trainer's output folder; what starts with _ is not pushed
+FOLDER = "_rollback"  # in Trainer's output folder; what starts with _ is not pushed
 
 
 @dataclass(frozen=True)
 class RollbackRule:
-    """Says which cut did harm, by the values of a metric in Trainer's log.
+    """A rule says which cut did harm, by the values of a metric in Trainer's log.
 
     A cut is watched for `patience` evaluations. In each the metric is compared with its last value before the cut.
 
     Attributes:
-        metric: its name in the log.
+        metric: the name of the metric in the log.
         greater_is_better: whether a fall, rather than a rise, is harm.
-        tolerance: harm allowed, as a share of the value before the cut.
-        patience: evaluations after a cut.
+        tolerance: the harm allowed, as a share of the value before the cut.
+        patience: the number of evaluations after a cut in which it is watched.
     """
 
     metric: str
@@ -43,31 +43,31 @@ class RollbackRule:
     patience: int
 
     def baseline(self, step: int, history: History, log_history: list[dict]) -> float | None:
-        """The baseline is the metric's last value before the cut after `step`; None if there was no evaluation."""
+        """Return the metric's last value before the cut after `step`; None if there was no evaluation."""
         values = [value for at, value in self._evaluations(history, log_history) if at < step]
         return values[-1] if values else None
 
     def watched_cuts(self, history: History, log_history: list[dict]) -> list[ReductionEvent]:
-        """The method returns the cuts with fewer than `patience` evaluations so far, in order."""
+        """Return the cuts with fewer than `patience` evaluations so far, in order."""
         standing = _standing(history)
         return [event for event in standing if self._evaluations_since(event, history, log_history) < self.patience]
 
     def harmful_cut(self, value: float, history: History, log_history: list[dict]) -> ReductionEvent | None:
-        """The method finds the earliest watched cut beside whose baseline `value`, the newest, is too bad."""
+        """Return the earliest watched cut beside whose baseline `value`, the newest, is too bad; None if none is."""
         for event in _standing(history):
             baseline = self.baseline(event.step, history, log_history)
             if self._evaluations_since(event, history, log_history) <= self.patience and baseline is not None:
                 harm = baseline - value if self.greater_is_better else value - baseline
-                if not harm <= self.tolerance * abs(baseline):  # so is NaN
+                if not harm <= self.tolerance * abs(baseline):  # a NaN is harm, too
                     return event
         return None
 
     def _evaluations_since(self, event: ReductionEvent, history: History, log_history: list[dict]) -> int:
-        """The method counts evaluations after the cut; one repeated at the start of a resumed run counts once."""
+        """Count the evaluations after the cut; one repeated at the start of a resumed run counts once."""
         return len({at for at, _ in self._evaluations(history, log_history) if at >= event.step})
 
     def _evaluations(self, history: History, log_history: list[dict]) -> list[tuple[int, float]]:
-        """The method returns (step, value) of all evaluations, but for those of a model that was taken back."""
+        """Return (step, value) of all evaluations, but for those of a model that was taken back."""
         undone = [(event.step, event.rolled_back_at) for event in history.events if event.rolled_back_at is not None]
         entries = [(entry["step"], float(entry[self.metric])) for entry in log_history if self.metric in entry]
         return [(at, value) for at, value in entries if not any(first <= at <= last for first, last in undone)]
@@ -75,12 +75,12 @@ class RollbackRule:
 
 @dataclass
 class Rollback:
-    """Keeps a snapshot from before every watched cut, and takes model and optimizer back to it.
+    """A rollback keeps a snapshot from before every watched cut, and takes model and optimizer back to it.
 
     Attributes:
-        rule: which cut did harm.
-        folder: where snapshots are kept; None for memory.
-        companions: models that follow the one that trains.
+        rule: the rule that says which cut did harm.
+        folder: the folder where snapshots are kept; None for memory.
+        companions: the models that follow the one that trains.
     """
 
     rule: RollbackRule
@@ -91,10 +91,10 @@ class Rollback:
     def take_snapshot(
         self, state: TrainerState, history: History, model: nn.Module, optimizer, report: StateReport
     ) -> None:
-        """The method takes a snapshot, before the cut that the report plans.
+        """Take a snapshot before the cut that the report plans.
 
         Raises:
-            ValueError: No evaluation before the cut gave the metric to compare with.
+            ValueError: no evaluation before the cut gave the metric to compare with.
         """
         step = state.global_step
         if self.rule.baseline(step, history, state.log_history) is None:
@@ -108,7 +108,7 @@ class Rollback:
             self._snapshots[step] = Snapshot(model, optimizer, self._folder_of(step), self.companions, mark)
 
     def find_snapshots(self, history: History, log_history: list[dict]) -> None:
-        """The method finds the snapshots that an earlier process left of cuts that are still watched."""
+        """Find the snapshots that an earlier process left of cuts that are still watched."""
         for event in self.rule.watched_cuts(history, log_history):
             with raise_in_all_processes():
                 folder = self._folder_of(event.step)
@@ -120,13 +120,13 @@ class Rollback:
     def undo_harmful_cut(
         self, value: float, history: History, state: TrainerState, model: nn.Module, optimizer
     ) -> ReductionEvent | None:
-        """After an evaluation the method undoes the earliest cut that did harm, and all later ones with it.
+        """Undo, after an evaluation, the earliest cut that did harm, and all later ones with it.
 
         Args:
-            value: of the metric in this evaluation.
+            value: the metric in this evaluation.
 
         Returns:
-            The earliest cut that was undone; None where none was.
+            The earliest cut that was undone, or None where none was.
         """
         events, undone = history.events, None
         harmful = self.rule.harmful_cut(value, history, state.log_history)
@@ -148,18 +148,18 @@ class Rollback:
         return undone
 
     def discard_unwatched(self, history: History, log_history: list[dict]) -> None:
-        """Snapshots of cuts that are no longer watched are freed; on disk only once a checkpoint says so."""
+        """Free the snapshots of cuts that are no longer watched; on disk only once a checkpoint says so."""
         self._discard(self._snapshots.keys() - {event.step for event in self.rule.watched_cuts(history, log_history)})
 
     def discard_all(self) -> None:
-        """Every snapshot is freed."""
+        """Free every snapshot."""
         self._discard(set(self._snapshots))
 
     def _discard(self, steps: set[int]) -> None:
         for step in steps:
             self._snapshots.pop(step).discard()
         if self.folder is not None:
-            with suppress(OSError):  # others are there still, or nothing was
+            with suppress(OSError):  # other snapshots are still there, or there was no folder
                 self.folder.rmdir()
 
     def _folder_of(self, step: int) -> Path | None:
@@ -175,18 +175,19 @@ def build_rollback(
     train_dataloader: DataLoader,
     companions: Sequence[nn.Module],
 ) -> Rollback | None:
-    """The function builds the rollback that a schedule asks for, on the metric that chooses Trainer's best model.
+    """Build the rollback that a schedule asks for, on the metric that chooses Trainer's best model.
 
     Args:
-        event_steps: after which cuts are due, ascending.
-        train_dataloader: by which Trainer counts its epochs.
-        companions: models that follow the one that trains.
+        event_steps: the steps after which cuts are due, ascending.
+        train_dataloader: the loader by which Trainer counts its epochs.
+        companions: the models that follow the one that trains.
 
     Returns:
-        None where the schedule has no `rollback_tolerance`. The metric is the loss where Trainer names none.
+        The rollback, or None where the schedule has no `rollback_tolerance`. Its metric is the loss unless Trainer
+        names one.
 
     Raises:
-        ValueError: Nothing will be evaluated, or the first cut has no evaluation before it to be compared with.
+        ValueError: nothing will be evaluated, or the first cut has no evaluation before it to be compared with.
     """
     if schedule.rollback_tolerance is None:
         return None
@@ -209,7 +210,7 @@ def build_rollback(
 
 
 def _first_evaluation_step(args: TrainingArguments, state: TrainerState, train_dataloader: DataLoader) -> int:
-    """The function returns the step after which Trainer evaluates first in a run."""
+    """Return the step after which Trainer evaluates first in a run."""
     if args.eval_on_start:
         return 0
     by_steps = args.eval_strategy == IntervalStrategy.STEPS
@@ -219,7 +220,7 @@ def _first_evaluation_step(args: TrainingArguments, state: TrainerState, train_d
 
 
 def _steps_per_epoch(args: TrainingArguments, state: TrainerState, train_dataloader: DataLoader) -> int:
-    """The function counts optimizer steps; for a stream, whose end is not known, those of the whole run."""
+    """Count the optimizer steps of an epoch; for a stream, whose end is not known, those of the whole run."""
     try:
         return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
     except TypeError:
@@ -227,7 +228,7 @@ def _steps_per_epoch(args: TrainingArguments, state: TrainerState, train_dataloa
 
 
 def _mark(step: int, score_discarded: list[float]) -> str:
-    """The mark is the same for the same cut of the same run, and hardly for any other."""
+    """Return a mark that is the same for the same cut of the same run, and hardly for any other."""
     return f"{step} {score_discarded}"
 
 

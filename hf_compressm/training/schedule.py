@@ -1,4 +1,4 @@
-"""When to cut. All checks happen when a schedule is built."""
+"""A schedule says when to cut; all its checks happen when it is built."""
 
 import math
 from dataclasses import dataclass
@@ -9,28 +9,29 @@ from ..config import is_count, option, require
 ROLLBACK_STORAGES = ("memory", "disk")
 ON_ROLLBACK = ("stop", "halve")
 TRIGGERS = ("fixed", "settled")
-EVENTS = {"fixed": 4, "settled": 1}  # by default: the paper's four; each layer once
+EVENTS = {"fixed": 4, "settled": 1}  # by default the paper's four, and each layer once
 
 
 @dataclass
 class CompreSSMSchedule:
-    """When to cut: `events` equidistant cuts in the window (`start`, `end`] of the run, or each layer when it settled.
+    """A schedule cuts `events` times in the window (`start`, `end`] of a run, or each layer when it has settled.
 
-    The default is the paper's: four in the first tenth of the steps (arXiv 2510.02823). Of 1,000 steps:
-    after steps 25, 50, 75 and 100. For language models a later window is often better; see the README.
+    The `events` cuts are equidistant, the last at the end of the window. The default is the paper's: four in the first
+    tenth of the steps (arXiv 2510.02823); of 1,000 steps these are the steps 25, 50, 75 and 100. For language
+    models a later window is often better: docs/results.md has the numbers.
 
     With `trigger="settled"` every layer of a Mamba is cut once, as the whole goal says, after the first step in the
     window at which its ranking of states stands still: over the last `settled_over` of the run it moved no further
-    than two calibration draws lie apart, at `settled_patience` measurements in a row (`settling.is_within_noise`). A
-    layer that has settled stays so, unless a rollback takes the model back. Layers with one goal for all are cut when
-    the last of them has settled; with `allocation="per_layer"` each is cut by itself, with its part of a loss budget.
-    What has not settled at the end of the window is cut there as it is.
+    than two calibration draws lie apart, at `settled_patience` measurements in a row
+    (`theory.rankings.is_within_noise`). A layer that has settled stays so, unless a rollback takes the model back.
+    Layers with one goal for all are cut when the last of them has settled; with `allocation="per_layer"` each is cut
+    by itself, with its part of a loss budget. What has not settled at the end of the window is cut there as it is.
 
     Example: of 1,000 steps, `CompreSSMSchedule(trigger="settled", start=0.05, end=0.9, monitor_steps=20)` measures
     after every 20th and compares with 100 before; it cuts after 140 at the earliest, after 900 at the latest.
 
     Raises:
-        ValueError: a window outside the run, no event, or values that cannot hold together.
+        ValueError: the window lies outside the run, there is no event, or the values cannot hold together.
     """
 
     start: float = option(0.0, "Start of the window of cuts, as a fraction of the run, in [0, 1).")
@@ -86,7 +87,7 @@ class CompreSSMSchedule:
             require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
 
     def _check_trigger(self) -> None:
-        """Fills in the number of events, too."""
+        """Refuse what does not go together with the trigger, and fill in the number of events."""
         require(self.trigger in TRIGGERS, "trigger", self.trigger, f"one of {', '.join(TRIGGERS)}")
         self.events = EVENTS[self.trigger] if self.events is None else self.events
         require(0 < self.settled_over < 1, "settled_over", self.settled_over, "a fraction of the run, in (0, 1)")
@@ -102,10 +103,10 @@ class CompreSSMSchedule:
             )
 
     def event_steps(self, max_steps: int) -> list[int]:
-        """The optimizer steps after which to cut, ascending; with the trigger "settled" those at the latest.
+        """Return the optimizer steps after which to cut, ascending; with the trigger "settled" the latest ones.
 
         Raises:
-            ValueError: the window of a run this short has no room for the events.
+            ValueError: the window of a run this short is too small for the events.
         """
         width = (self.end - self.start) / self.events
         shares = [self.start + width * i for i in range(1, self.events)]
@@ -118,21 +119,21 @@ class CompreSSMSchedule:
         return steps
 
     def settling_steps(self, max_steps: int) -> int:
-        """The number of steps over which a ranking has to stand still."""
+        """Return the number of steps over which a ranking has to stand still."""
         return math.ceil(max_steps * _as_written(self.settled_over))
 
     def comparison_steps(self, max_steps: int) -> list[int]:
-        """The steps in the window at which rankings can be compared with earlier ones, ascending."""
+        """Return the steps in the window at which rankings can be compared with earlier ones, ascending."""
         opens = math.floor(max_steps * _as_written(self.start)) + 1
         first = max(opens, self.monitor_steps + self.settling_steps(max_steps))
         first = math.ceil(first / self.monitor_steps) * self.monitor_steps
         return list(range(first, round(max_steps * self.end) + 1, self.monitor_steps))
 
     def possible_steps(self, max_steps: int) -> list[int]:
-        """The steps after which layers may be cut with the trigger "settled", ascending; the last ends the window.
+        """Return the steps after which the trigger "settled" may cut layers, ascending; the last ends the window.
 
         Raises:
-            ValueError: no layer could be found to have settled before.
+            ValueError: the window is too small for a layer to settle.
         """
         settled = self.comparison_steps(max_steps)[self.settled_patience - 1 :]
         if not settled:
@@ -146,5 +147,5 @@ class CompreSSMSchedule:
 
 
 def _as_written(share: float) -> Fraction:
-    """The number that was meant: 0.07 is seven hundredths, of which 100 * 0.07 in floating point is not quite 7."""
+    """Return the number that was meant: for 0.07 seven hundredths; in floating point 100 * 0.07 is not quite 7."""
     return Fraction(str(float(share)))

@@ -1,4 +1,4 @@
-"""A snapshot keeps a model and its optimizer, in memory or on disk, and restores them at any other size.
+"""Snapshots keep a model and its optimizer, in memory or on disk, and restore them at any other size.
 
 Each process keeps its own part; none of them waits for another.
 """
@@ -18,17 +18,17 @@ from ..surgery.shrink_and_grow import set_state_sizes
 
 
 class Snapshot:
-    """Keeps what training changes: weights, buffers, the optimizer's state of every parameter.
+    """A snapshot keeps what training changes: weights, buffers, the optimizer's state of every parameter.
 
     The optimizer's groups are left out: learning rates, which are the scheduler's, but also what some optimizers
     (Prodigy, schedule-free ones) keep there.
 
     Args:
-        model: as its engine has it, wrapped.
-        optimizer: the one that trains it, or None.
-        folder: where to keep it; by default in memory, on the CPU.
+        model: the model as its engine has it, wrapped.
+        optimizer: the optimizer that trains it, or None.
+        folder: the folder to keep the snapshot in; by default it stays in memory, on the CPU.
         companions: models that follow the model, such as a running average of its weights.
-        mark: what tells it from snapshots of other runs in the same folder.
+        mark: a text that tells the snapshot from those of other runs in the same folder.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Snapshot:
 
     @classmethod
     def found(cls, folder: Path, mark: str = "") -> "Snapshot | None":
-        """The method finds the snapshot that this process of an earlier run left; None if none there has this mark."""
+        """Return the snapshot that this process of an earlier run left; None if none there has this mark."""
         file = folder / _file_name()
         if not file.is_file() or _read(file)["mark"] != mark:
             return None
@@ -66,10 +66,10 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer=None, companions: Sequence[nn.Module] = ()) -> None:
-        """Model, optimizer and companions become what they were, at the size they had.
+        """Make model, optimizer and companions what they were, at the size they had.
 
         Raises:
-            ValueError: The file is damaged, or the surgery is refused. Nothing has been changed then.
+            ValueError: the file is damaged, or the surgery is refused. Nothing has been changed then.
         """
         with raise_in_all_processes():
             content = self._content if self._content is not None else _read(self.folder / _file_name())
@@ -87,10 +87,10 @@ class Snapshot:
             _fill(companion, tensors)
 
     def discard(self) -> None:
-        """The memory or the files that it holds are freed."""
+        """Free the memory or the files that the snapshot holds."""
         self._content = None
         if self.folder is not None:
-            for file in self.folder.glob(f"*{_file_name()}*"):  # with what a killed process was writing
+            for file in self.folder.glob(f"*{_file_name()}*"):  # this includes what a killed process was writing
                 file.unlink(missing_ok=True)
             with suppress(OSError):  # another process still has a file there, or removed the folder itself
                 self.folder.rmdir()
@@ -119,7 +119,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict]:
-    """The function returns parameter name → key → (value, whether it lies on the CPU, as its parameter may not)."""
+    """Return parameter name → key → (value, whether it lies on the CPU, as its parameter may not)."""
     states = {}
     for name, parameter in model.named_parameters():
         held = optimizer.state.get(parameter, {}) if optimizer is not None else {}

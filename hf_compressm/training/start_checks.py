@@ -1,4 +1,4 @@
-"""What is refused, and what is warned of, when a run starts: it would come to light in the middle of training."""
+"""At its start a run is refused, or warned of, for what would otherwise come to light in the middle of training."""
 
 from collections.abc import Sequence
 
@@ -15,22 +15,22 @@ from .schedule import CompreSSMSchedule
 logger = logging.get_logger(__name__)
 
 MANY_OBSERVATIONS = 500  # their spectra make a trainer_state.json of tens of megabytes
-EARLY = 0.25  # of a run; in model_cards/recall a budget spent at 0.1 left 1 of 64 states, at 0.5 about 21
+EARLY = 0.25  # as a share of a run; in model_cards/recall a budget at 0.1 left 1 of 64 states, at 0.5 about 21
 
 
 def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module, trainer: Trainer | None) -> None:
-    """The function refuses a Trainer that the callback could not follow.
+    """Refuse a Trainer that the callback could not follow.
 
     Args:
-        trainer: the one that the callback is attached to, if any.
+        trainer: the Trainer that the callback is attached to, if any.
 
     Raises:
-        ValueError: An option of the Trainer does not go together with cuts, or another Trainer is running.
+        ValueError: an option of the Trainer does not go together with cuts, or another Trainer is running.
     """
     check_training_arguments(args, model, attached=trainer is not None)
     if state.is_hyper_param_search:
         raise ValueError(
-            "a hyper-parameter search starts every trial from the same model: search without this callback."
+            "a hyper-parameter search starts every run from the same model: search without this callback."
         )
     if args.push_to_hub and trainer is None:
         raise ValueError("push_to_hub=True: call callback.attach(trainer), so that pushes carry the history.")
@@ -39,10 +39,10 @@ def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module
 
 
 def check_companions(companions: Sequence[nn.Module], args: TrainingArguments, layers: StateLayers) -> None:
-    """The function refuses companions that could not follow the model.
+    """Refuse companions that could not follow the model.
 
     Raises:
-        ValueError: The model will be exchanged at the end, or a companion has other state sizes.
+        ValueError: the model will be exchanged at the end, or a companion has other state sizes.
     """
     if companions and args.load_best_model_at_end:
         raise ValueError("companions cannot follow the model to another checkpoint: set load_best_model_at_end=False.")
@@ -56,13 +56,13 @@ def check_companions(companions: Sequence[nn.Module], args: TrainingArguments, l
 
 
 def check_not_rebuilt(needs: dict[str, object]) -> None:
-    """The function refuses a callback that Trainer rebuilt: it lacks what could not be written to a file.
+    """Refuse a callback that Trainer rebuilt, since it lacks what could not be written to a file.
 
     Args:
         needs: name → what the callback was given under this name when it was first built.
 
     Raises:
-        ValueError: Something is lacking.
+        ValueError: something is lacking.
     """
     lacking = [name for name, given in needs.items() if given in (None, ())]
     if lacking:
@@ -73,7 +73,7 @@ def check_not_rebuilt(needs: dict[str, object]) -> None:
 
 
 def warn_of_an_early_budget(config: CompreSSMConfig, history: History, first_step: int, max_steps: int) -> None:
-    """The function warns where a loss budget may be spent before the model has learned to use its states."""
+    """Warn where a loss budget may be spent before the model has learned to use its states."""
     if config.loss_budget is not None and first_step < EARLY * max_steps and not history.events:
         logger.warning(
             f"A loss budget may be spent from step {first_step} of {max_steps} on: a model that has not learned "
@@ -83,7 +83,7 @@ def warn_of_an_early_budget(config: CompreSSMConfig, history: History, first_ste
 
 
 def warn_of_many_observations(schedule: CompreSSMSchedule, max_steps: int) -> None:
-    """The function warns where every checkpoint would grow by hundreds of observations."""
+    """Warn where every checkpoint would grow by hundreds of observations."""
     if schedule.monitor_steps and max_steps > MANY_OBSERVATIONS * schedule.monitor_steps:
         logger.warning(
             f"monitor_steps={schedule.monitor_steps} makes {max_steps // schedule.monitor_steps} "
@@ -99,12 +99,12 @@ def warn_of_a_slow_scan(layers: StateLayers) -> None:
 
 
 def warn_of_another_schedule(recorded: History, history: History) -> None:
-    """The function warns where a run goes on by other rules than the checkpoint that it resumes from."""
+    """Warn where a run goes on by other rules than the checkpoint that it resumes from."""
     if (recorded.config, recorded.schedule) != (history.config, history.schedule):
         logger.warning("The run is resumed with another configuration or schedule than its checkpoint has.")
 
 
 def warn_of_missed_cuts(step: int, due: list[int], done: list[int]) -> None:
-    """The function warns where a resumed run was cut after other steps than its schedule says."""
+    """Warn where a resumed run was cut after other steps than its schedule says."""
     if due != done:
         logger.warning(f"By step {step} cuts were due after steps {due}; the history has them at {done}.")

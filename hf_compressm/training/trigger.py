@@ -1,6 +1,7 @@
-"""When a layer is cut: at fixed steps, or when its ranking of states has settled. Decided by what the records say.
+"""A trigger says when a layer is cut: at fixed steps, or when its ranking of states has settled.
 
-The records go into every checkpoint, so an interrupted run decides as the uninterrupted one.
+It decides by what the records say. They go into every checkpoint, so an interrupted run decides as the uninterrupted
+one.
 """
 
 from dataclasses import dataclass, replace
@@ -14,14 +15,14 @@ from ..theory.rankings import Ranking, compare_rankings, is_within_noise
 from .schedule import CompreSSMSchedule
 
 SETTLED, WINDOW_ENDED = REASONS
-NOT_MEASURED = ("magnitude", "random")  # criteria that take nothing from data, and so have no noise
+NOT_MEASURED = ("magnitude", "random")  # these criteria take nothing from data, and so have no noise
 
 
 def check_trigger(schedule: CompreSSMSchedule, config: CompreSSMConfig, layers: StateLayers | None = None) -> None:
     """Refuse to wait for rankings that have no noise to compare with.
 
     Raises:
-        ValueError: names the criterion, or the type of the model, and the remedy.
+        ValueError: the criterion, or a model of this type, takes nothing from data; the message names a remedy.
     """
     if schedule.trigger != "settled":
         return
@@ -40,7 +41,7 @@ def check_trigger(schedule: CompreSSMSchedule, config: CompreSSMConfig, layers: 
 
 @dataclass(frozen=True)
 class DueEvent:
-    """What is to be cut now.
+    """A due event says what is to be cut now.
 
     Attributes:
         config: what this event has to achieve, and in which layers.
@@ -51,20 +52,20 @@ class DueEvent:
     reasons: dict[int, str] | None = None
 
     def reasons_of(self, layers: list[int]) -> list[str | None] | None:
-        """The method returns the reasons as a record has them: for each layer, None where it is not its turn."""
+        """Return the reasons as a record has them: for each layer, None where it is not its turn."""
         return None if self.reasons is None else [self.reasons.get(layer) for layer in layers]
 
 
 class Trigger:
-    """Says when which layers are cut, and what has to be measured to know.
+    """A trigger says when which layers are cut, and what has to be measured to know.
 
     Args:
-        schedule, config: of the run.
-        max_steps: optimizer steps of the run.
+        schedule, config: the schedule and the configuration of the run.
+        max_steps: the number of optimizer steps of the run.
 
     Attributes:
-        steps: after which a cut is due, or with the trigger "settled" may be; ascending, the last at the end of the
-            window.
+        steps: the steps after which a cut is due, or with the trigger "settled" may be; ascending, the last at the
+            end of the window.
     """
 
     def __init__(self, schedule: CompreSSMSchedule, config: CompreSSMConfig, max_steps: int):
@@ -76,17 +77,17 @@ class Trigger:
         self._settling_steps = schedule.settling_steps(max_steps)
 
     def steps_due(self, step: int, history: History) -> list[int]:
-        """The steps of the events that a history up to this step should have."""
+        """Return the steps of the events that a history up to this step should have."""
         if not self.waits:
             return [due for due in self.steps if due <= step]
         return history.steps or [due for due in self.steps[-1:] if due <= step]
 
     def may_cut_after(self, step: int) -> bool:
-        """Whether a cut may be due after this step at all, for the asking of which no model is needed."""
+        """Say whether a cut may be due after this step at all; no model is needed to know."""
         return step in self._steps
 
     def due(self, layers: StateLayers, history: History, step: int) -> DueEvent | None:
-        """The event after this step; None where there is none."""
+        """Return the event after this step; None where there is none."""
         if not self.may_cut_after(step):
             return None
         if self.waits:
@@ -96,16 +97,16 @@ class Trigger:
         return DueEvent(self.config.for_event(size, events_left, history.loss_spent, history.rollbacks))
 
     def draws(self, layers: StateLayers, history: History, step: int) -> int:
-        """Of how many calibration draws an observation takes the scores: none, one to be compared later, or two."""
+        """Return the number of draws that an observation takes the scores of: 0, 1 to be compared later, or 2."""
         if not self.waits or step > self.steps[-1] or not self._waiting(layers, history):
             return 0
         return 2 if step in self._comparison_steps else 1
 
     def compare(self, observation: Observation, history: History) -> None:
-        """Complete an observation of two draws: how far each layer came, and how often in a row it stood still.
+        """Complete an observation of two draws by how far each layer came, and how often in a row it stood still.
 
         Args:
-            history: up to the observation before this one.
+            history: the history up to the observation before this one.
         """
         earlier = [seen for seen in history.observations_since_rollback if seen.scores is not None]
         comparable = [seen for seen in earlier if seen.step <= observation.step - self._settling_steps]
@@ -140,7 +141,7 @@ class Trigger:
         return DueEvent(config, why)
 
     def _waiting(self, layers: StateLayers, history: History) -> list[int]:
-        """The layers still to be cut: above the target, and not cut before, or taken back."""
+        """Return the layers still to be cut: above the target, and not cut before, or taken back."""
         reasons = [event.by_layer("reasons") for event in history.events if event.rolled_back_at is None]
         done = {layer for each in reasons for layer, reason in each.items() if reason is not None}
         done |= set(self.config.skip_layers)
@@ -148,6 +149,6 @@ class Trigger:
         return [index for index, size in layers.sizes.items() if index not in done and size > smallest]
 
     def _has_settled(self, layer: int, history: History) -> bool:
-        """Once is enough: with one size for all, a layer that has settled waits for the others."""
+        """Say whether the layer has settled so far; with one size for all it then waits for the others."""
         points = [seen.by_layer("settled_points").get(layer, 0) for seen in history.observations_since_rollback]
         return max(points, default=0) >= self.schedule.settled_patience

@@ -1,1 +1,1 @@
-"""The studies that `benchmark.py` runs. Each takes the arguments and returns what goes into the JSON."""
+"""These modules hold the studies of `benchmark.py`: each takes the arguments and returns what goes into the JSON."""

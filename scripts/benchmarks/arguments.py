@@ -1,4 +1,4 @@
-"""What is measured, where, and at which sizes."""
+"""These arguments say what is measured, where, and at which sizes."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,17 @@ from hf_compressm.config import option
 
 @dataclass
 class Arguments:
-    """The sizes of the studies; the defaults are those for a CPU."""
+    """The defaults of these arguments are the sizes for a CPU."""
 
-    device: str = option("cpu", "cpu or cuda.")
+    device: str = option("cpu", "Device: cpu or cuda.")
     threads: int = option(2, "CPU threads of torch.")
-    output_dir: str = option("runs/benchmark", "Where benchmark.json, benchmark.md and benchmark.png go.")
+    output_dir: str = option("runs/benchmark", "Folder for benchmark.json, benchmark.md and benchmark.png.")
     seed: int = option(0, "Seed of random inputs, tokens and weights.")
     batch_size: int = option(8, "Sequences per batch.")
     rounds: int = option(15, "Timed rounds of what is quick.")
     slow_rounds: int = option(3, "Timed rounds of what is slow, such as Transformers' loop.")
 
-    dtype: str = option("float32", "scan: of the inputs. Training on a GPU is in bfloat16 autocast.")
+    dtype: str = option("float32", "scan: dtype of the inputs. Training on a GPU is in bfloat16 autocast.")
     channels: int = option(256, "scan: channels D.")
     length: int = option(128, "scan: sequence length L.")
     state_size: int = option(128, "scan: state size N that all scans are compared at.")

@@ -1,4 +1,4 @@
-"""Generation, a token at a time, by state size: this package's step against Transformers'."""
+"""This study times generation, a token at a time, by state size: this package's step against Transformers'."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

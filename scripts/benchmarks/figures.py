@@ -1,11 +1,11 @@
-"""The picture of a benchmark: the scan by N and by L, the training step, generation."""
+"""The picture of a benchmark shows the scan by N and by L, the training step, and generation."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
 def draw(results: dict) -> Figure:
-    """Four panels, of what was measured."""
+    """Draw what was measured, in four panels."""
     panels = []
     if "scan" in results:
         panels += [

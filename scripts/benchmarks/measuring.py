@@ -1,4 +1,4 @@
-"""Times taken in turn and judged by their ratios in each round, peak memory, and what the machine can do at best."""
+"""This module takes times in turn, their ratios by round, peak memory, and what the machine can do at best."""
 
 import ctypes
 import gc
@@ -29,7 +29,7 @@ def prepare(args: Arguments) -> None:
 
 
 def machine(args: Arguments) -> dict:
-    """What the numbers were taken on."""
+    """Return what the numbers were taken on."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -48,20 +48,20 @@ def machine(args: Arguments) -> dict:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine does at best: memory, arithmetic in float32, and products of matrices as a model makes them."""
+    """The limits say what the machine does at best: memory, float32 arithmetic, and products of matrices."""
 
     bytes_per_second: float
     flops_per_second: float
     matrix_flops_per_second: float
 
     def seconds(self, bytes_: float, flops: float, matrix_flops: float = 0) -> float:
-        """The least time for this work: memory and arithmetic in parallel."""
+        """Return the least time for this work, memory and arithmetic in parallel."""
         arithmetic = flops / self.flops_per_second + matrix_flops / self.matrix_flops_per_second
         return max(bytes_ / self.bytes_per_second, arithmetic)
 
 
 def measure_limits(device: str) -> Limits:
-    """By a copy of a large tensor, and by products of matrices; those of a model are bfloat16 on a GPU."""
+    """Measure a copy of a large tensor and products of matrices; those of a model are bfloat16 on a GPU."""
     size, side = (2**28, 8192) if device == "cuda" else (2**26, 1536)
     source = torch.ones(size, device=device)
     target = torch.empty_like(source)
@@ -76,7 +76,7 @@ def measure_limits(device: str) -> Limits:
 
 
 def time_in_turn(runs: dict[str, Callable], rounds: dict[str, int], device: str) -> dict[str, list[float]]:
-    """Seconds of every run by round; every other round goes backwards, so that none always follows the same other."""
+    """Return seconds of each run by round; every other round goes backwards, so that none always follows another."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(max(rounds.values())):
         names = [name for name in runs if i < rounds[name]]
@@ -101,7 +101,7 @@ def median(seconds: list[float]) -> float:
 
 
 def ratio_quartiles(numerators: list[float], denominators: list[float]) -> list[float]:
-    """First quartile, median and third quartile of the ratios by round, of the rounds that have both."""
+    """Return first quartile, median and third quartile of the ratios by round, of the rounds that have both."""
     ratios = [n / d for n, d in zip(numerators, denominators, strict=False)]
     return np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
 
@@ -116,15 +116,16 @@ def mebibytes(count: int | None) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """In Markdown."""
+    """Return the table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def added_peak(function: Callable[[], object], device: str) -> int | None:
-    """The most memory that a call holds beyond what is held already, bytes; None where the system does not tell.
+    """Return the most bytes that a call holds beyond what is held already; None where the system does not tell.
 
-    On a GPU that of torch's allocator; else of the process, whose freed memory is given back to the system first.
+    On a GPU they are those of torch's allocator; else those of the process, whose freed memory is given back to the
+    system first.
     """
     gc.collect()
     if device == "cuda":

@@ -1,4 +1,4 @@
-"""Forward and backward of one selective scan: this package's scans against the others that Transformers can run."""
+"""This study times one selective scan, forward and backward: this package's against others that Transformers runs."""
 
 import inspect
 import math
@@ -40,7 +40,7 @@ FLOPS = (1 + EXPONENTIAL_FLOPS + 1 + 2 + 2) + (1 + EXPONENTIAL_FLOPS + 1 + 2 + 7
 
 
 def scans(device: str) -> dict[str, Callable[..., Tensor]]:
-    """Name → scan of (u, Δ, A, B, C, D, z, bias); ours first, the fastest before the others."""
+    """Return name → scan of (u, Δ, A, B, C, D, z, bias); ours come first, the fastest before the others."""
     own = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}[device]
     found = {name: partial(_own_scan, name) for name in own}
     if mamba_ssm_serves(device):
@@ -49,7 +49,7 @@ def scans(device: str) -> dict[str, Callable[..., Tensor]]:
         found[MAMBA_SSM] = partial(selective_scan_fn, delta_softplus=True)
     if device == "cpu":
         if not is_mambapy_available():
-            raise ValueError("mambapy is missing, Transformers would silently run its loop: pip install mambapy.")
+            raise ValueError("mambapy is missing, and Transformers would silently run its loop: pip install mambapy.")
         found[MAMBAPY] = partial(TRANSFORMERS_SCAN, delta_softplus=True, use_mambapy=True)
         found[LOOP] = partial(TRANSFORMERS_SCAN, delta_softplus=True)
     return found
@@ -60,7 +60,7 @@ def _own_scan(name: str, u, dt, A, B, C, D, z, bias) -> Tensor:
 
 
 def study_scan(args: Arguments, limits: Limits) -> dict:
-    """At one size all scans, in time and memory; then by N, then by L."""
+    """Measure all scans at one size, in time and memory, then by N, then by L."""
     names = list(scans(args.device))
     differences = {size: check_agreement(args, size) for size in {args.state_size, *args.state_sizes, 16}}
     print("Every scan gives the gradients of Transformers' loop.", flush=True)
@@ -80,7 +80,7 @@ def study_scan(args: Arguments, limits: Limits) -> dict:
 
 
 def sweep(points: list[tuple[Arguments, int]], limits: Limits) -> list[dict]:
-    """From small to large, each scan as far as patience goes."""
+    """Measure from small to large, each scan as far as `patience` allows."""
     names, results = list(scans(points[0][0].device)), []
     for args, size in points:
         result = scan_point(args, size, names, limits)
@@ -114,7 +114,7 @@ def scan_point(args: Arguments, size: int, names: list[str], limits: Limits) -> 
 
 
 def least_bytes(args: Arguments, size: int) -> int:
-    """What has to be read and written: inputs twice, y and its gradient, gradients once; parameters are small."""
+    """Return the bytes to read and write: inputs twice, y and its gradient, gradients once; parameters are small."""
     by_channel = 2 * 3 + 2 + 3  # u, Δ, z; y and its gradient; the gradients of u, Δ, z
     by_state = 2 * 2 + 2  # B, C; their gradients
     values = args.batch_size * args.length * (by_channel * args.channels + by_state * size)
@@ -122,7 +122,7 @@ def least_bytes(args: Arguments, size: int) -> int:
 
 
 def scan_inputs(args: Arguments, size: int) -> tuple[list[Tensor], Tensor]:
-    """What a freshly initialised mixer passes, in its memory layout, and a gradient for the output."""
+    """Return what a freshly initialised mixer passes, in its memory layout, and a gradient for the output."""
     generator = torch.Generator().manual_seed(args.seed)
     random = partial(torch.randn, generator=generator)
     batch, channels, length = args.batch_size, args.channels, args.length
@@ -145,12 +145,12 @@ def scan_inputs(args: Arguments, size: int) -> tuple[list[Tensor], Tensor]:
 
 
 def gradients(scan: Callable, inputs: list[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward of a scan."""
+    """Return the gradients of a scan, after its forward and backward pass."""
     return torch.autograd.grad(scan(*inputs), inputs, grad_output)
 
 
 def check_agreement(args: Arguments, size: int) -> dict[str, float]:
-    """Largest difference of each scan's gradients from those of Transformers' loop, relative to the largest entry."""
+    """Return how far each scan's gradients lie from those of Transformers' loop, relative to the largest entry."""
     inputs, grad_output = scan_inputs(replace(args, batch_size=2, length=50, channels=70), size)
     expected = gradients(partial(TRANSFORMERS_SCAN, delta_softplus=True), inputs, grad_output)
     differences = {}
@@ -166,7 +166,7 @@ def check_agreement(args: Arguments, size: int) -> dict[str, float]:
 
 
 def scan_peak(args: Arguments, name: str) -> int | None:
-    """Bytes that forward and backward hold beyond their inputs."""
+    """Return the bytes that forward and backward hold beyond their inputs."""
     scan, inputs = scans(args.device)[name], scan_inputs(args, args.state_size)
     return added_peak(lambda: gradients(scan, *inputs), args.device)
 

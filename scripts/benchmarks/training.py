@@ -1,4 +1,4 @@
-"""The training step of a whole model: by scan, before and after a cut, and what analysis and surgery add to a run."""
+"""This study times a whole model's step: by scan, before and after a cut, and what analysis and surgery add."""
 
 import os
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ EVENTS = 4
 
 
 class Training:
-    """A Mamba with its AdamW on random tokens, after a few steps.
+    """It trains a Mamba with AdamW on random tokens, and starts with a few steps.
 
     Args:
-        scan: "torch", "cpp", "triton", "mamba_ssm" or "mambapy"; None for what serves best.
+        scan: "torch", "cpp", "triton", "mamba_ssm" or "mambapy"; None for the fastest that there is.
     """
 
     def __init__(self, args: Arguments, size: int, scan: str | None = None):
@@ -57,7 +57,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def cut(self, size: int) -> dict[str, float]:
-        """Cut to `size` states; the seconds of its parts."""
+        """Cut to `size` states, and return the seconds of the parts."""
         config = CompreSSMConfig(target_state_size=size)
         batches = [{"input_ids": self.batch}] * config.calibration_batches
         with torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda"):
@@ -83,7 +83,7 @@ def build_model(args: Arguments, size: int, use_mambapy: bool = False) -> MambaF
 
 @contextmanager
 def scan_chosen(name: str | None) -> Iterator[None]:
-    """Within the block models run this scan; mambapy is Transformers' own."""
+    """Let models run this scan within the block; mambapy is Transformers' own."""
     before = os.environ.get(VARIABLE)
     if name == MAMBAPY:
         uninstall_scan()
@@ -103,7 +103,7 @@ def study_training(args: Arguments, limits: Limits) -> dict:
 
 
 def study_step(args: Arguments, limits: Limits) -> dict:
-    """The same step with one scan and another."""
+    """Time the same step with one scan and another."""
     names = {"cpu": ["cpp", "torch", MAMBAPY], "cuda": ["triton", "torch"]}[args.device]
     names += ["mamba_ssm"] * mamba_ssm_serves(args.device)
     print(f"Training step at N = {args.step_size}: {', '.join(names)}", flush=True)
@@ -123,7 +123,7 @@ def study_step(args: Arguments, limits: Limits) -> dict:
 
 
 def study_cut(args: Arguments, limits: Limits) -> dict:
-    """The step of a model that was cut, of the uncut one, and of one that was built at the small size."""
+    """Time the step of a model that was cut, of the uncut one, and of one that was built at the small size."""
     before, after = args.size_before, args.size_after
     print(f"Training step, cut {before} → {after}, uncut, and built at {after}", flush=True)
     trainings = {"uncut": Training(args, before), "cut": Training(args, before), "built": Training(args, after)}
@@ -149,7 +149,7 @@ def study_cut(args: Arguments, limits: Limits) -> dict:
 
 
 def least_step_seconds(model: MambaForCausalLM, args: Arguments, limits: Limits) -> float:
-    """The least time of a step: the scans, and each weight in three products of matrices and in AdamW.
+    """Return the least time of a step: the scans, and each weight in three products of matrices and in AdamW.
 
     AdamW reads a weight, its gradient and two moments and writes all but the gradient; before, two passes read the
     weight and one writes the gradient. Convolutions, norms and activations are left out.
@@ -167,7 +167,7 @@ def least_step_seconds(model: MambaForCausalLM, args: Arguments, limits: Limits)
 
 
 def study_run(args: Arguments) -> dict:
-    """A run that is cut four times in its first tenth, by equal factors: what its events are of its time."""
+    """Time the steps and the events of a run that is cut four times in its first tenth, by equal factors."""
     first, last = args.step_size, args.run_size
     print(f"Analysis and surgery of a run of {args.run_steps} steps, {first} → {last}", flush=True)
     training = Training(args, first)

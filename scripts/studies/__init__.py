@@ -1,1 +1,1 @@
-"""The studies that `reproduce.py` repeats: time-invariant layers on images, Mamba on recall, copying and text."""
+"""These modules hold the studies of `reproduce.py`: LRUs on images, and Mamba on recall, copying and text."""

@@ -1,41 +1,41 @@
-"""What the arms of a study of Mamba are called: their names are all that its tables and figures know them by."""
+"""These functions name the arms of a study of Mamba; its tables and figures know them by these names alone."""
 
 
 def throughout(full: int) -> str:
-    """The arm that is never cut."""
+    """Name the arm that is never cut."""
     return f"N = {full} throughout"
 
 
 def from_scratch(size: int) -> str:
-    """The arm that is as small from the start."""
+    """Name the arm that is as small from the start."""
     return f"N = {size} from scratch"
 
 
 def cut_at(end: float, full: int, size: int) -> str:
-    """The arm that is cut once, after this fraction of the steps."""
+    """Name the arm that is cut once, after this fraction of the steps."""
     return f"{full} → {size} at {round(100 * end)} %"
 
 
 def refitted(arm: str) -> str:
-    """The same with a refit."""
+    """Name the same arm with a refit."""
     return f"{arm}, refitted"
 
 
 def as_long_as(arm: str, other: str) -> str:
-    """An arm with as many steps as fit into the time of another."""
+    """Name an arm with as many steps as fit into the time of another."""
     return f"{arm}, as long as {other}"
 
 
 def grown_to(arm: str, size: int) -> str:
-    """An arm whose states are doubled whenever they are flat, up to this size."""
+    """Name an arm whose states are doubled whenever they are flat, up to this size."""
     return f"{arm}, grown to {size} when flat"
 
 
-def difficulty_trial(name: str, size: int) -> str:
-    """A run that shows what a size can do, of a task as hard as this."""
+def difficulty_run(name: str, size: int) -> str:
+    """Name a run that shows what a size can do in a task as hard as this."""
     return f"difficulty {name}, N = {size}"
 
 
-def rate_trial(rate: float, size: int) -> str:
-    """A run that shows how well a learning rate serves a size."""
+def rate_run(rate: float, size: int) -> str:
+    """Name a run that shows how well a learning rate serves a size."""
     return f"rate {rate:g}, N = {size}"

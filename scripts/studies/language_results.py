@@ -1,4 +1,4 @@
-"""Tables and figures of the studies of Mamba, from the JSONs of their runs alone."""
+"""This module makes the tables and figures of the studies of Mamba, from the JSONs of their runs alone."""
 
 import math
 import statistics
@@ -43,13 +43,13 @@ def report(root: Path, results: list[dict]) -> None:
 
 
 def sizes_in(arms: Arms) -> tuple[int, ...]:
-    """The sizes that models were built with, descending: the full one first."""
+    """Return the sizes that models were built with, descending: the full one first."""
     built = {result["settings"]["recipe"]["state_size"] for results in arms.values() for result in results}
     return tuple(sorted(built, reverse=True))
 
 
 def preparation(arms: Arms, kind: str, sizes: tuple[int, ...]) -> str:
-    """What was found at each difficulty, or learning rate, at each size: a row each; empty where nothing was tried."""
+    """Return the table of difficulties or learning rates by size, a row each; empty where nothing was tried."""
     tried = list(dict.fromkeys(arm.rpartition(", N = ")[0] for arm in arms if arm.startswith(kind)))
     rows = []
     for name in sorted(tried, key=lambda name: [float(word) if is_number(word) else 0 for word in name.split()]):
@@ -61,7 +61,7 @@ def preparation(arms: Arms, kind: str, sizes: tuple[int, ...]) -> str:
 
 
 def comparison(arms: Arms, full: list[dict]) -> str:
-    """Every arm: what it came to, how long it took and what its cut cost at once. Times are relative to the full N.
+    """Return the table of all arms: results, times relative to the full N, and what a cut cost at once.
 
     An arm is compared with that from scratch of its size, seed by seed: with the same seed, and as many steps, they
     see the same data.
@@ -94,7 +94,7 @@ def comparison(arms: Arms, full: list[dict]) -> str:
 
 
 def differences(results: list[dict], arms: Arms, name: str) -> list[float]:
-    """By seed: a measure less that of the model as small from the start, where that is another arm."""
+    """Return by seed a measure less that of the model as small from the start, where that is another arm."""
     size = {size for result in results for size in result["state_sizes"]}
     scratch = arms.get(from_scratch(size.pop()), []) if len(size) == 1 else []
     of_seed = {result["seed"]: result[name] for result in scratch if scratch is not results}
@@ -102,7 +102,7 @@ def differences(results: list[dict], arms: Arms, name: str) -> list[float]:
 
 
 def stability(full: list[dict]) -> str:
-    """How the ranking of states at a time correlates with that at the end of training, for models that are not cut."""
+    """Return the table of how uncut models' rankings at a time correlate with those at the end of training."""
     moments = stability_of(full)
     rows = [
         [f"{(place + 1) / len(moments):.0%}", *(f"{number:.2f}" for number in moment)]
@@ -113,7 +113,7 @@ def stability(full: list[dict]) -> str:
 
 
 def stability_of(full: list[dict]) -> list[tuple[float, float, float]]:
-    """By observation, over layers and seeds: mean and minimum of τ_b with the last one, mean of that of two draws."""
+    """Return by observation, over layers and seeds, mean and least τ_b with the last, and mean τ_b of two draws."""
     moments = []
     for place in range(min(len(result["curve"]) for result in full)):
         correlations = [
@@ -127,7 +127,7 @@ def stability_of(full: list[dict]) -> list[tuple[float, float, float]]:
 
 
 def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
-    """Against the moment of the cut, from scratch to never, a line for each size; and against the size at the end."""
+    """Draw results against the moment of the cut, from scratch to never, by size, and against the size at the end."""
     full, name, scale, label = sizes[0], *chief_measure(arms)
     figure = Figure(figsize=(9.6, 3.8), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -159,7 +159,7 @@ def figure_of_moments(arms: Arms, sizes: tuple[int, ...]) -> Figure:
 
 
 def clock_of(arms: Arms) -> dict[str, float]:
-    """Size → seconds of a step, the median over all runs; other work on the machine disturbs single ones."""
+    """Return size → seconds of a step, the median over all runs; other work on the machine disturbs single ones."""
     times: dict[str, list[float]] = {}
     for results in arms.values():
         for result in results:
@@ -169,7 +169,7 @@ def clock_of(arms: Arms) -> dict[str, float]:
 
 
 def seconds_of(result: dict, clock: dict[str, float], end: int | None = None) -> float:
-    """Time of a run up to a step, or of all: its steps at each size by the clock, and the cuts."""
+    """Return the time of a run up to a step, or of all of it: its steps at each size by the clock, and the cuts."""
     changes = [
         (0, result["settings"]["recipe"]["state_size"]),
         *((cut["step"], max(cut["state_sizes"])) for cut in result["cuts"]),
@@ -183,18 +183,18 @@ def seconds_of(result: dict, clock: dict[str, float], end: int | None = None) ->
 
 
 def steps_of(result: dict) -> int:
-    """Of the whole run."""
+    """Return the number of steps of the whole run."""
     return result["settings"]["recipe"]["steps"]
 
 
 def chief_measure(arms: Arms) -> tuple[str, float, str]:
-    """(name, scale, label): accuracy where all answers are asked for, otherwise the loss."""
+    """Return (name, scale, label): accuracy where all answers are asked for, otherwise the loss."""
     is_text = any("recall_loss" in result for results in arms.values() for result in results)
     return MEASURES[1 if is_text else 0]
 
 
 def figure_of_time(arms: Arms, sizes: tuple[int, ...]) -> Figure:
-    """Loss along the time of training, of the smallest size; and where runs that last as long end."""
+    """Draw the loss along the time of training, of the smallest size, and where runs that last as long end."""
     full, small = sizes[0], sizes[-1]
     cuts = [cut_at(end, full, small) for end in (0.1, 0.5, 0.8)]
     shown = [throughout(full), from_scratch(small), *cuts]
@@ -215,7 +215,7 @@ def figure_of_time(arms: Arms, sizes: tuple[int, ...]) -> Figure:
 
 
 def figure_of_stability(full: list[dict]) -> Figure:
-    """Agreement of the ranking at each time with that at the end, over layers and seeds, and of two draws."""
+    """Draw how the ranking at each time agrees with that at the end, over layers and seeds, and how two draws do."""
     figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
     axes, moments = figure.subplots(), stability_of(full)
     times = [100 * (place + 1) / len(moments) for place in range(len(moments))]
@@ -229,7 +229,7 @@ def figure_of_stability(full: list[dict]) -> Figure:
 
 
 def figure_of_spectra(arms: Arms, sizes: tuple[int, ...]) -> Figure:
-    """Hankel singular values of the first layer's surrogate along the first seed's training, with and without cuts."""
+    """Draw the σ of the first layer's surrogate along the first seed's training, with and without cuts."""
     full, small = sizes[0], sizes[-1]
     shown = [throughout(full), *(cut_at(end, full, small) for end in (0.1, 0.5)), from_scratch(small)]
     shown = [arm for arm in shown if arm in arms]
@@ -258,17 +258,17 @@ def floor_at(panels: list[Axes], share: float) -> None:
 
 
 def mean(results: list[dict], name: str) -> float:
-    """Over the seeds."""
+    """Return the mean over the seeds."""
     return statistics.mean(result[name] for result in results)
 
 
 def deviation(values: list[float]) -> float:
-    """Standard deviation, none of a single value."""
+    """Return the standard deviation; NaN for a single value."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean ± standard deviation; empty where there are no values."""
+    """Return mean ± standard deviation; empty where there are no values."""
     if not values:
         return ""
     told = f"{statistics.mean(values):{sign}.{digits}f}"
@@ -280,5 +280,5 @@ def percent(share: float) -> str:
 
 
 def is_number(word: str) -> bool:
-    """Whether a word can be sorted as a number."""
+    """Say whether a word can be sorted as a number."""
     return word.replace(".", "", 1).replace("e-", "", 1).isdigit()

@@ -1,4 +1,4 @@
-"""Runs of a study, each in a process of its own: one with a result, in its folder or gathered, is not repeated.
+"""This module carries out the runs of a study, each in its own process; one that has a result is not repeated.
 
 A study is anything with `perform(run, folder) -> dict`, `settings(run) -> dict` and `line(result) -> str`; a run has
 an `arm`, a `seed` and a `name` for its folder. All that a result depends on is written beside it and compared.
@@ -22,10 +22,10 @@ GATHERED = "results.json"  # of all runs
 
 
 def carry_out_all(study, runs: Sequence, root: Path, jobs: int) -> dict[str, dict]:
-    """Name → result of all runs; those without one are performed, `jobs` at a time, with a line for each that is done.
+    """Return name → result of all runs; perform those without one, `jobs` at a time, and print a line for each.
 
     Raises:
-        ValueError: there is a result, but of other settings; before anything is performed.
+        ValueError: a result has other settings. It is raised before anything is performed.
     """
     there_are = {name_of(result["arm"], result["seed"]): result for result in all_results(root)}
     results = {run.name: there_are[run.name] for run in runs if run.name in there_are}
@@ -51,7 +51,7 @@ def carry_out_all(study, runs: Sequence, root: Path, jobs: int) -> dict[str, dic
 
 
 def carry_out(study, run, root: Path, threads: int) -> tuple:
-    """(run, result), the result left in its folder, beside a log."""
+    """Return (run, result), and leave the result in the run's folder, beside a log."""
     torch.set_num_threads(threads)
     disable_progress_bar()
     folder = root / run.name
@@ -64,12 +64,12 @@ def carry_out(study, run, root: Path, threads: int) -> tuple:
 
 
 def result_file(folder: Path) -> Path:
-    """Where a run leaves its result."""
+    """Return the file in which a run leaves its result."""
     return folder / "result.json"
 
 
 def all_results(root: Path) -> list[dict]:
-    """What there is, rounded, by arms and seeds: of the runs, and what was gathered of others before."""
+    """Return all results, rounded, by arms and seeds: those in the runs' folders, and those gathered before."""
     gathered = json.loads((root / GATHERED).read_text()) if (root / GATHERED).exists() else []
     of_runs = [
         json.loads(file.read_text(), parse_float=rounded) for file in root.glob(f"*/{result_file(Path()).name}")
@@ -79,7 +79,7 @@ def all_results(root: Path) -> list[dict]:
 
 
 def by_arm(results: Iterable[dict]) -> dict[str, list[dict]]:
-    """The results of each arm, in their order."""
+    """Return the results of each arm, in their order."""
     arms: dict[str, list[dict]] = {}
     for result in results:
         arms.setdefault(result["arm"], []).append(result)
@@ -87,21 +87,21 @@ def by_arm(results: Iterable[dict]) -> dict[str, list[dict]]:
 
 
 def gather(root: Path, results: list[dict]) -> None:
-    """Put the results into one file, a line each, of which the report can be made again without the runs."""
+    """Write the results into one file, a line each, from which the report can be made again without the runs."""
     lines = map(json.dumps, results)
     write_aside(root / GATHERED, lambda path: path.write_text("[\n" + ",\n".join(lines) + "\n]\n"))
 
 
 def rounded(number: str) -> float:
-    """To six significant digits, which is more than any figure shows."""
+    """Round to six significant digits, which is more than any figure shows."""
     return float(f"{float(number):.6g}")
 
 
 def name_of(arm: str, seed: int) -> str:
-    """A name for the folder of a run."""
+    """Return a name for the folder of a run."""
     return f"{arm} seed {seed}".replace(" ", "_").replace("/", "-")
 
 
 def as_read(content):
-    """What `all_results` would read after writing: tuples as lists, rounded."""
+    """Return what `all_results` would read after writing: tuples as lists, rounded."""
     return json.loads(json.dumps(content), parse_float=rounded)

@@ -1,4 +1,4 @@
-"""Sequences on which memory is all that counts, generated from a seed: the same seed gives the same sequences."""
+"""These tasks are sequences on which memory is all that counts; the same seed generates the same sequences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ TEST_SEQUENCES, TEST_SEED = 1024, 7
 
 @dataclass
 class Sequences(Dataset):
-    """`input_ids` and `labels`, (sequences, L); logits at position k are for label k + 1, as in Transformers."""
+    """They have `input_ids` and `labels`, (sequences, L); as in Transformers logits k are for label k + 1."""
 
     input_ids: Tensor
     labels: Tensor
@@ -28,13 +28,13 @@ class Sequences(Dataset):
         return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
-        """All of them in order, `size` at a time."""
+        """Yield all of them in order, `size` at a time."""
         return [self[part] for part in torch.arange(len(self)).split(size)]
 
 
 @torch.no_grad()
 def answered(model: nn.Module, data: Sequences, batch_size: int) -> dict[str, float]:
-    """Mean loss (nats) and accuracy at the labelled positions. The model is not disturbed."""
+    """Return mean loss (nats) and accuracy at the labelled positions, without disturbing the model."""
     loss, right, asked = 0.0, 0, 0
     with undisturbed(model):
         for batch in data.batches(batch_size):
@@ -48,28 +48,28 @@ def answered(model: nn.Module, data: Sequences, batch_size: int) -> dict[str, fl
 
 
 class GeneratedTask:
-    """What tasks whose `sequences(count, seed)` are drawn at will have in common."""
+    """Generated tasks have these methods in common; a task defines `sequences(count, seed)`."""
 
     def prepare(self, root: Path) -> None:
-        """Nothing has to be there before a run."""
+        """Do nothing, since nothing has to be there before a run."""
 
     def training(self, count: int, seed: int, root: Path) -> Sequences:
-        """`count` sequences, none of them twice."""
+        """Return `count` sequences, none of them twice."""
         return self.sequences(count, 1000 + seed)
 
     def architecture(self) -> dict:
-        """What the model has to know of the task."""
+        """Return what the model has to know of the task."""
         return {"vocab_size": self.vocab_size}
 
     def measure(self, root: Path) -> Callable[[nn.Module], dict[str, float]]:
-        """Loss and accuracy on sequences that are the same for all runs."""
+        """Return a function for loss and accuracy on sequences that are the same for all runs."""
         test = self.sequences(TEST_SEQUENCES, TEST_SEED)
         return lambda model: answered(model, test, 256)
 
 
 @dataclass(frozen=True)
 class AssociativeRecall(GeneratedTask):
-    """Multi-query associative recall (Arora et al., arXiv 2312.04927): k₁ v₁ k₂ v₂ …, then keys to be answered.
+    """The task is multi-query associative recall (Arora et al., arXiv 2312.04927): k₁ v₁ k₂ v₂ …, then keys to answer.
 
     Keys of a sequence are distinct; at each of the `queries` keys, drawn from them with replacement, the model has to
     predict the value that the key came with. L = 2 · pairs + queries + 1.
@@ -86,11 +86,11 @@ class AssociativeRecall(GeneratedTask):
 
     @property
     def difficulty(self) -> str:
-        """In words."""
+        """Return the difficulty in words."""
         return f"{self.pairs} pairs of {self.keys} keys"
 
     def sequences(self, count: int, seed: int) -> Sequences:
-        """Freshly drawn."""
+        """Return `count` freshly drawn sequences."""
         generator = torch.Generator().manual_seed(seed)
         keys = torch.rand(count, self.keys, generator=generator).argsort(1)[:, : self.pairs]
         values = self.keys + torch.randint(self.values, (count, self.pairs), generator=generator)
@@ -103,9 +103,9 @@ class AssociativeRecall(GeneratedTask):
 
 @dataclass(frozen=True)
 class SelectiveCopying(GeneratedTask):
-    """Symbols at random places among blanks, then a sign to tell them in order (Gu and Dao, arXiv 2312.00752, 4.1.1).
+    """The task is to tell symbols that came at random places among blanks (Gu and Dao, arXiv 2312.00752, 4.1.1).
 
-    L = length + 1 + told. Token 0 is the blank, 1 the sign.
+    They are told in order, after a sign. L = length + 1 + told. Token 0 is the blank, 1 the sign.
     """
 
     told: int
@@ -118,11 +118,11 @@ class SelectiveCopying(GeneratedTask):
 
     @property
     def difficulty(self) -> str:
-        """In words."""
+        """Return the difficulty in words."""
         return f"{self.told} symbols of {self.symbols} in {self.length}"
 
     def sequences(self, count: int, seed: int) -> Sequences:
-        """Freshly drawn."""
+        """Return `count` freshly drawn sequences."""
         generator = torch.Generator().manual_seed(seed)
         symbols = 2 + torch.randint(self.symbols, (count, self.told), generator=generator)
         places = torch.rand(count, self.length, generator=generator).argsort(1)[:, : self.told].sort(1).values

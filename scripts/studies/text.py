@@ -1,6 +1,6 @@
-"""English prose and documentation from Debian packages, without network access to any hub: 36 MB.
+"""This text is English prose and documentation from Debian packages, 36 MB, and needs no network access to any hub.
 
-Some of it, 8 % of the bytes, are translations of the documentation.
+Of its bytes 8 % are translations of the documentation. To get it:
 
     sudo apt-get install anarchism linux-doc-6.1
 
@@ -38,10 +38,10 @@ PAIRS = 4  # to recall, of random tokens
 
 @dataclass(frozen=True)
 class EnglishText:
-    """Documents in an order of their own, tokenised by a byte-level BPE trained on them, in blocks of `length` tokens.
+    """The documents, in an order of their own, are tokenised by a BPE trained on them, in blocks of `length` tokens.
 
     Attributes:
-        tokenizer_characters: read to train the tokenizer.
+        tokenizer_characters: the number of characters that are read to train the tokenizer.
         validation_sequences: the first blocks, which are not trained on.
     """
 
@@ -55,7 +55,7 @@ class EnglishText:
         """Write the tokens beside the runs, once.
 
         Raises:
-            FileNotFoundError: a package is not installed; says how to get it.
+            FileNotFoundError: a package is not installed; the message says how to get it.
         """
         if self._file(root).exists():
             return
@@ -74,7 +74,7 @@ class EnglishText:
         write_aside(self._file(root), partial(save_file, {"blocks": blocks}))
 
     def training(self, count: int, seed: int, root: Path) -> Sequences:
-        """`count` sequences, in an order of the seed; what is trained on first comes again where there are no more."""
+        """Return `count` sequences, in an order of the seed; the first come again where there are no more."""
         blocks = self._blocks(root)[self.validation_sequences :]
         generator, rounds = torch.Generator().manual_seed(seed), -(-count // len(blocks))
         order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(rounds)])[:count]
@@ -82,11 +82,11 @@ class EnglishText:
         return Sequences(chosen, chosen)
 
     def architecture(self) -> dict:
-        """What the model has to know of the text."""
+        """Return what the model has to know of the text."""
         return {"vocab_size": self.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
     def measure(self, root: Path) -> Callable[[nn.Module], dict[str, float]]:
-        """Loss and accuracy on validation text, and how well random pairs of tokens are recalled."""
+        """Return a function for loss and accuracy on validation text, and for the recall of random pairs of tokens."""
         validation = self._blocks(root)[: self.validation_sequences].long()
 
         def measured(model: nn.Module) -> dict[str, float]:
@@ -104,7 +104,7 @@ class EnglishText:
 
 
 def documents(package: str) -> Iterator[str]:
-    """The texts of a Debian package, in the order of their names."""
+    """Return the texts of a Debian package, in the order of their names."""
     files = sorted(ROOT.glob(PACKAGES[package]))
     if not files:
         raise FileNotFoundError(

@@ -1,7 +1,7 @@
-"""The paper's study of Linear Recurrent Units on real images, pixel by pixel.
+"""This is the paper's study of Linear Recurrent Units on real images, pixel by pixel.
 
-Arms: the full size throughout; reduced in training at several tolerances; the sizes so reached, from scratch; the same
-with random and with the smallest states kept; the full model truncated after training; Hankel nuclear-norm
+Its arms are: the full size throughout; reduced in training at several tolerances; the sizes so reached, from scratch;
+the same with random and with the smallest states kept; the full model truncated after training; Hankel nuclear-norm
 regularisation, truncated after training.
 """
 
@@ -41,7 +41,7 @@ OBSERVATIONS = 50  # of the singular values, in each run that is reduced
 
 @dataclass(frozen=True)
 class Study:
-    """Data, model and training of one study; every run of it differs in arm and seed only."""
+    """A study holds data, model and training; its runs differ in arm and seed only."""
 
     load: Callable[[], image_sequences.Splits]
     model: dict
@@ -57,7 +57,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
     def carry_out(self, seeds: list[int], root: Path, jobs: int) -> None:
-        """All runs that there are no results of."""
+        """Carry out all runs that have no results yet."""
         self.load()  # missing data is noticed before anything runs
         results = carry_out_all(self, first_runs(self, seeds), root, jobs)
         carry_out_all(self, second_runs(self, seeds, results), root, jobs)
@@ -67,14 +67,14 @@ class Study:
         return (truncate if run.trained else train)(self, run, folder)
 
     def settings(self, run: "Run") -> dict:
-        """All that a result depends on."""
+        """Return all that a result depends on."""
         content = asdict(self) | {"load": self.load.__name__, "run": asdict(run)}
         for comparison in ("tolerances", "nuclear_norm_weights", "save_steps", "seeds"):
             del content[comparison]
         return content
 
     def line(self, result: dict) -> str:
-        """What came out of a run."""
+        """Say in a line what came out of a run."""
         return f"accuracy {result['accuracy']:.1%} at N = {statistics.mean(result['state_sizes']):g}"
 
     def report(self, root: Path, results: list[dict]) -> None:
@@ -130,14 +130,14 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, or the truncation of a trained model.
+    """A run is one training, or the truncation of a trained model.
 
     Attributes:
         arm: its row in the table.
         state_sizes: sizes to build; the study's own where None.
         tolerance, target, selection: how the state is reduced, if it is.
-        nuclear_norm_weight: of the regulariser, per nat of loss.
-        trained: name of the run whose model is truncated.
+        nuclear_norm_weight: the weight of the regulariser, per nat of loss.
+        trained: the name of the run whose model is truncated.
     """
 
     arm: str
@@ -151,12 +151,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """Return the name of its files."""
         return name_of(self.arm, self.seed)
 
 
 class StudyTrainer(Trainer):
-    """Trainer with a learning rate of its own for the recurrences, no weight decay on them, and the regulariser."""
+    """This Trainer gives the recurrences their own learning rate and no weight decay, and has the regulariser."""
 
     def __init__(self, study: Study, nuclear_norm_weight: float, **options):
         self.study, self.nuclear_norm_weight = study, nuclear_norm_weight
@@ -179,12 +179,12 @@ class StudyTrainer(Trainer):
 
 
 def nuclear_norm(model: nn.Module) -> torch.Tensor:
-    """Σσ over all layers."""
+    """Return Σσ over all layers."""
     return sum(hankel_nuclear_norm(*mixer.system()) for mixer in state_layers(model).values())
 
 
 def train(study: Study, run: Run, folder: Path) -> dict:
-    """Train, test, save the model; what came out, as JSON types."""
+    """Train, test and save the model, and return what came out, as JSON types."""
     train_set, test_set = study.load()
     set_seed(run.seed)
     sizes = list(run.state_sizes) if run.state_sizes else study.model["state_size"]
@@ -233,7 +233,7 @@ def train(study: Study, run: Run, folder: Path) -> dict:
 
 
 def reduction_in_training(study: Study, run: Run) -> CompreSSMCallback | None:
-    """The paper's schedule: four attempts in the first tenth of the steps. Singular values are watched all along."""
+    """Return a callback with the paper's four attempts in the first tenth, which watches singular values all along."""
     if run.tolerance is None and run.target is None:
         return None
     config = CompreSSMConfig(
@@ -252,7 +252,7 @@ def truncate(study: Study, run: Run, folder: Path) -> dict:
 
 @torch.no_grad()
 def tested(model: nn.Module, test_set: image_sequences.ImageSequences) -> dict:
-    """Accuracy on the whole test set, and the sizes."""
+    """Return the accuracy on the whole test set, and the sizes."""
     model.eval()
     right = 0
     for part in torch.arange(len(test_set)).split(250):
@@ -262,7 +262,7 @@ def tested(model: nn.Module, test_set: image_sequences.ImageSequences) -> dict:
 
 
 def first_runs(study: Study, seeds: list[int]) -> list[Run]:
-    """The runs that depend on no other."""
+    """Return the runs that depend on no other."""
     runs = []
     for seed in seeds:
         runs.append(Run("full", seed))
@@ -272,7 +272,7 @@ def first_runs(study: Study, seeds: list[int]) -> list[Run]:
 
 
 def second_runs(study: Study, seeds: list[int], results: dict[str, dict]) -> list[Run]:
-    """The comparisons at the sizes that the reduced runs arrived at, averaged over the seeds.
+    """Return the comparisons at the sizes that the reduced runs arrived at, averaged over the seeds.
 
     From scratch each layer gets its size; what is truncated, and the random and smallest states, get the mean of all
     layers in each.
@@ -304,12 +304,12 @@ def second_runs(study: Study, seeds: list[int], results: dict[str, dict]) -> lis
 
 
 def middle(tolerances: tuple[float, ...]) -> float:
-    """The tolerance at which the ablations are made."""
+    """Return the tolerance at which the ablations are made."""
     return tolerances[len(tolerances) // 2]
 
 
 def summarise(results: list[dict]) -> list[dict]:
-    """A row for each arm: sizes, accuracies and times over the seeds, in order of size."""
+    """Return a row for each arm: sizes, accuracies and times over the seeds, in order of size."""
     arms = by_arm(sorted(results, key=lambda result: result["seed"]))
     rows = [
         {
@@ -324,7 +324,7 @@ def summarise(results: list[dict]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown; times are those of whole runs, several at once on one machine, so only indications."""
+    """Return the rows in Markdown; times are of whole runs, several at once on one machine, so only indications."""
     full = next((row["seconds"] for row in rows if row["arm"] == "full"), None)
     lines = ["| arm | N | accuracy, % | seeds | training time |", "|---|---|---|---|---|"]
     for row in rows:
@@ -339,7 +339,7 @@ def table(rows: list[dict]) -> str:
 
 
 def series(rows: list[dict]) -> list[dict]:
-    """Rows with the arm's family for a name, so that a figure can join its sizes."""
+    """Return rows with the arm's family for a name, so that a figure can join its sizes."""
     return [row | {"arm": row["arm"].split(", τ")[0].split(", as τ")[0].split(", truncated as τ")[0]} for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""One training run of a Mamba in a study: what is cut or grown when, what is measured meanwhile, how long it takes."""
+"""This module trains a Mamba in a study: what is cut or grown when, what is measured, how long it takes."""
 
 import time
 from collections import defaultdict
@@ -34,14 +34,14 @@ AFRESH = ("decay rates", "maps", "moments")  # A_log; rows of B and C; all that 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run is trained, in numbers and names only.
+    """A recipe says how a run is trained, in numbers and names only.
 
     Attributes:
-        reduction, schedule: options of CompreSSMConfig and CompreSSMSchedule, or nothing is cut.
-        grown: (moment, size) at which the states are made more again: a fraction of the run, or `WHEN_FLAT`, which
-            doubles them whenever the scores of all layers are, until there are as many.
-        afresh: what starts anew after the cut, to find out what it suffers from: of `AFRESH`.
-        cycles: of the learning rate: with two it starts again from its peak in the middle of what follows the warm-up.
+        reduction, schedule: options of CompreSSMConfig and CompreSSMSchedule; without them nothing is cut.
+        grown: (moment, size); the moment at which states are added is a fraction of the run, or `WHEN_FLAT`, which
+            doubles them whenever the scores of all layers are flat, until there are `size`.
+        afresh: names of `AFRESH` that start anew after the cut, to find out what it suffers from.
+        cycles: cycles of the learning rate: with two it starts again from its peak in the middle after the warm-up.
     """
 
     state_size: int
@@ -55,7 +55,7 @@ class Recipe:
 
 
 class StudyTrainer(Trainer):
-    """Trainer without weight decay on the state space parameters."""
+    """This Trainer applies no weight decay to the state space parameters."""
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         groups = parameter_groups(self.model, self.args.weight_decay)
@@ -64,7 +64,7 @@ class StudyTrainer(Trainer):
 
 
 class Stopwatch(TrainerCallback):
-    """Times training steps by state size, whatever callbacks do left out. Comes before those that cut."""
+    """It times training steps by state size, without what callbacks do, and so precedes those that cut."""
 
     def __init__(self):
         self.steps: dict[int, list[float]] = defaultdict(list)
@@ -81,16 +81,16 @@ class Stopwatch(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Of all steps, each as long as the median one at its size."""
+        """Return the seconds of all steps, each as long as the median one at its size."""
         return sum(len(self.steps[size]) * seconds for size, seconds in self.seconds_per_step.items())
 
 
 class Observer(TrainerCallback):
-    """Measures, after every tenth of the run, what the model can do and how its states rank. Comes after the cuts.
+    """It measures, after every tenth of the run and after the cuts, what the model can do and how its states rank.
 
     Args:
         measure: model → numbers by name.
-        batches: on which states are ranked, always the same.
+        batches: the batches on which states are ranked, always the same.
     """
 
     def __init__(self, measure, batches: list[dict]):
@@ -115,11 +115,11 @@ class Observer(TrainerCallback):
 
 
 class Regrowth(TrainerCallback):
-    """Gives every layer more states, which can learn, as `Recipe.grown` says. Comes after the cuts.
+    """It gives every layer more states, which can learn, as `Recipe.grown` says, after the cuts.
 
     Args:
-        batches: on which scores are measured.
-        schedule: of the cuts, before whose end nothing is grown.
+        batches: the batches on which scores are measured.
+        schedule: the schedule of the cuts, before whose end nothing is grown.
     """
 
     def __init__(self, grown: tuple[float | str, int], batches: list[dict], schedule: dict, seed: int):
@@ -135,7 +135,7 @@ class Regrowth(TrainerCallback):
             self.growths.append({"step": state.global_step, "state_size": target})
 
     def is_due(self, state, model) -> bool:
-        """Whether this is the moment; flatness is measured 20 times a run at most."""
+        """Say whether this is the moment; flatness is measured 20 times a run at most."""
         if self.moment != WHEN_FLAT:
             return state.global_step == round(self.moment * state.max_steps)
         is_time = state.global_step % max(1, state.max_steps // (2 * OBSERVATIONS)) == 0
@@ -143,19 +143,19 @@ class Regrowth(TrainerCallback):
         return is_time and is_after and self.is_flat(model)
 
     def is_flat(self, model) -> bool:
-        """Whether no layer has states to spare: exp of the entropy of its scores comes near their number."""
+        """Say whether no layer has states to spare: exp of the entropy of its scores comes near their number."""
         config = CompreSSMConfig(tolerance=0.5, calibration_batches=len(self.batches))
         scores = self.monitor.observe(state_layers(model), self.batches, config, 0, draws=1).scores
         return all(effective_number(layer) >= FLAT * len(layer) for layer in scores)
 
 
 def effective_number(scores: torch.Tensor) -> float:
-    """How many equal ones would have the entropy of these; between 1 and (N,)."""
+    """Return how many equal scores would have the entropy of these, (N,): between 1 and N."""
     return float(torch.distributions.Categorical(scores.double()).entropy().exp())
 
 
 class Afresh(TrainerCallback):
-    """Starts parts anew, as a model of the small size would, after every cut. Comes after the cuts."""
+    """It starts parts anew after every cut, as a model of the small size would."""
 
     def __init__(self, parts: tuple[str, ...], seed: int):
         self.parts, self.generator, self.size = parts, torch.Generator().manual_seed(seed), None
@@ -183,7 +183,7 @@ class Afresh(TrainerCallback):
 def trained(
     recipe: Recipe, training: dict, model: MambaForCausalLM, data: Sequences, measure, seed: int, folder: Path
 ) -> dict:
-    """Train the model as the recipe says; what came out, as JSON types.
+    """Train the model as the recipe says, and return what came out, as JSON types.
 
     Args:
         training: options of TrainingArguments, the same for all runs of a study.
@@ -232,18 +232,18 @@ def trained(
 
 
 def build(recipe: Recipe, architecture: dict) -> MambaForCausalLM:
-    """The model at the start of a run."""
+    """Return the model at the start of a run."""
     return MambaForCausalLM(MambaConfig(**architecture, state_size=recipe.state_size))
 
 
 def schedule_of(recipe: Recipe) -> CompreSSMSchedule:
-    """Singular values are measured by the observer; the trigger "settled" measures for itself, 40 times a run."""
+    """Return the schedule; the observer measures, but the trigger "settled" does so for itself, 40 times a run."""
     waits = {"monitor_steps": max(1, recipe.steps // 40)} if recipe.schedule.get("trigger") == "settled" else {}
     return CompreSSMSchedule(**recipe.schedule, **waits)
 
 
 def arguments_of(recipe: Recipe, training: dict, seed: int, folder: Path) -> TrainingArguments:
-    """Warm-up over a twentieth of the steps, then a cosine to zero, whatever their number, or several."""
+    """Return arguments with a warm-up over a twentieth of the steps, then a cosine to zero, or several."""
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=recipe.steps,

@@ -200,10 +200,10 @@ BAD = {
     "not-a-name": (["a/b/c"], "a/b/c is neither a folder nor"),
     "not-a-model": (["{models}"], "config.json"),
     "no-text": (["{models}/whole", "--text", "{tmp}/none.txt"], "none.txt is not a file"),
-    "text-is-a-folder": (["{models}/whole", "--text", "{models}"], "allowed are .txt, .json, .jsonl, .parquet files"),
+    "text-is-a-folder": (["{models}/whole", "--text", "{models}"], "allowed: .txt, .json, .jsonl, .parquet files"),
     "text-of-another-kind": (
         ["{models}/whole", "--text", "{models}/whole/model.safetensors"],
-        "allowed are .txt, .json",
+        "allowed: .txt, .json",
     ),
     "text-without-the-column": (["{models}/whole", "--text", "{other}/other.jsonl"], "has no column 'text'; it has"),
     "text-that-is-empty": (["{models}/whole", "--text", "{other}/empty.txt"], "empty.txt"),

@@ -47,7 +47,7 @@ def test_the_default_unit_is_the_same(models, tmp_path):
 def test_too_few_texts_to_set_some_aside_are_refused(tmp_path):
     file = tmp_path / "lines.txt"
     file.write_text("one\ntwo\nthree\n")
-    with pytest.raises(ValueError, match=r"hold 1 texts, validation_examples = 2 .* --text_unit line"):
+    with pytest.raises(ValueError, match=r"hold 1 texts, and validation_examples = 2 .* --text_unit line"):
         pretrain.load_text(pretrain.DataArguments(train_file=str(file), validation_examples=2), seed=0)
     parts = pretrain.load_text(
         pretrain.DataArguments(train_file=str(file), validation_examples=2, text_unit="line"), seed=0
@@ -57,7 +57,7 @@ def test_too_few_texts_to_set_some_aside_are_refused(tmp_path):
 
 def test_a_run_that_took_no_step_says_so():
     throughput = pretrain.ThroughputCallback(1024)
-    assert str(throughput) == "  none was taken: the run was at its end already"
+    assert str(throughput) == "  no step was taken, since the run was at its end already"
     logs, state = {"loss": 1.0}, SimpleNamespace(log_history=[{}])
     throughput.on_log(None, state, None, logs=logs)
     assert logs == {"loss": 1.0} and throughput.rates() == {}
