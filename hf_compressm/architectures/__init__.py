@@ -1,4 +1,4 @@
-"""What the library knows of each architecture: a file for each, which declares its family."""
+"""Each architecture has one file or folder here, which declares its family: all that the library knows of it."""
 
 from .layers import StateLayers, state_layers, state_sizes
 from .registry import family_of, register

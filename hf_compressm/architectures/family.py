@@ -1,7 +1,11 @@
-"""What one architecture declares of its state: where it lies, what is true of it, and what the library asks of it.
+"""A family declares of one architecture where its states lie and what is true of them, and answers what is asked.
 
-A family is one object of a class in a file of its own; `registry.py` knows all of them. The mathematics lies in
-`theory`, the scans in `kernels`: a family connects them with the modules of a Transformers model.
+A family is one object of a class that has a file of its own; `registry.py` knows all of them. The mathematics lies in
+`theory` and the scans lie in `kernels`: a family connects them with the modules of a Transformers model. The check
+list for a new family is docs/adding-an-architecture.md.
+
+A *mixer* is the module of a layer that owns the state, and N is the number of its states. A *path* is the name of a
+parameter within the mixer, such as `x_proj.weight`.
 """
 
 import math
@@ -17,19 +21,20 @@ from ..engines import full_tensor
 from ..theory.plan import PlanEntry, Projection, Selection
 from ..theory.selective import LayerInputs, StateMaps, complement
 
-# An observer runs a scan in the place of the model: of its arguments (u, time_step, A, B, C, D, gate, time_step_bias,
-# softplus) it makes (y, last_state).
+# An observer runs a scan in the place of the model. It takes the scan's arguments by position, (u, time_step, A, B, C,
+# D, gate, time_step_bias, softplus), where D, gate and time_step_bias may be None, and returns (y, last_state).
 Observer = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Block(NamedTuple):
-    """Entries that lie side by side on the state axis of a tensor.
+    """A block is a run of entries that lie side by side on the state axis of a tensor.
 
     Attributes:
-        name: says what they are. Of a block without entries per state it is the attribute of the mixer that holds the
-            block's length.
-        per_state: how many entries there are for each state: a number, 0 for none, or the attribute of the mixer that
-            holds the number (its groups; the states of one group then lie side by side).
+        name: what the entries are, such as "B"; for a block with `per_state` 0, the attribute of the mixer that holds
+            the block's length.
+        per_state: the number of entries for each state: a number, which is 0 for entries that belong to no state, or
+            the attribute of the mixer that holds the number (its groups). The entries of all states of one group lie
+            side by side, and the groups follow each other.
     """
 
     name: str
@@ -37,27 +42,35 @@ class Block(NamedTuple):
 
 
 class StateTensor(NamedTuple):
-    """A parameter of the mixer with a state axis: the axis, and the blocks that lie along it, in order."""
+    """A state tensor is a parameter of the mixer that has a state axis.
+
+    Attributes:
+        axis: the state axis.
+        blocks: the blocks along that axis, in order; by default, one entry for each state and nothing else.
+    """
 
     axis: int
     blocks: tuple[Block, ...] = (Block("state"),)
 
 
 class Family(ABC):
-    """What every family declares.
+    """A family declares one architecture; this class holds what all families have in common.
+
+    The library calls its methods with the modules of an unwrapped Transformers model. A parameter may be sharded over
+    processes, so a method that needs all of one takes `full_tensor` of it.
 
     Attributes:
-        model_types: `config.model_type` of its models.
-        mixer_class: name of the module that owns the state; it has a `layer_idx` and a `config`.
+        model_types: the `config.model_type` of its models.
+        mixer_class: the class name of the mixers; a mixer has its layer's index as `layer_idx`.
         size_attribute: the attribute of the mixer that holds N.
         size_field: the field of the config that holds N.
-        tensors: path of each parameter within the mixer that has a state axis → where its states lie.
-        needs_data: whether the states are ranked by what they do on data, rather than by the weights alone.
-        is_language_model: whether its models have a language modelling head, and so a model card.
-        can_refit: whether kept states can be fitted to what the uncut layer did.
-        can_allocate_globally: whether losses can tell which layer needs its states most.
+        tensors: path of each parameter that has a state axis → where the states lie in it.
+        needs_data: True where states are ranked by what they do on data, False where by the weights alone.
+        is_language_model: True where its models have a language modelling head, and so a model card.
+        can_refit: True where kept states can be fitted to what the uncut layer did.
+        can_allocate_globally: True where losses can tell which layer needs its states most.
         title: what the card calls a model of the family.
-        limits: what the card says of the reduction's limits.
+        limits: what the card says of the limits of a reduction; only language models need it.
     """
 
     model_types: tuple[str, ...]
@@ -72,29 +85,33 @@ class Family(ABC):
     title: str
     limits: str
 
-    # Where states lie
+    # Questions about where states lie
 
     def mixers_in(self, model: nn.Module) -> dict[int, nn.Module]:
-        """Layer index → mixer, ascending, whatever sizes the mixers have."""
+        """Return the mixers of a model by layer index, ascending, whatever sizes they have."""
         names = self.mixer_class, f"FSDP{self.mixer_class}"  # FSDP2 derives a class from that of every module it wraps
         mixers = {module.layer_idx: module for module in model.modules() if type(module).__name__ in names}
         return dict(sorted(mixers.items()))
 
     def state_size(self, mixer: nn.Module) -> int:
-        """N of one layer."""
+        """Return N of one layer."""
         return getattr(mixer, self.size_attribute)
 
     def axis_length(self, mixer: nn.Module, path: str, size: int | None = None) -> int:
-        """The number of entries that a tensor has on its state axis, at N = `size` if that is given."""
+        """Return how many entries a tensor has on its state axis, at N = `size` or else at the mixer's own N."""
         return sum(self._block_length(mixer, block, size) for block in self.tensors[path].blocks)
 
     def size_at(self, mixer: nn.Module, path: str, length: int) -> int:
-        """The N at which a tensor has `length` entries on its state axis."""
+        """Return the N at which a tensor has `length` entries on its state axis: the inverse of `axis_length`."""
         fixed = self.axis_length(mixer, path, 0)
         return (length - fixed) // (self.axis_length(mixer, path, 1) - fixed)
 
     def block_slice(self, mixer: nn.Module, path: str, name: str, size: int | None = None) -> slice:
-        """The entries of a block on the state axis of its tensor, at N = `size` if that is given."""
+        """Return where a block lies on the state axis of its tensor, at N = `size` or else at the mixer's own N.
+
+        Raises:
+            KeyError: the tensor has no block of this name.
+        """
         start = 0
         for block in self.tensors[path].blocks:
             length = self._block_length(mixer, block, size)
@@ -104,11 +121,14 @@ class Family(ABC):
         raise KeyError(name)
 
     def source_index(self, mixer: nn.Module, path: str, source: Tensor) -> Tensor:
-        """The positions along a tensor's state axis that a resize takes its entries from, -1 where a state is new.
+        """Return the positions along a tensor's state axis that a resize takes its entries from.
 
         Args:
-            source: for each state after the resize the one it comes from, or -1: (N',) for all groups alike, or
-                (groups, N').
+            source: for each of the N' states after the resize, the state that it comes from, or -1 where it is new:
+                (N',) for all groups alike, or (groups, N').
+
+        Returns:
+            For each entry on the state axis after the resize, its position before, or -1 where its state is new, 1-D.
         """
         positions, start = [], 0
         for block in self.tensors[path].blocks:
@@ -122,9 +142,10 @@ class Family(ABC):
         return torch.cat(positions)
 
     def size_in_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """N of a layer, by the shapes of its state tensors as a checkpoint has them, by path.
+        """Return N of a layer of a checkpoint from the shapes of its state tensors, by path.
 
-        This one reads a tensor whose state axis holds nothing but states; a family without such a tensor has its own.
+        There is no mixer to ask, so this method reads a tensor whose blocks all have a fixed number of entries for
+        each state. A family without such a tensor, or with groups, has to override it.
         """
         path, tensor = next(
             (path, tensor) for path, tensor in self.tensors.items() if all(block.per_state for block in tensor.blocks)
@@ -132,16 +153,16 @@ class Family(ABC):
         return shapes[path][tensor.axis] // sum(block.per_state for block in tensor.blocks)
 
     def layers_of_config(self, config: Mapping) -> list[int]:
-        """The indices of the layers that have a state, by the content of a `config.json`; here all of them."""
+        """Return the indices of the layers that have a state, from the content of a `config.json`; here, of all."""
         return list(range(config["num_hidden_layers"]))
 
-    # What a model says of its sizes
+    # Checks and records of a model's sizes
 
     def check_mixer(self, mixer: nn.Module, index: int) -> None:
         """Refuse a mixer whose tensors are not as the family declares them.
 
         Raises:
-            ValueError: a tensor does not have the size that the mixer claims.
+            ValueError: a tensor does not have the size that the mixer states.
         """
         for path, tensor in self.tensors.items():
             given, expected = mixer.get_parameter(path).shape[tensor.axis], self.axis_length(mixer, path)
@@ -153,13 +174,14 @@ class Family(ABC):
 
     @abstractmethod
     def is_per_layer(self, model: nn.Module) -> bool:
-        """Whether a reduction of this model gives each layer a size of its own, unless it is told otherwise."""
+        """Return whether a reduction of this model gives each layer a size of its own, unless it is told otherwise."""
 
     def check_per_layer(self, model: nn.Module) -> None:
-        """Refuse layers with sizes of their own in a model that could not be saved with them.
+        """Refuse to give layers sizes of their own in a model that could not be saved with them.
 
         Raises:
-            ValueError: the class of the model knows one size only; so do all, unless their family says otherwise.
+            ValueError: the model knows one size for all layers. Here that holds for every model; a family whose models
+                can do better overrides this method.
         """
         raise ValueError(
             f"layers of a {type(model).__name__} would have state sizes of their own; it knows one for all. Set "
@@ -167,54 +189,80 @@ class Family(ABC):
         )
 
     def record_in_mixer(self, mixer: nn.Module, size: int) -> None:
-        """Make true again what a mixer says of its size, after its tensors were resized."""
+        """Update what a mixer states of its size, after its tensors were resized to N = `size`."""
         setattr(mixer, self.size_attribute, size)
 
     @abstractmethod
     def record_in_model(self, model: nn.Module, sizes: dict[int, int]) -> None:
-        """Make true again what the config and the class of a model say of the sizes of all its layers."""
+        """Update what the config and the class of a model state of its sizes, after its mixers were updated.
 
-    # What is done to the tensors of a layer
+        Args:
+            sizes: N of every layer that has a state, by layer index.
+        """
+
+    # Changes of a layer's tensors
 
     @abstractmethod
     def reduce(self, entry: PlanEntry, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        """Finish, in place, the tensors `new` of the kept states, by path, as an entry of a plan says.
+        """Finish, in place, the tensors of a layer after a cut; called only for layers that the plan changes.
 
         Args:
-            old: the layer's tensors before the cut, whole, by path.
+            entry: what the plan says of this layer.
+            mixer: the mixer, still at its old size.
+            old: the whole state tensors before the cut, by path.
+            new: the same of the kept states alone, gathered from `old`; they become the layer's parameters.
         """
 
     @abstractmethod
     def masked(self, mixer: nn.Module, entry: PlanEntry) -> dict[str, Tensor]:
-        """The tensors, by path, with which a layer at its full size computes what it will after the cut.
+        """Return the tensors with which an uncut layer computes what it will compute after the cut.
 
-        Every process has to ask, since a process may hold a part of each tensor.
+        Losses are measured with these tensors in the place of the layer's own, before anything is changed. Every
+        process has to call this method, since each may hold only a part of a tensor.
+
+        Returns:
+            The whole tensors by path; those that stay as they are may be left out.
         """
 
     def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
-        """Fill, in place, the entries of states that are new in a layer that grows to `size` states.
+        """Fill, in place, the entries of the states that are new in a layer that grows to `size` states.
+
+        The new states must leave the output of the layer as it is, and be able to learn.
+
+        Args:
+            mixer: the mixer, still at its old size.
+            new: the whole state tensors at the new size, by path; entries of new states are zero.
+            size: N after the growth.
+            generator: a `torch.Generator` for what is drawn, or None.
 
         Raises:
-            ValueError: layers of this family cannot grow.
+            ValueError: layers of this family cannot grow, as here.
         """
         raise ValueError(f"The states of a {self.title} cannot grow; use pad_state.")
 
     def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
-        """The parameters of a mixer that weight decay would ruin."""
+        """Yield the parameters of a mixer that must not be decayed; here there are none."""
         return iter(())
 
     def slow_scan(self, device_type: str) -> str | None:
-        """What to tell who trains a model with a scan that is slower than need be; None where it is not."""
+        """Return a warning for a user whose model would train with a needlessly slow scan, or None.
+
+        Args:
+            device_type: where the model is, such as "cpu" or "cuda".
+        """
         return None
 
-    # What a card says
+    # Numbers for the model card
 
     @abstractmethod
     def values_per_state(self, config: Mapping) -> int:
-        """How many numbers a sequence carries for each state of a layer, by the content of a `config.json`."""
+        """Return how many numbers a sequence carries for each state of a layer, by the content of a `config.json`."""
 
     def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """How many parameters each state of a layer has, by the shapes of its state tensors, by path."""
+        """Return how many parameters each state of a layer has, from the shapes of its state tensors, by path.
+
+        As in `size_in_weights`, there is no mixer to ask: a family with groups has to override this method.
+        """
         return sum(
             sum(block.per_state for block in tensor.blocks) * math.prod(shapes[path]) // shapes[path][tensor.axis]
             for path, tensor in self.tensors.items()
@@ -231,7 +279,10 @@ class Family(ABC):
 
 
 class SelectiveFamily(Family):
-    """Layers whose maps depend on their input: Mamba-1 and its kin. States are kept or dropped as they are.
+    """A selective family has layers whose maps depend on their input: Mamba-1 and its kin.
+
+    A cut keeps some states of each layer as they are and drops the others. Each forward pass of a mixer runs one scan
+    over its D channels, with one B and one C for all of them (arXiv 2312.00752, algorithm 2).
 
     Attributes:
         decay: path of the parameter that holds log(-A), (D, N).
@@ -247,29 +298,41 @@ class SelectiveFamily(Family):
 
     @abstractmethod
     def maps(self, tensors: Mapping[str, Tensor], mixer: nn.Module, size: int | None = None) -> StateMaps:
-        """Views of the maps in a layer's tensors, by path, which have `size` states if not the mixer's own number."""
+        """Return the maps of a layer, as views into its tensors, so that a change of a map changes the tensor.
+
+        Args:
+            tensors: the whole state tensors, by path, or other tensors of the same shapes, such as gradients.
+            size: the number of states that the tensors have, where it is not the mixer's own N.
+
+        Returns:
+            The rows that make B and those that make C, (N, D) each, and log(-A), (D, N).
+        """
 
     @abstractmethod
     def observed_scan(self, observer: Observer) -> AbstractContextManager[None]:
-        """A block in which the observer runs every scan of a model of the family in eval mode."""
+        """Return a context manager within which the observer runs every scan of the family's models in eval mode."""
 
     @abstractmethod
     def layer_output(self, mixer: nn.Module) -> Callable[[StateMaps, LayerInputs], Tensor]:
-        """What a layer adds to the residual stream, (batch, hidden, L), as a function of its maps and inputs.
+        """Return a function that computes what a layer adds to the residual stream from its maps and its inputs.
 
-        It is differentiable in the maps. Every process has to ask for it.
+        A refit fits the output of this function, so what no cut changes (a skip connection, a bias) may be left out.
+        Every process has to call this method, since each may hold only a part of a tensor.
+
+        Returns:
+            (maps, inputs) → (batch, hidden, L), differentiable in the maps.
         """
 
     def reduce(self, entry: Selection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        """Give the kept states the maps by which they make up for the dropped ones."""
+        """Give the kept states, in place, the maps by which they make up for the dropped ones."""
         kept = self.maps(new, mixer, len(entry.kept_states))
         for target, value in zip(kept, entry.maps_after_cut(self.maps(old, mixer)), strict=True):
             target.copy_(value)
 
     def masked(self, mixer: nn.Module, entry: Selection) -> dict[str, Tensor]:
-        """Rows of B and C that make dropped states are zero, the kept ones are as the cut leaves them.
+        """Return the tensors with zero rows of B and C for dropped states, and the maps after the cut for kept ones.
 
-        Decay rates change by a refit only; a tensor that does not change is left out.
+        Only a refit changes decay rates; a tensor that does not change is left out.
         """
         tensors = {path: full_tensor(mixer.get_parameter(path).detach()) for path in self.tensors}
         changed = {path: tensor.clone() for path, tensor in tensors.items()}
@@ -284,25 +347,34 @@ class SelectiveFamily(Family):
 
 
 class TimeInvariantFamily(Family):
-    """Diagonal time-invariant layers: balanced truncation replaces their system by a smaller one."""
+    """A time-invariant family has diagonal layers, whose system balanced truncation replaces by a smaller one.
+
+    The cut layer has new coordinates, so its gradients and its optimizer state start afresh.
+    """
 
     needs_data = False
     is_language_model = False
 
     @abstractmethod
     def system(self, mixer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """(λ, B, C) of a layer, complex128: (N,), (N, H_in) and (H_out, N). All parameters are whole."""
+        """Return the system of a layer, h_k = λ h_{k-1} + B u_k, y_k = C h_k, or one whose real part the layer gives.
+
+        The parameters of the mixer are whole tensors during this call.
+
+        Returns:
+            λ, (N,), B, (N, H_in), and C, (H_out, N), complex128.
+        """
 
     @abstractmethod
     def tensors_of(self, mixer: nn.Module, eigenvalues: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
-        """The state tensors, float64, by path, of a layer that has this system: the inverse of `system`."""
+        """Return the state tensors, float64, by path, of a layer that has this system: the inverse of `system`."""
 
     def reduce(self, entry: PlanEntry, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        """Put the tensors of the smaller system in place."""
+        """Copy the tensors of the smaller system into `new`."""
         for path in entry.tensors:
             new[path].copy_(entry.tensors[path])
 
     def masked(self, mixer: nn.Module, entry: Projection) -> dict[str, Tensor]:
-        """The tensors of the smaller system, which compute at their own size."""
+        """Return the tensors of the smaller system: a layer computes at the size of the tensors that it is given."""
         parameters = {path: mixer.get_parameter(path) for path in entry.tensors}
         return {path: entry.tensors[path].to(old.device, old.dtype) for path, old in parameters.items()}

@@ -1,4 +1,4 @@
-"""The layers of one model that have a state: found and checked once, and handed down from there."""
+"""The layers of a model that have a state are found and checked once, and handed down from there."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,17 +9,17 @@ from .registry import family_of
 
 
 class StateLayers(Mapping[int, nn.Module]):
-    """The mixers of an unwrapped model by layer index, and what its family says of them.
+    """The mapping holds the mixers of an unwrapped model by layer index, with the model and its family.
 
-    Layers without a state are absent, so that indices may have gaps. It stays true through a resize: mixers stay the
-    same modules, and sizes are read from them.
+    Layers without a state are absent, so that indices may have gaps. The mapping stays true through a resize: mixers
+    stay the same modules, and sizes are read from them.
 
     Attributes:
         model: the unwrapped Transformers model.
-        family: what its architecture declares.
+        family: the family of its architecture.
 
     Raises:
-        ValueError: an architecture that is refused or unknown.
+        ValueError: the architecture is refused or unknown.
     """
 
     def __init__(self, model: nn.Module):
@@ -39,28 +39,28 @@ class StateLayers(Mapping[int, nn.Module]):
 
     @property
     def sizes(self) -> dict[int, int]:
-        """Layer index → N."""
+        """Return N of each layer by layer index."""
         return {index: self.family.state_size(mixer) for index, mixer in self.items()}
 
     def parameters(self, index: int) -> dict[str, nn.Parameter]:
-        """The parameters of a layer with a state axis, by their paths within the mixer."""
+        """Return the parameters of a layer that have a state axis, by their paths within the mixer."""
         return {path: self[index].get_parameter(path) for path in self.family.tensors}
 
     def whole_tensors(self, index: int) -> dict[str, Tensor]:
-        """The same as whole tensors; every process has to ask."""
+        """Return the same parameters as whole tensors; every process has to call this method."""
         return {path: full_tensor(parameter.detach()) for path, parameter in self.parameters(index).items()}
 
     def parameter_name(self, index: int, path: str) -> str:
-        """The name in the whole model of a parameter of a layer."""
+        """Return the name that a parameter of a layer has in the whole model."""
         return f"{self._names[index]}.{path}"
 
 
 def state_layers(model: nn.Module) -> StateLayers:
-    """The layers of an unwrapped model that have a state, checked.
+    """Find and check the layers of an unwrapped model that have a state.
 
     Raises:
-        ValueError: an architecture that is refused or unknown, no layer has a state, or a mixer's tensors are not as
-            its family declares them.
+        ValueError: the architecture is refused or unknown, no layer has a state, or a mixer's tensors are not as its
+            family declares them.
     """
     layers = StateLayers(model)
     if not layers:
@@ -71,5 +71,5 @@ def state_layers(model: nn.Module) -> StateLayers:
 
 
 def state_sizes(model: nn.Module) -> dict[int, int]:
-    """N of each layer of an unwrapped model that has a state, by layer index."""
+    """Return N of each layer of an unwrapped model that has a state, by layer index."""
     return state_layers(model).sizes

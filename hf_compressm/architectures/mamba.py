@@ -1,7 +1,7 @@
-"""What the library knows of Mamba-1, with one state size for all layers or one for each.
+"""The family of Mamba-1 serves models with one state size for all layers, or with one for each.
 
-A Mamba is a plain `MambaForCausalLM`, which every tool loads, while all its layers have one size, and a
-`CompreSSMMambaForCausalLM` otherwise. It changes its class in place, so that engines and optimizers keep their model.
+While all its layers have one size, a Mamba is a plain `MambaForCausalLM`, which every tool loads; otherwise it is a
+`CompreSSMMambaForCausalLM`. It changes its class in place, so that engines and optimizers keep their model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ PLAIN_CLASSES = {per_layer: plain for plain, per_layer in PER_LAYER_CLASSES.item
 
 
 class MambaFamily(SelectiveFamily):
-    """Mamba (arXiv 2312.00752): B and C are linear in the layer's input, and A differs between channels."""
+    """In a Mamba (arXiv 2312.00752) B and C are linear in the layer's input, and A differs between channels."""
 
     model_types = ("mamba", "compressm_mamba")
     mixer_class = "MambaMixer"
@@ -44,7 +44,11 @@ class MambaFamily(SelectiveFamily):
     )
 
     def check_mixer(self, mixer: nn.Module, index: int) -> None:
-        """The projection that makes B and C has to be a plain linear layer, too."""
+        """Refuse what the base class refuses, and an `x_proj` that is no plain linear layer.
+
+        Raises:
+            ValueError: `x_proj` is of another class, or a tensor does not have the size that the mixer states.
+        """
         projection = mixer.x_proj
         if type(projection) is not nn.Linear and type(projection).__name__ != "FSDPLinear":
             raise ValueError(
@@ -54,11 +58,15 @@ class MambaFamily(SelectiveFamily):
         super().check_mixer(mixer, index)
 
     def is_per_layer(self, model: nn.Module) -> bool:
-        """A model whose layers differ already goes on so; any other stays one that every tool loads."""
+        """Return True for a model whose layers differ already; any other stays one that every tool loads."""
         return isinstance(model.config, CompreSSMMambaConfig)
 
     def check_per_layer(self, model: nn.Module) -> None:
-        """A class of the user's own, derived from Mamba's, could not change into the class with sizes of its own."""
+        """Refuse a class that the user derived from Mamba's, since it has no counterpart with a size for each layer.
+
+        Raises:
+            ValueError: the model is of such a class.
+        """
         own = original_class(model)
         if not self.is_per_layer(model) and own not in PER_LAYER_CLASSES:
             raise ValueError(
@@ -67,12 +75,12 @@ class MambaFamily(SelectiveFamily):
             )
 
     def record_in_mixer(self, mixer: nn.Module, size: int) -> None:
-        """The projection says how many outputs it has, too."""
+        """Update N in the mixer, and the number of outputs that its projection states."""
         super().record_in_mixer(mixer, size)
         mixer.x_proj.out_features = mixer.x_proj.weight.shape[0]
 
     def record_in_model(self, model: nn.Module, sizes: dict[int, int]) -> None:
-        """The class goes with the sizes; blocks and mixers see the config of their own layer."""
+        """Update the class and the config of a model, and give blocks and mixers the config of their own layer."""
         config, is_uniform = model.config, len(set(sizes.values())) == 1
         if original_class(model) in PER_LAYER_CLASSES | PLAIN_CLASSES:
             _change_classes(model, is_uniform)
@@ -84,17 +92,17 @@ class MambaFamily(SelectiveFamily):
             block.config = block.mixer.config = config.per_layer_config[block.layer_idx]
 
     def maps(self, tensors: Mapping[str, Tensor], mixer: nn.Module, size: int | None = None) -> StateMaps:
-        """The rows of x_proj that make B and C, and the columns of A_log."""
+        """Return the rows of `x_proj.weight` that make B and C, and `A_log`, as views."""
         projection = tensors["x_proj.weight"]
         B, C = (self.block_slice(mixer, "x_proj.weight", name, size) for name in ("B", "C"))
         return StateMaps(projection[B], projection[C], tensors["A_log"])
 
     def observed_scan(self, observer: Observer) -> AbstractContextManager[None]:
-        """By way of the function that Transformers' layers call."""
+        """Return a context manager that replaces the scan that Transformers' layers call by the observer."""
         return observed_scan(observer)
 
     def layer_output(self, mixer: nn.Module) -> Callable[[StateMaps, LayerInputs], Tensor]:
-        """W_out (silu(z) ⊙ y), y the scan without its skip connection, which no cut changes."""
+        """Return a function that computes W_out (silu(z) ⊙ y), where y is the scan without the skip connection D u."""
         projection = full_tensor(mixer.out_proj.weight.detach())
 
         def output(maps: StateMaps, inputs: LayerInputs) -> Tensor:
@@ -108,18 +116,18 @@ class MambaFamily(SelectiveFamily):
         return output
 
     def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
-        """Rows of B come from the initialiser, rows of C stay zero, decay rates continue their ramp -1, -2, …"""
+        """Draw rows of B as the initialiser does, leave rows of C at zero, and continue the decay rates -1, -2, …"""
         old_size, maps = self.state_size(mixer), self.maps(new, mixer, size)
         rows = maps.B_rows[old_size:]
         rows.copy_(torch.empty(rows.shape).normal_(0, mixer.config.initializer_range, generator=generator))
         maps.A_log[:, old_size:] = torch.arange(old_size + 1, size + 1).log().to(maps.A_log)
 
     def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
-        """Weight decay would pull all decay rates together, and bias the scores with them."""
+        """Yield `A_log`: weight decay would pull all decay rates together, and bias the scores with them."""
         yield mixer.A_log
 
     def slow_scan(self, device_type: str) -> str | None:
-        """Transformers' own loop is quadratic in the sequence length."""
+        """Return a warning where Transformers' own loop would run, which is quadratic in the sequence length."""
         if not reference_loop_would_run(device_type):
             return None
         return (
@@ -128,7 +136,7 @@ class MambaFamily(SelectiveFamily):
         )
 
     def values_per_state(self, config: Mapping) -> int:
-        """One for each channel."""
+        """Return the number of channels: each has one number for each state."""
         return config["intermediate_size"]
 
 

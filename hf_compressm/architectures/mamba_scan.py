@@ -1,8 +1,8 @@
-"""The door between Transformers and the scans, through which statistics see what a scan is given.
+"""These functions put the scans of this package into Transformers' Mamba, and let an observer see a scan's arguments.
 
 Transformers' `modeling_mamba` calls module-level functions: the mamba-ssm and causal-conv1d kernels where those
-packages are installed, else a reference in PyTorch. `install_scan` puts ours in their place. What runs then is decided
-by `dispatch`; CPU tensors never reach a CUDA kernel.
+packages are installed, else a reference in PyTorch. `install_scan` puts ours in their place. Then `kernels.dispatch`
+decides what runs; CPU tensors never reach a CUDA kernel.
 """
 
 import functools
@@ -18,7 +18,8 @@ from ..kernels.dispatch import mamba_ssm_serves, requested_scan, scan_name
 from ..kernels.scan import selective_scan
 from ..private_api import check_private_names
 
-# Runs a scan: of (u, time_step, A, B, C, D, gate, time_step_bias, softplus) to (y, last_state).
+# An observer runs a scan: it takes (u, time_step, A, B, C, D, gate, time_step_bias, softplus) and returns
+# (y, last_state).
 Observer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 _originals: dict[str, Callable] = {}  # what install_scan replaced; empty when it is not installed
@@ -28,7 +29,7 @@ _observer: Observer | None = None
 def install_scan() -> None:
     """Let every `transformers` Mamba model in this process run this package's scan where mamba-ssm does not serve.
 
-    Explicit, global, reversible with `uninstall_scan`; a second call changes nothing.
+    It holds for the whole process until `uninstall_scan` is called; a second call changes nothing.
 
     Raises:
         ValueError: HF_COMPRESSM_SCAN names no scan, or this Transformers lacks functions that are to be replaced.
@@ -50,24 +51,24 @@ def install_scan() -> None:
 
 
 def uninstall_scan() -> None:
-    """Put back what `install_scan` replaced; without it, change nothing."""
+    """Put back what `install_scan` replaced, or change nothing where it was not called."""
     while _originals:
         name, original = _originals.popitem()
         setattr(modeling_mamba, name, original)
 
 
 def scan_is_installed() -> bool:
-    """Whether `install_scan` is in force."""
+    """Return whether `install_scan` is in force."""
     return bool(_originals)
 
 
 def reference_loop_would_run(device_type: str) -> bool:
-    """Whether a Mamba model on this kind of device would train with Transformers' loop, quadratic in L."""
+    """Return whether a Mamba on this kind of device would train with Transformers' loop, quadratic in L."""
     return not scan_is_installed() and not mamba_ssm_serves(device_type)
 
 
 def scan_in_force(device_type: str) -> str:
-    """The scan that a Mamba model on this kind of device runs now, in words."""
+    """Return the name of the scan that a Mamba on this kind of device runs now, as a text for the user."""
     if reference_loop_would_run(device_type):
         return f"Transformers' loop (call install_scan() for '{scan_name(device_type)}')"
     return scan_name(device_type) if scan_is_installed() else "mamba_ssm"
@@ -75,7 +76,7 @@ def scan_in_force(device_type: str) -> str:
 
 @contextmanager
 def scan_installed() -> Iterator[None]:
-    """The scan installed within a `with` block, and as before afterwards."""
+    """Install the scan for a `with` block, and leave it as it was before afterwards."""
     was_installed = scan_is_installed()
     install_scan()
     try:
@@ -87,7 +88,7 @@ def scan_installed() -> Iterator[None]:
 
 @contextmanager
 def observed_scan(observer: Observer) -> Iterator[None]:
-    """Within the block the observer runs every scan of a model in eval mode, and so sees what each is given."""
+    """Let the observer run every scan of a Mamba in eval mode within this block, and so see what each is given."""
     global _observer
     with scan_installed():
         previous, _observer = _observer, observer
@@ -98,7 +99,7 @@ def observed_scan(observer: Observer) -> Iterator[None]:
 
 
 def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **options):
-    """In the place of `modeling_mamba.mamba_selective_scan`, whose signature it has."""
+    """Stand in for `modeling_mamba.mamba_selective_scan`, whose signature it has."""
     if _observer is not None:
         y, last_state = _observer(u, dt, A, B, C, D, z, delta_bias, delta_softplus)
         return (y, last_state) if return_last_state else y
@@ -109,14 +110,14 @@ def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
 
 
 def _fused_block(xz, *args, **kwargs):
-    """In the place of `mamba_inner_fn`: None is how the fused path says 'not me'."""
+    """Stand in for `mamba_inner_fn`, which returns None where the layer has to call the single functions instead."""
     if scan_name(xz.device.type) != "mamba_ssm":
         return None
     return _originals["mamba_inner_fn"](xz, *args, **kwargs)
 
 
 def _state_update(others: Callable) -> Callable:
-    """In the place of `mamba_selective_state_update`, whose signature it has: a step of generation."""
+    """Return what stands in for `mamba_selective_state_update`, a step of generation, and has its signature."""
 
     def update(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **options):
         by_kernel = scan_name(state.device.type, state.dtype) == "cpp" and state.is_contiguous()

@@ -1,4 +1,4 @@
-"""What a model and its `config.json` say of the state sizes of their layers."""
+"""A model and its `config.json` state the size of each layer; these functions write and read what they state."""
 
 from collections.abc import Mapping
 
@@ -6,11 +6,11 @@ from .family import Family
 from .layers import StateLayers
 from .registry import FAMILIES
 
-MAX_LAYERS = 100_000  # more are no model's, but fill the memory with a list of them
+MAX_LAYERS = 100_000  # no model has more; a damaged number would fill the memory with a list of layers
 
 
 def record_state_sizes(layers: StateLayers, sizes: Mapping[int, int]) -> None:
-    """Make everything true again that a model says of its sizes, after its tensors were resized.
+    """Update everything that a model states of its sizes, after its tensors were resized.
 
     Args:
         sizes: N by layer index, for some or all layers.
@@ -21,10 +21,10 @@ def record_state_sizes(layers: StateLayers, sizes: Mapping[int, int]) -> None:
 
 
 def recorded_state_sizes(config: dict) -> dict[int, int]:
-    """N by layer index, of the layers that have a state, from the content of a `config.json`.
+    """Return N of each layer that has a state, by layer index, from the content of a `config.json`.
 
     Raises:
-        ValueError: it says nothing, or nothing sensible, of the sizes.
+        ValueError: the config does not state the sizes, or states impossible ones.
     """
     family = FAMILIES[config["model_type"]]
     count, size = config.get("num_hidden_layers"), config.get(family.size_field)
@@ -41,7 +41,7 @@ def recorded_state_sizes(config: dict) -> dict[int, int]:
 
 
 def _differing_sizes(config: dict, family: Family, layers: list[int]) -> dict[int, object]:
-    """Return N as `per_layer_config` gives it, by index, of those of `layers` that it speaks of."""
+    """Return N by layer index as `per_layer_config` gives it, of those of `layers` that it names."""
     given = config.get("per_layer_config") or {}
     if not isinstance(given, dict):
         raise ValueError(f"per_layer_config = {given!r}; allowed: a table of layers")
@@ -59,6 +59,6 @@ def _differing_sizes(config: dict, family: Family, layers: list[int]) -> dict[in
 
 
 def _indices_text(indices: list[int]) -> str:
-    """Name all of them, or where none is left out the first and the last."""
+    """Return a text that names all indices, or only the first and the last where none between them is left out."""
     is_whole = indices == list(range(len(indices))) and len(indices) > 1
     return f"0 … {indices[-1]}" if is_whole else ", ".join(map(str, indices)) or "none"

@@ -1,4 +1,4 @@
-"""Every architecture that the library knows: those it serves, and those it refuses with a reason."""
+"""The registry lists every architecture that the library knows: those it serves, and those it refuses, with why."""
 
 from torch import nn
 
@@ -18,15 +18,15 @@ UNSUPPORTED = {
 
 
 def register(family: Family) -> None:
-    """Let the library serve the models of a family."""
+    """Let the library serve the models of a family, in the place of any that has the same model types."""
     FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of an unwrapped Transformers model.
+    """Return the family of an unwrapped Transformers model.
 
     Raises:
-        ValueError: an architecture that is refused or unknown; the message lists those that are served.
+        ValueError: the architecture is refused or unknown; the message lists those that are served.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type in FAMILIES:

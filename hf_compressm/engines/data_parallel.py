@@ -9,7 +9,7 @@ from ..private_api import check_private_names
 from .processes import process_count
 from .wrappers import ENGINES, strip_wrappers
 
-NEWER_OPTIONS = ("skip_all_reduce_unused_params", "batched_grad_copy")  # of some releases of torch
+NEWER_OPTIONS = ("skip_all_reduce_unused_params", "batched_grad_copy")  # only some releases of torch have these
 POWER_SGD_MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")
 
 
@@ -25,7 +25,7 @@ def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod
     if isinstance(model, DistributedDataParallel):
-        return _checked(model)
+        return _checked_wrapper(model)
     if process_count() == 1:
         return None
     wrappers = _live_wrappers(model)
@@ -35,17 +35,16 @@ def data_parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
         wrappers = _live_wrappers(model)
     if len(wrappers) != 1:
         raise ValueError(
-            f"{process_count()} processes, and {len(wrappers)} DistributedDataParallel wrappers around the model; "
+            f"{process_count()} processes train, and {len(wrappers)} DistributedDataParallel wrappers hold the model; "
             f"expected one. {ENGINES}"
         )
-    return _checked(wrappers[0])
+    return _checked_wrapper(wrappers[0])
 
 
 def rebuild(wrapper: DistributedDataParallel) -> None:
     """Make the wrapper synchronise the model's present parameters, with all its options.
 
-    Its reducer holds on to the parameters that it was built for: if it were left so, the processes would diverge
-    without a word.
+    Its reducer holds on to the parameters that it was built for; left so, the processes would silently diverge.
     """
     options = dict(
         device_ids=wrapper.device_ids,
@@ -73,8 +72,12 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
         wrapper.register_comm_hook(state, hook)
 
 
-def _checked(wrapper: DistributedDataParallel) -> DistributedDataParallel:
-    """The wrapper, if it can be rebuilt."""
+def _checked_wrapper(wrapper: DistributedDataParallel) -> DistributedDataParallel:
+    """Return the wrapper, or refuse one that cannot be rebuilt.
+
+    Raises:
+        ValueError: the installed torch or an option of the wrapper does not allow it.
+    """
     check_private_names("torch.nn.parallel.DistributedDataParallel", "torch.distributed.Reducer")
     if getattr(wrapper, "_delay_all_reduce_params", None):
         raise ValueError("delay_all_reduce_named_params of DistributedDataParallel cannot follow a resize: drop it.")

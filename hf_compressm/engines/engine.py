@@ -1,4 +1,4 @@
-"""One small interface covers the ways in which a model's parameters are held while it trains."""
+"""One small interface covers all ways in which a model's parameters are held while it trains."""
 
 import sys
 
@@ -12,10 +12,10 @@ from .wrappers import unwrap
 
 
 class Engine:
-    """The engine replaces parameters of a model and lets everything that was built for the old ones know.
+    """An engine replaces parameters of a model, and lets everything that was built for the old ones know.
 
     Args:
-        model: the model as its engine has it, wrapped; in a single process and from Trainer, the model itself.
+        model: the model with its wrappers; in a single process and from Trainer, the model itself.
         trains: False for a model beside the one that trains, which nothing has to synchronise.
 
     Attributes:

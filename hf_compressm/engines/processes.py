@@ -1,4 +1,4 @@
-"""Several processes agree by these functions; in a single process each of them is the identity."""
+"""By these functions several processes agree; in a single process they change nothing."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def process_count() -> int:
 
 
 def process_index() -> int:
-    """Return which of the processes this is, from 0."""
+    """Return the index of this process, from 0."""
     return dist.get_rank() if process_count() > 1 else 0
 
 
@@ -51,7 +51,7 @@ def raise_in_all_processes() -> Iterator[None]:
     Nothing within the block may wait for other processes, but for the forward passes of a sharded model.
 
     Raises:
-        ValueError: another process failed; the process where it happened raises the error itself.
+        ValueError: another process failed; a process that failed itself raises its own error.
     """
     failure = None
     try:

@@ -62,7 +62,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return all of a tensor. Where processes hold parts of it, every process has to call this."""
+    """Return the whole tensor; where processes hold parts of it, every process has to call this function."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -124,7 +124,7 @@ def original_class(module: nn.Module) -> type:
 
 
 def change_class(module: nn.Module, new: type) -> None:
-    """Make a module one of the class `new`, which has to take it as it is. A sharded module stays sharded."""
+    """Change the class of a module to `new`, which has to fit its attributes; a sharded module stays sharded."""
     if isinstance(module, FSDPModule):
         new = type(f"FSDP{new.__name__}", (FSDPModule, new), {"__deepcopy__": type(module).__deepcopy__})
     module.__class__ = new
@@ -145,7 +145,11 @@ def forward_sharded(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]
 
 
 def _substitute(module: nn.Module, attribute: str, value: Tensor) -> list:
-    """Register hooks that run within those of FSDP2: after it gathers the parameter, before it lets go of it."""
+    """Register hooks that put `value` in place after FSDP2 gathers the parameter, and take it out before it reshards.
+
+    Returns:
+        The handles of the hooks.
+    """
     kept = []
 
     def before(*ignored):

@@ -1,1 +1,1 @@
-"""Files: checkpoints, the history of cuts, and the formats of other tools."""
+"""Storage reads and writes checkpoints, the history of cuts, and the formats of other tools."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whether they are whole and fit together, and what they say of the cuts before them."""
+"""A checkpoint on disk is checked here: it has to be whole, and its files have to fit each other."""
 
 import re
 import zipfile
@@ -18,9 +18,9 @@ from .history import History
 
 logger = logging.get_logger(__name__)
 
-# What Trainer writes with torch.save, by patterns; other files in a checkpoint are not ours to judge.
+# What Trainer writes with torch.save, by patterns; other files in a checkpoint are not checked.
 WRITTEN_BY_TORCH = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", f"{FSDP_MODEL_NAME}*.bin")
-DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; others would be cast without a word
+DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; other types would be cast silently
 _LAYER = re.compile(r"layers\.(\d+)\.")  # the layer in a parameter's name
 
 
@@ -70,7 +70,7 @@ def check_complete(folder: str | Path) -> None:
     files all checksums; sharded weights are known by their index only.
 
     Raises:
-        FileNotFoundError, ValueError: names the file that is missing or damaged.
+        FileNotFoundError, ValueError: a file is missing or damaged; the error names it.
     """
     folder = Path(folder)
     if not (folder / TRAINER_STATE_NAME).is_file():
@@ -105,7 +105,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in Trainer's output folder; a warning names each newer one that is not."""
+    """Return the newest whole checkpoint in Trainer's output folder, and warn of each newer one that is not whole."""
     checkpoints = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.rpartition("-")[2]
@@ -121,7 +121,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 
 def recorded_history(trainer_state: dict) -> History | None:
-    """The history in the content of a `trainer_state.json`; None where a run without our callback wrote it."""
+    """Return the history in the content of a `trainer_state.json`; None where a run without our callback wrote it."""
     for states in trainer_state.get("stateful_callbacks", {}).values():
         for exported in states if isinstance(states, list) else [states]:
             history = exported.get("attributes", {}).get("exported_history")
@@ -131,16 +131,16 @@ def recorded_history(trainer_state: dict) -> History | None:
 
 
 def history_of_checkpoint(folder: str | Path) -> History | None:
-    """The history of a Trainer checkpoint of any engine; None where a run without our callback wrote it."""
+    """Return the history of a Trainer checkpoint of any engine; None where a run without our callback wrote it."""
     return recorded_history(read_json(Path(folder) / TRAINER_STATE_NAME))
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor, from the headers of the safetensors files that Transformers would read.
+    """Read the shape of every tensor, by name, from the headers of the safetensors files that Transformers would read.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: one is damaged, holds what is not a weight, or holds a tensor that another one has, too.
+        ValueError: a file is damaged, holds what is not a weight, or holds a tensor that another one has, too.
     """
     index, shapes = folder / SAFE_WEIGHTS_INDEX_NAME, {}
     is_sharded = index.exists() and not (folder / SAFE_WEIGHTS_NAME).is_file()  # one file goes before an index
@@ -169,7 +169,7 @@ def _shapes_in_header(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def state_tensor_shapes(folder: Path, family: Family) -> dict[int, dict[str, tuple[int, ...]]]:
-    """Layer → path → shape of its state tensors, as the weights have them, by layer index.
+    """Return the shapes of the state tensors in a checkpoint's weights, by layer index and path.
 
     Raises:
         ValueError: a tensor is not a layer's, has too few axes, or is there twice, as in no model of the family.

@@ -1,4 +1,4 @@
-"""A language model in the form that another tool wants. Nothing is called done before its logits were compared."""
+"""An export writes a language model in the form that another tool wants, and keeps it only if its logits agree."""
 
 import copy
 import shutil
@@ -20,21 +20,21 @@ from .history import HISTORY_FILE, SPECTRA_FILE
 from .loading import TOKENIZER_FILES, load_language_model
 from .mamba_ssm_format import write_mamba_ssm
 
-TOLERANCE = 1e-5  # of the largest logit
-PROBE = (2, 64)  # sequences, tokens
+TOLERANCE = 1e-5  # the largest difference of logits that is allowed, as a share of the largest logit
+PROBE = (2, 64)  # how many sequences of how many tokens the logits are compared on
 CARRIED = (*TOKENIZER_FILES, GENERATION_CONFIG_NAME)
 HISTORY = (HISTORY_FILE, SPECTRA_FILE)
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """This record says what an export has written.
 
     Attributes:
-        folder: where.
+        folder: the folder of the written model.
         state_sizes: N by layer index.
         difference: largest difference of the logits from those of the source, computed in float32.
-        largest_logit: of the source, to measure the difference by.
+        largest_logit: largest logit of the source, to compare the difference with.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class Exported:
 
 
 def export_uniform(source: Path, target: Path, state_size: int | None = None) -> Exported:
-    """The function writes one state size for all layers, the largest layer's by default; added states do nothing."""
+    """Write a model with one state size for all layers, by default that of the largest; added states do nothing."""
 
     def write(model: PreTrainedModel, folder: Path) -> None:
         pad_state(model, max(state_sizes(model).values()) if state_size is None else state_size)
@@ -61,7 +61,7 @@ def export_uniform(source: Path, target: Path, state_size: int | None = None) ->
 
 
 def export_bf16(source: Path, target: Path) -> Exported:
-    """The function writes all weights in bfloat16: half the size, for use and not for further training."""
+    """Write all weights in bfloat16, at half the size: for use, and not for further training."""
 
     def write(model: PreTrainedModel, folder: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -70,10 +70,10 @@ def export_bf16(source: Path, target: Path) -> Exported:
 
 
 def export_sharded(source: Path, target: Path, max_shard_size: str = "5GB") -> Exported:
-    """The function writes safetensors files of at most `max_shard_size` each, with an index.
+    """Write safetensors files of at most `max_shard_size` each, with an index.
 
     Raises:
-        ValueError: the model fits into one file.
+        ValueError: `max_shard_size` is no size, or the model fits into one file.
     """
 
     def write(model: PreTrainedModel, folder: Path) -> None:
@@ -88,7 +88,7 @@ def export_sharded(source: Path, target: Path, max_shard_size: str = "5GB") -> E
 
 
 def export_mamba_ssm(source: Path, target: Path) -> Exported:
-    """The function writes what `MambaLMHeadModel.from_pretrained` reads, with one size for all layers.
+    """Write what `MambaLMHeadModel.from_pretrained` of mamba_ssm reads, with one size for all layers.
 
     Every weight keeps its dtype, since that format has one for each.
     """
@@ -107,7 +107,7 @@ def _export(
     rounded_to: torch.dtype | None = None,
     carried: tuple[str, ...] = CARRIED + HISTORY,
 ) -> Exported:
-    """The export is written aside, read back as a user would read it, compared, and only then renamed.
+    """Write an export aside, read it back as a user would, compare the logits, and only then rename it.
 
     Raises:
         ValueError, FileExistsError: the export is impossible or came out wrong; nothing is left of it.
@@ -131,7 +131,7 @@ def _export(
 
 
 def in_one_dtype(model: PreTrainedModel) -> PreTrainedModel:
-    """The function casts all weights to the widest of their dtypes, which loses nothing, and returns the model.
+    """Cast all weights to the widest of their dtypes, which loses nothing, and return the model.
 
     Transformers reads every weight in the one dtype that `config.json` names: what is saved in several dtypes would
     come back as another model.
@@ -140,7 +140,7 @@ def in_one_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _carry_over(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of these patterns, in the folders that they lie in, but for those that were written anew."""
+    """Copy the files of these patterns, in the folders where they lie, but for those that were written anew."""
     for file in {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}:
         target = folder / file.relative_to(source)
         if not target.exists():
@@ -150,7 +150,7 @@ def _carry_over(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel) -> Tensor:
-    """The logits of fixed tokens, computed by a copy in float32, (2, 64, vocabulary)."""
+    """Compute the logits of fixed tokens by a copy of the model in float32, (2, 64, vocabulary)."""
     tokens = torch.randint(model.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
     with scan_installed():
         return copy.deepcopy(model).float()(input_ids=tokens, use_cache=False).logits

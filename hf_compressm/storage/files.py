@@ -1,4 +1,4 @@
-"""Files that a reader never sees half written."""
+"""Files are written such that a reader never sees one half written."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` to a temporary name beside `path`, then rename."""
+    """Let `write` write a file under a temporary name beside `path`, then rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -20,16 +20,16 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """`content` as indented JSON, aside first and then renamed."""
+    """Write `content` as indented JSON, aside first and then renamed."""
     write_aside(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def read_json(path: Path) -> dict:
-    """The table that a JSON file holds.
+    """Return the table that a JSON file holds.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, damaged, or holds something else.
+        ValueError: the file is truncated or damaged, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -43,10 +43,10 @@ def read_json(path: Path) -> dict:
 
 
 def check_new(path: Path) -> None:
-    """Refuse a folder to write that is there already, unless it is empty.
+    """Refuse to write a folder that exists, unless it is empty.
 
     Raises:
-        FileExistsError: names it, or the file that stands where it would be.
+        FileExistsError: the folder exists and is not empty, or a file is in its place; the error names it.
     """
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise FileExistsError(f"{path} exists and is not an empty folder; give another.")
@@ -57,7 +57,7 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, which takes its place at the end, or leaves nothing behind when something failed.
+    """Make a new folder beside `path` that takes its place at the end of the block, or vanishes where that fails.
 
     `path` may be an empty folder.
     """

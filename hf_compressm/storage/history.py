@@ -1,10 +1,10 @@
-"""What was measured and cut, when, and with which Hankel singular values: `compressm.json` and `hsv.safetensors`.
+"""A history records what was measured and cut, and when; it lies in `compressm.json` and `hsv.safetensors`.
 
-`compressm.json` is readable without this library. What is said of single layers stands in lists beside `layers`, the
-indices of the layers that have a state. The spectra, float64, (N,), descending, stand in `hsv.safetensors`, named by
+`compressm.json` is readable without this library. What is said of single layers is in lists beside `layers`, the
+indices of the layers that have a state. The spectra, float64, (N,), descending, are in `hsv.safetensors`, named by
 layer index: `event.<i>.layer.<index>` belongs to the i-th entry of `events`, `observation.<i>.layer.<index>` to the
 i-th entry of `observations`; `observation.<i>.scores.<index>` are scores in stored order, where rankings are compared.
-The model's own `config.json` gets a summary, under `compressm`. The format is documented in the README.
+The model's own `config.json` gets a summary, under `compressm`. The format is documented in docs/file-format.md.
 """
 
 import math
@@ -31,9 +31,9 @@ RECORDS = {"events": "event", "observations": "observation"}  # kind in the JSON
 
 @dataclass
 class History:
-    """All events and observations of a run, in order, with the configuration behind them.
+    """A history keeps all events and observations of a run, in order, with the configuration behind them.
 
-    All of them speak of the same layers: those of the model that have a state.
+    All of them have the same layers: those of the model that have a state.
     """
 
     config: dict
@@ -44,24 +44,24 @@ class History:
 
     @property
     def layers(self) -> list[int]:
-        """The indices of the layers that have a state, ascending; none before anything was recorded."""
+        """Return the indices of the layers that have a state, ascending; none before anything was recorded."""
         recorded = [*self.events, *self.observations]
         return recorded[0].layers if recorded else []
 
     @property
     def standing_cuts(self) -> list[ReductionEvent]:
-        """The events that removed something and were not undone."""
+        """Return the events that removed states and were not undone."""
         return [event for event in self.events if event.is_cut and event.rolled_back_at is None]
 
     @property
     def loss_spent(self) -> float:
-        """Rise of the measured loss by all cuts that stand, nats per token; one that lowered it earns nothing back."""
+        """Return what all cuts that stand added to the loss, nats per prediction; one that lowered it counts as 0."""
         measured = [event for event in self.standing_cuts if event.loss_before is not None]
         return sum(max(0.0, event.loss_after - event.loss_before) for event in measured)
 
     @property
     def state_sizes(self) -> dict[int, int] | None:
-        """N after all events and rollbacks, by layer index; None before the first event."""
+        """Return N after all events and rollbacks, by layer index; None before the first event."""
         if not self.events:
             return None
         last, last_rollback = self.events[-1], self.last_rollback
@@ -72,32 +72,32 @@ class History:
 
     @property
     def rollbacks(self) -> int:
-        """How often the model went back to before a cut."""
+        """Return how often the model went back to before a cut."""
         return len({event.rolled_back_at for event in self.events} - {None})
 
     @property
     def last_rollback(self) -> int:
-        """The step of the last rollback; 0 before the first."""
+        """Return the step of the last rollback; 0 before the first."""
         return max((event.rolled_back_at or 0 for event in self.events), default=0)
 
     @property
     def observations_since_rollback(self) -> list[Observation]:
-        """Those of the model that trains on; the others saw it before it was taken back."""
+        """Return the observations since the last rollback; earlier ones may be of a model that was taken back."""
         return [seen for seen in self.observations if seen.step > self.last_rollback]
 
     @property
     def steps(self) -> list[int | None]:
-        """The steps of the events."""
+        """Return the step of each event."""
         return [event.step for event in self.events]
 
     @property
     def score_kept(self) -> dict[int, float]:
-        """The share of the state score that all cuts together kept, each as measured before it, by layer index."""
+        """Return the share of the scores that all cuts together kept, each measured before its cut, by layer index."""
         discarded = [event.by_layer("score_discarded") for event in self.standing_cuts]
         return {layer: math.prod(1 - shares[layer] for shares in discarded) for layer in self.layers}
 
     def summary(self) -> dict | None:
-        """What stands in `config.json`; None where no cut stands. JSON types only."""
+        """Return the summary for `config.json`, of JSON types only; None where no cut stands."""
         cuts = self.standing_cuts
         if not cuts:
             return None
@@ -116,7 +116,7 @@ class History:
         }
 
     def to_dict(self) -> dict:
-        """JSON types only, spectra included as lists."""
+        """Return the history in JSON types only; spectra are lists in it."""
         return {
             "format_version": FORMAT_VERSION,
             "library_version": self.library_version,
@@ -128,16 +128,17 @@ class History:
 
     @classmethod
     def from_dict(cls, content: dict) -> "History":
-        """The inverse of `to_dict`.
+        """Return the history that `to_dict` made this content from.
 
         Raises:
-            ValueError: not a history, or one of a later format.
+            ValueError: the content is no history, or one of a later format.
         """
         try:
             format_version = content["format_version"]
             if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
                 raise ValueError(
-                    f"history format {format_version!r}; readable up to {FORMAT_VERSION}: upgrade hf_compressm."
+                    f"history format {format_version!r} is not known; readable up to {FORMAT_VERSION}: upgrade "
+                    "hf_compressm."
                 )
             history = cls(
                 config=content["config"],
@@ -148,14 +149,14 @@ class History:
             )
             for name, allowed in (("config", dict), ("schedule", dict | None), ("library_version", str)):
                 if not isinstance(getattr(history, name), allowed):
-                    raise TypeError(f"{name} = {getattr(history, name)!r}")
+                    raise TypeError(f"{name} = {getattr(history, name)!r} is not allowed")
             for record in [*history.events, *history.observations]:
                 if record.layers != history.layers:
-                    raise TypeError(f"a record of the layers {record.layers} beside one of {history.layers}")
+                    raise TypeError(f"there is a record of the layers {record.layers} beside one of {history.layers}")
             return history
         except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(
-                f"malformed history ({type(error).__name__}: {error}); it was not written by this library."
+                f"this is a malformed history ({type(error).__name__}: {error}); it was not written by this library."
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""A language model from a folder or the Hub, in any known format, or one clear error; never weights from nowhere."""
+"""A language model is loaded from a folder or the Hub, in any known format; incomplete weights are refused."""
 
 from pathlib import Path
 
@@ -25,10 +25,10 @@ NEEDED = ["*.json", "*.safetensors", "pytorch_model.bin", *TOKENIZER_FILES]  # o
 
 
 def local_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder `name`, or what the repository of that name on the Hub holds, downloaded.
+    """Return the folder `name`, or download the repository of that name from the Hub and return its folder.
 
     Raises:
-        FileNotFoundError: neither.
+        FileNotFoundError: `name` is neither a folder nor the name of a repository.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -38,13 +38,14 @@ def local_folder(name: str | Path, revision: str | None = None, token: str | Non
 
 
 def load_language_model(folder: str | Path) -> PreTrainedModel:
-    """A Mamba with a language modelling head, in eval mode and the dtype it was saved in.
+    """Load a model with a language modelling head, in eval mode and in the dtype that it was saved in.
 
     Args:
         folder: a Transformers checkpoint, uniform or with a size for each layer, or one of the original mamba_ssm.
 
     Raises:
-        FileNotFoundError, ValueError: it is not one, is not complete, or has weights that are not finite.
+        FileNotFoundError, ValueError: the folder holds no such model, is not complete, or has weights that are not
+            finite.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME)
@@ -63,7 +64,7 @@ def load_language_model(folder: str | Path) -> PreTrainedModel:
         raise ValueError(f"{folder} cannot be loaded ({error}); take another checkpoint.") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
-            raise ValueError(f"{folder}: {what.replace('_', ' ')} {sorted(report[what])}; take another checkpoint.")
+            raise ValueError(f"{folder} has {what.replace('_', ' ')} {sorted(report[what])}; take another checkpoint.")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{folder}: {name} holds NaN or Inf; take a checkpoint from before training diverged.")
@@ -71,7 +72,7 @@ def load_language_model(folder: str | Path) -> PreTrainedModel:
 
 
 def _check_own_weights(folder: Path, config: dict) -> None:
-    """Refuse a checkpoint that is completed from elsewhere."""
+    """Refuse a checkpoint to which code or weights from elsewhere belong."""
     if (folder / ADAPTER_CONFIG_NAME).exists():
         raise ValueError(f"{folder} holds an adapter ({ADAPTER_CONFIG_NAME}); merge it into its model first.")
     for name in FROM_ELSEWHERE:

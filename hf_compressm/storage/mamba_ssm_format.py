@@ -1,11 +1,11 @@
-"""Checkpoints of the original `mamba_ssm` package (Mamba-1), both ways, without that package.
+"""Checkpoints of the original `mamba_ssm` package (Mamba-1) are read and written here, without that package.
 
 Such a checkpoint is what `mamba_ssm`'s `MambaLMHeadModel.from_pretrained` reads: `config.json` with the fields of its
 `MambaConfig`, and `pytorch_model.bin`, a pickled dict of tensors. The facts are those of mamba_ssm 2.3.2.
 
-Carried over is what the model's function depends on. Not carried over: how new weights are drawn (`initializer_range`,
-`rescale_prenorm_residual`, `time_step_min`, `dt_min` and their like), which kernels compute it (`fused_add_norm`,
-`use_fast_path`), and token ids, which the format does not have: set them from the tokenizer.
+All that the model's function depends on is carried over. Three things are not: how new weights are drawn
+(`initializer_range`, `rescale_prenorm_residual`, `time_step_min`, `dt_min` and their like), which kernels compute the
+function (`fused_add_norm`, `use_fast_path`), and token ids, which the format lacks: set them from the tokenizer.
 """
 
 import json
@@ -37,7 +37,7 @@ FIELDS = {
     "pad_vocab_size_multiple": 8,
     "tie_embeddings": True,
 }
-REQUIRED_FIELDS = ("d_model", "n_layer", "vocab_size")  # a default here would be a guess at the weights
+REQUIRED_FIELDS = ("d_model", "n_layer", "vocab_size")  # a default for one of these would be a guess at the weights
 SSM_FIELDS = {
     "layer": "Mamba1",
     "d_state": 16,
@@ -50,7 +50,7 @@ SSM_FIELDS = {
 }
 INITIALISER_FIELDS = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"}
 
-# What only one of the two packages can express: the values that both have.
+# Of options that only one of the two packages has, the values that the other one computes with.
 READABLE = {"layer": "Mamba1", "attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True}
 WRITABLE = {"layer_norm_epsilon": (1e-5,), "hidden_act": ("silu", "swish")}
 
@@ -65,9 +65,9 @@ def write_mamba_ssm(model: MambaForCausalLM, folder: str | Path) -> None:
     The vocabulary is not padded and every tensor keeps its dtype, so `read_mamba_ssm` gives the same bits back.
 
     Raises:
-        ValueError: not a plain `MambaForCausalLM`, layers of different sizes, a config that the format cannot express,
-            weights that are not finite or do not fit the config, or a folder that holds a checkpoint of Transformers,
-            whose config would be lost. Nothing has been written then.
+        ValueError: the model is not a plain `MambaForCausalLM`, or has layers of different sizes, a config that the
+            format cannot express, or weights that are not finite or do not fit the config; or the folder holds a
+            checkpoint of Transformers, whose config would be lost. Nothing has been written then.
     """
     folder = Path(folder)
     if not isinstance(model, MambaForCausalLM):
@@ -101,8 +101,8 @@ def read_mamba_ssm(folder: str | Path) -> MambaForCausalLM:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: names the file and what is wrong with it: damaged or not a checkpoint of `mamba_ssm`, code in the
-            pickle (which is not run), a model other than a plain Mamba-1, or tensors that do not fit the config.
+        ValueError: a file is damaged, is not of `mamba_ssm`, holds code in its pickle (which is not run), is of a
+            model other than a plain Mamba-1, or has tensors that do not fit the config; the error names it.
     """
     folder = Path(folder)
     fields, ssm = _read_fields(folder / CONFIG_NAME)
@@ -130,7 +130,7 @@ def read_mamba_ssm(folder: str | Path) -> MambaForCausalLM:
 
 
 def _original_fields(config: MambaConfig) -> dict:
-    """The content of mamba_ssm's `config.json`."""
+    """Return the content of mamba_ssm's `config.json` for this config."""
     allowed = WRITABLE | {"intermediate_size": (config.expand * config.hidden_size,)}
     for name, values in allowed.items():
         if getattr(config, name) not in values:
@@ -178,19 +178,19 @@ def _transformers_config(fields: dict, ssm: dict) -> MambaConfig:
 
 
 def _read_fields(path: Path) -> tuple[dict, dict]:
-    """The fields of the config and those of its `ssm_cfg`, all of them, with defaults where they were left out."""
+    """Return all fields of the config and all of its `ssm_cfg`, with defaults where they were left out."""
     given = _read_json(path)
     if "model_type" in given:
         raise ValueError(f"{path} is a config of Transformers, not of mamba_ssm; use from_pretrained.")
     missing = [name for name in REQUIRED_FIELDS if name not in given]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is no config of mamba_ssm; take another checkpoint.")
-    fields = _filled(given, FIELDS, str(path))
+    fields = _completed_by_defaults(given, FIELDS, str(path))
     ssm = {name: value for name, value in fields["ssm_cfg"].items() if name not in INITIALISER_FIELDS}
     rank = -(-fields["d_model"] // 16)  # rounded up
     if ssm.get("dt_rank") == SSM_FIELDS["dt_rank"]:
         ssm["dt_rank"] = rank
-    ssm = _filled(ssm, SSM_FIELDS | {"dt_rank": rank}, f"{path}, ssm_cfg")
+    ssm = _completed_by_defaults(ssm, SSM_FIELDS | {"dt_rank": rank}, f"{path}, ssm_cfg")
     for name, value in READABLE.items():
         if (fields | ssm)[name] != value:
             raise ValueError(
@@ -200,13 +200,13 @@ def _read_fields(path: Path) -> tuple[dict, dict]:
     return fields, ssm
 
 
-def _filled(given: dict, defaults: dict, where: str) -> dict:
-    """`given` over `defaults`, whose names and types it must keep to; numbers are positive."""
+def _completed_by_defaults(given: dict, defaults: dict, where: str) -> dict:
+    """Return `given` completed by `defaults`, or refuse names or types that those lack, and numbers too small."""
     unknown = sorted(given.keys() - defaults.keys())
     if unknown:
         raise ValueError(
-            f"{where}: {', '.join(unknown)} unknown; mamba_ssm's Mamba-1 has {', '.join(defaults)}. Take another "
-            "checkpoint, or remove what is not mamba_ssm's."
+            f"{where}: mamba_ssm does not know {', '.join(unknown)}; its Mamba-1 has {', '.join(defaults)}. Take "
+            "another checkpoint, or remove what is not mamba_ssm's."
         )
     for name, value in given.items():
         kind = type(defaults[name])
@@ -218,7 +218,7 @@ def _filled(given: dict, defaults: dict, where: str) -> dict:
 
 
 def _read_json(path: Path) -> dict:
-    _require(path)
+    _check_exists(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -229,8 +229,8 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle that holds nothing but tensors; no code in it runs."""
-    _require(path)
+    """Return the tensors of a pickle, or refuse one that holds anything else; no code in it runs."""
+    _check_exists(path)
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -253,7 +253,7 @@ def _check_records(archive: zipfile.ZipFile) -> None:
         raise ValueError("a record is damaged")
 
 
-def _require(path: Path) -> None:
+def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing. Give a local folder with {CONFIG_NAME} and {WEIGHTS_NAME} as mamba_ssm writes them "
@@ -262,7 +262,7 @@ def _require(path: Path) -> None:
 
 
 def _first_problem(tensors: dict[str, Tensor], config: MambaConfig) -> str | None:
-    """What keeps tensors, by mamba_ssm's names, from being the weights of a model of this config; None if nothing."""
+    """Say why tensors, by mamba_ssm's names, cannot be the weights of a model of this config; None if they can."""
     shapes = _shapes(config)
     if missing := sorted(shapes.keys() - tensors.keys()):
         return f"{len(missing)} tensors that the config asks for are missing, {missing[0]} among them"
@@ -288,7 +288,7 @@ def _first_problem(tensors: dict[str, Tensor], config: MambaConfig) -> str | Non
 
 
 def _shapes(config: MambaConfig) -> dict[str, tuple[int, ...]]:
-    """mamba_ssm's names of all tensors → shape."""
+    """Return the shape of every tensor of a model of this config, by mamba_ssm's names."""
     hidden, inner, rank = config.hidden_size, config.intermediate_size, int(config.time_step_rank)
     layer = {
         "norm.weight": (hidden,),
@@ -317,5 +317,5 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU that shares its storage with no other, and has no more of it than it needs."""
+    """Copy a tensor to the CPU, where it shares its storage with no other and has no more of it than it needs."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Events and observations: what was measured at a point of training, and its form in JSON, checked when read."""
+"""Events and observations record what was measured at a point of training; read from JSON, they are checked."""
 
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -12,19 +12,21 @@ TENSORS = ("hankel_singular_values", "scores")  # float64, (N,) per layer; some 
 
 
 class KeyedByLayer:
-    """A record whose lists stand beside `layers`; a position in a list is no layer index, for indices have gaps."""
+    """A record has lists beside `layers`; a position in a list is no layer index, since indices may have gaps."""
 
     layers: list[int]
 
     def by_layer(self, name: str) -> dict[int, Any]:
-        """The function returns the list `name` by layer index; an empty dict where it was not measured (None)."""
+        """Return the list `name` by layer index; an empty dict where it was not measured (None)."""
         values = getattr(self, name)
         return {} if values is None else dict(zip(self.layers, values, strict=True))
 
 
 @dataclass
 class ReductionEvent(KeyedByLayer):
-    """One analysis and what came of it. A list has an entry for each layer of `layers`, in their order.
+    """An event records one analysis and what came of it.
+
+    A list has an entry for each layer of `layers`, in their order.
 
     Attributes:
         step: optimizer steps done; None outside a training run.
@@ -32,8 +34,8 @@ class ReductionEvent(KeyedByLayer):
         state_sizes_before, state_sizes_after: N; equal where nothing was cut.
         kept_states: positions before the cut.
         score_discarded: share of the state score that was dropped, by the criterion.
-        single_layer_loss_change: by cutting this layer alone, on one calibration batch, nats per prediction. None,
-            like the losses, where no batches were given.
+        single_layer_loss_change: change of the loss by cutting this layer alone, on one calibration batch, nats per
+            prediction. None, like the losses, where no batches were given.
         loss_before, loss_after: measured on the calibration batches held out, nats per prediction.
         tokens: calibration tokens behind the statistics.
         seconds: time of the analysis and the surgery; in Trainer, of the whole event.
@@ -72,13 +74,13 @@ class ReductionEvent(KeyedByLayer):
 
     @property
     def is_cut(self) -> bool:
-        """Whether anything was removed."""
+        """Return whether any states were removed."""
         return self.state_sizes_before != self.state_sizes_after
 
 
 @dataclass
 class Observation(KeyedByLayer):
-    """The singular values at one point of training, and how far they came since the last.
+    """An observation records the singular values at one point of training, and how far they moved since the last.
 
     A list has an entry for each layer of `layers`, in their order.
 
@@ -117,7 +119,7 @@ class Observation(KeyedByLayer):
     settled_points: list[int] | None = None
 
     def share(self, name: str) -> dict[int, float]:
-        """The function returns the distances `name` as shares of σ_1, by layer index; none where none were measured.
+        """Return the distances `name` as shares of σ_1, by layer index; an empty dict where none were measured.
 
         Args:
             name: "movement" or "weyl_bound".
@@ -129,32 +131,32 @@ class Observation(KeyedByLayer):
 
 
 def to_record(entry: ReductionEvent | Observation) -> dict:
-    """The function returns the entry in JSON types only."""
+    """Return an entry in JSON types only."""
     tensors = {name: getattr(entry, name) for name in TENSORS if getattr(entry, name, None) is not None}
     return asdict(entry) | {name: [each.tolist() for each in value] for name, value in tensors.items()}
 
 
 def from_record(kind: type, record: dict) -> ReductionEvent | Observation:
-    """The function is the inverse of `to_record`.
+    """Return the entry that `to_record` made this record from.
 
     Raises:
-        KeyError, TypeError: the record is not of this kind, or says what cannot be.
+        KeyError, TypeError: the record is not of this kind, or holds an impossible value.
     """
     given = {f.name: record[f.name] for f in fields(kind) if f.name in record or f.default is MISSING}
     entry = kind(**given)
     for name, value in given.items():
         if name in ALLOWED and not ALLOWED[name](value):
-            raise TypeError(f"{name} = {value!r}")
+            raise TypeError(f"{name} = {value!r} is not allowed")
     for name in set(TENSORS) & {name for name, value in given.items() if value is not None}:
         if any(isinstance(tensor, Tensor) and tensor.dtype is not torch.float64 for tensor in given[name]):
-            raise TypeError(f"{name} that are not float64")
+            raise TypeError(f"{name} are not float64")
         setattr(entry, name, [torch.as_tensor(tensor, dtype=torch.float64) for tensor in given[name]])
     _check_record(entry)
     return entry
 
 
 def sizes_text(sizes: Collection[int]) -> str:
-    """The function returns one number where all are equal, otherwise the smallest and the largest."""
+    """Return a text of one number where all sizes are equal, otherwise of the smallest and the largest."""
     smallest, largest = min(sizes), max(sizes)
     return str(largest) if smallest == largest else f"{smallest}-{largest}"
 
@@ -168,7 +170,7 @@ def _are_layers(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # NaN and Inf are not, nor what no float holds
+    return type(value) in (int, float) and abs(value) < 1e300  # no NaN, no Inf, and no int that no float can hold
 
 
 def _are_numbers(value) -> bool:
@@ -187,40 +189,40 @@ def _is_recall(value) -> bool:
     return _are_named_numbers(value) and value.keys() == {"loss", "accuracy"} and 0 <= value["accuracy"] <= 1
 
 
-def _optional(is_allowed: Callable[[object], bool]) -> Callable[[object], bool]:
+def _none_or(is_allowed: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or is_allowed(value)
 
 
-# Of single values, and of lists that may be missing; `_check_record` looks at the others.
+# What is allowed of single values, and of lists that may be missing; `_check_record` looks at the other lists.
 ALLOWED = {
-    "step": _optional(_is_count),
+    "step": _none_or(_is_count),
     "layers": _are_layers,
     "score_discarded": _are_numbers,
-    "single_layer_loss_change": _optional(_are_numbers),
-    "movement": _optional(_are_numbers),
-    "weyl_bound": _optional(_are_numbers),
-    "rank_noise": _optional(_are_numbers),
-    "share_noise": _optional(_are_numbers),
-    "compared_with": _optional(_is_count),
-    "rank_correlation": _optional(_are_numbers_or_none),
-    "share_distance": _optional(_are_numbers_or_none),
-    "settled_points": _optional(lambda value: isinstance(value, list) and all(map(_is_count, value))),
-    "reasons": _optional(lambda value: isinstance(value, list) and all(each in (None, *REASONS) for each in value)),
-    "loss_before": _optional(_is_number),
-    "loss_after": _optional(_is_number),
+    "single_layer_loss_change": _none_or(_are_numbers),
+    "movement": _none_or(_are_numbers),
+    "weyl_bound": _none_or(_are_numbers),
+    "rank_noise": _none_or(_are_numbers),
+    "share_noise": _none_or(_are_numbers),
+    "compared_with": _none_or(_is_count),
+    "rank_correlation": _none_or(_are_numbers_or_none),
+    "share_distance": _none_or(_are_numbers_or_none),
+    "settled_points": _none_or(lambda value: isinstance(value, list) and all(map(_is_count, value))),
+    "reasons": _none_or(lambda value: isinstance(value, list) and all(each in (None, *REASONS) for each in value)),
+    "loss_before": _none_or(_is_number),
+    "loss_after": _none_or(_is_number),
     "tokens": _is_count,
     "seconds": _is_number,
     "measuring_seconds": _is_number,
     "criterion": lambda value: isinstance(value, str),
     "compensate": lambda value: isinstance(value, bool),
     "refit": lambda value: isinstance(value, bool),
-    "rolled_back_at": _optional(_is_count),
-    "goal": _optional(_are_named_numbers),
-    "recall_before": _optional(_is_recall),
-    "recall_after": _optional(_is_recall),
+    "rolled_back_at": _none_or(_is_count),
+    "goal": _none_or(_are_named_numbers),
+    "recall_before": _none_or(_is_recall),
+    "recall_after": _none_or(_is_recall),
 }
 
-# Lists with an entry for each of `layers`; of some records some are missing.
+# Lists with an entry for each of `layers`; a record may lack some of them.
 PER_LAYER = (
     "state_sizes",
     "state_sizes_before",
@@ -242,22 +244,22 @@ PER_LAYER = (
 
 
 def _check_record(entry: ReductionEvent | Observation) -> None:
-    """Refuse what could only come from elsewhere: lists fit the layers, sizes are counts, spectra fit the sizes."""
+    """Refuse lists that do not fit the layers, sizes that are no counts, and spectra that do not fit the sizes."""
     is_event = isinstance(entry, ReductionEvent)
     sizes = entry.state_sizes_before if is_event else entry.state_sizes
     lists = {name: getattr(entry, name) for name in PER_LAYER if getattr(entry, name, None) is not None}
     for name, values in lists.items():
         if not isinstance(values, list) or len(values) != len(entry.layers):
-            raise TypeError(f"{name} that do not have an entry for each of the layers {entry.layers}")
+            raise TypeError(f"{name} does not have an entry for each of the layers {entry.layers}")
     if not all(type(size) is int and size > 0 for size in sizes + (entry.state_sizes_after if is_event else [])):
-        raise TypeError(f"state sizes {sizes}")
+        raise TypeError(f"the state sizes {sizes}, or those after the cut, are not all positive whole numbers")
     if is_event:
         _check_cut(entry)
     for size, spectrum in zip(sizes, entry.hankel_singular_values, strict=True):
         if spectrum.shape != (size,) or not torch.isfinite(spectrum).all():
-            raise TypeError(f"a spectrum of shape {tuple(spectrum.shape)}, NaN or Inf for {size} states")
+            raise TypeError(f"a spectrum of shape {tuple(spectrum.shape)} is not of {size} states or has NaN or Inf")
         if (spectrum < 0).any() or (spectrum.diff() > 1e-9 * spectrum[0]).any():
-            raise TypeError("a spectrum that is not descending and at least 0")
+            raise TypeError("there is a spectrum that is not descending and at least 0")
     if not is_event and entry.scores is not None:
         _check_scores(entry)
 
@@ -265,18 +267,20 @@ def _check_record(entry: ReductionEvent | Observation) -> None:
 def _check_scores(observation: Observation) -> None:
     for size, score in zip(observation.state_sizes, observation.scores, strict=True):
         if score.shape != (size,) or not torch.isfinite(score).all() or (score < 0).any() or score.sum() <= 0:
-            raise TypeError(f"scores of shape {tuple(score.shape)}, negative, NaN, Inf or all 0 for {size} states")
+            raise TypeError(
+                f"scores of shape {tuple(score.shape)} are not of {size} states, or are negative, NaN, Inf or all 0"
+            )
 
 
 def _check_cut(event: ReductionEvent) -> None:
     if [len(keep) for keep in event.kept_states] != event.state_sizes_after:
-        raise TypeError("kept states that are not as many as the state sizes after the cut")
+        raise TypeError("kept states are not as many as the state sizes after the cut say")
     for size, keep in zip(event.state_sizes_before, event.kept_states, strict=True):
         if not all(_is_count(position) and position < size for position in keep) or len(set(keep)) < len(keep):
-            raise TypeError(f"kept states {keep} of {size}")
+            raise TypeError(f"kept states {keep} of {size} are not distinct positions")
     if not all(-1e-9 <= share <= 1 for share in event.score_discarded):
-        raise TypeError(f"score_discarded {event.score_discarded}")
+        raise TypeError(f"score_discarded = {event.score_discarded} holds what is no share from 0 to 1")
     if (event.loss_before is None) != (event.loss_after is None):
-        raise TypeError("a loss before or after the cut without the other")
+        raise TypeError("there is a loss before or after the cut without the other")
     if (event.recall_before is None) != (event.recall_after is None):
-        raise TypeError("recall before or after the cut without the other")
+        raise TypeError("there is recall before or after the cut without the other")

@@ -1,1 +1,1 @@
-"""Resizing the state of a model in place, with everything that hangs on it: all at once or not at all."""
+"""Surgery resizes the state of a model in place, with its optimizer and config: as a whole or not at all."""

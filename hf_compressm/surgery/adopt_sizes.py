@@ -19,14 +19,17 @@ def adopt_checkpoint_sizes(model: nn.Module):
     tensors are new Parameters, so an optimizer has to be built afterwards.
 
     Returns:
-        A handle; its `.remove()` ends it.
+        A handle; its `.remove()` removes the hook.
     """
     state_layers(unwrap(model))
     return unwrap(model).register_load_state_dict_pre_hook(_adopt_sizes)
 
 
 def _adopt_sizes(model: nn.Module, state_dict: dict, prefix: str, *args) -> None:
-    """Weights may come in several parts, and those of one layer in different ones."""
+    """Resize the layers whose weights in `state_dict` have another size.
+
+    Weights may come in several parts, and those of one layer in different ones.
+    """
     layers, sizes = StateLayers(model), {}
     for index, mixer in layers.items():
         for path, tensor in layers.family.tensors.items():
@@ -43,7 +46,7 @@ def _adopt_sizes(model: nn.Module, state_dict: dict, prefix: str, *args) -> None
 
 @torch.no_grad()
 def _resize_empty(layers: StateLayers, index: int, size: int) -> None:
-    """Put new Parameters of the right shape in place, which are about to be overwritten."""
+    """Put new Parameters of the right shape in the place of the old; they are about to be overwritten."""
     for path, old in layers.parameters(index).items():
         shape = list(old.shape)
         shape[layers.family.tensors[path].axis] = layers.family.axis_length(layers[index], path, size)

@@ -1,4 +1,4 @@
-"""What an optimizer has to do with the state: which weights it may decay, and moments that follow a resize."""
+"""An optimizer must not decay some parameters of a layer, and its moments follow a resize."""
 
 import warnings
 
@@ -13,10 +13,10 @@ REFUSED = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo", "LBFGS")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups for any torch optimizer: with weight decay, and without.
+    """Return two parameter groups for any torch optimizer: one with weight decay, and one without.
 
-    `A_log`, `D`, biases and norms are left out of the decay, as in the original Mamba code, and all parameters of an
-    LRU's recurrence. Trainer's default decays them, which pulls every decay rate together and biases the scores.
+    The second group holds `A_log`, `D`, biases and norms, as in the original Mamba code, and all parameters of the
+    recurrence of an LRU. Trainer's default decays `A_log`, which pulls all decay rates together and biases the scores.
 
     Args:
         weight_decay: for the first group, per step and unit of learning rate.
@@ -43,7 +43,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
     """Refuse an optimizer that could not follow a resize of these parameters.
 
     Raises:
-        ValueError: a layer-wise optimizer or one flat state; a trainable parameter that it does not hold.
+        ValueError: the optimizer is layer-wise, keeps one flat state, or does not hold a trainable parameter.
     """
     if type(optimizer).__name__ in REFUSED:
         raise ValueError(
@@ -63,7 +63,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
 
 
 def gather(tensor: Tensor, axis: int, source: Tensor) -> Tensor:
-    """Entries `source` of `tensor` along `axis`, zero where `source` is -1."""
+    """Return the entries `source` of a tensor along an axis, zero where `source` is -1."""
     source = source.to(tensor.device)
     gathered = tensor.index_select(axis, source.clamp_min(0))
     shape = [1] * tensor.ndim
@@ -74,10 +74,17 @@ def gather(tensor: Tensor, axis: int, source: Tensor) -> Tensor:
 def resized_state(
     optimizer: torch.optim.Optimizer, name: str, state: dict, shape: torch.Size, axis: int, source: Tensor
 ) -> dict:
-    """The optimizer's `state` of a parameter of that shape after its entries along `axis` became `source`.
+    """Return what an optimizer's `state` of a parameter becomes once the entries along `axis` are taken from `source`.
 
-    Tensors of the parameter's own shape and Adafactor's factors follow, scalars stay. State of another kind (8-bit
-    blocks, projections) cannot be sliced: it is dropped with a warning and the optimizer starts that parameter afresh.
+    Tensors of the parameter's own shape and Adafactor's factors follow; scalars stay. State of another kind (8-bit
+    blocks, projections) cannot be sliced: it is dropped with a warning, and starts afresh for that parameter.
+
+    Args:
+        name: the parameter, for the warning.
+        state: the optimizer's state of the parameter, as whole tensors.
+        shape: the parameter's shape before.
+        axis: the state axis.
+        source: for each entry after the resize, its position before, or -1 where it is new, 1-D.
     """
     resized = {}
     for key, value in state.items():
@@ -100,7 +107,7 @@ def resized_state(
 
 
 def swap_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, state: dict) -> None:
-    """Put `new` with its `state` in the place of `old`, at the same position: checkpoints are keyed by position."""
+    """Put `new` with its `state` in the place of `old`, at the same position, by which checkpoints are keyed."""
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     optimizer.state.pop(old, None)

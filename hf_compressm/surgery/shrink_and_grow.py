@@ -1,7 +1,7 @@
-"""Resize the state of a model in place, with its optimizer state and config: shrink, pad, grow. No policy.
+"""These functions shrink, pad and grow the state of a model in place, with its optimizer state and its config.
 
 An entry of a plan says what becomes of one layer: a `Selection` keeps some of its states as they are, a `Projection`
-replaces its tensors by those of a smaller system. How all of it happens at once, or not at all, is in `resizing.py`.
+replaces its tensors by those of a smaller system. `transaction.py` sees to it that all of this happens, or nothing.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from .transaction import Edit, resize
 
 
 def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Sequence[nn.Module] = ()) -> None:
-    """Remove the states that the plan does not keep; the others get what the plan makes them do in their place.
+    """Remove the states that a plan does not keep, and change the kept ones as the plan says.
 
     Args:
         model: a supported Transformers model.
-        plan: for every layer of the model, what becomes of it. Where layers of a Mamba keep different numbers of
-            states it becomes a `CompreSSMMambaForCausalLM`, in place.
+        plan: what becomes of every layer of the model. A Mamba whose layers keep different numbers of states becomes a
+            `CompreSSMMambaForCausalLM`, in place.
         optimizer: its moments are sliced at their positions; step counts and everything else stay. A projected layer
             has new coordinates, which old moments know nothing of: its tensors start afresh.
         companions: models of the same shape that follow, such as a running average of the weights. They keep the same
             states, with the same additions to their own weights; projected layers take the model's tensors.
 
     Raises:
-        ValueError: a plan that does not fit the model, weights that are not finite, half-precision masters, or an
-            optimizer that cannot follow. Nothing has been changed then.
+        ValueError: the plan does not fit the model, weights are not finite or are trained in half precision, or the
+            optimizer cannot follow. Nothing has been changed then.
     """
     layers = state_layers(unwrap(model))
     _check_plan(plan, layers)
@@ -43,18 +43,25 @@ def shrink_state(model: nn.Module, plan: Plan, optimizer=None, companions: Seque
 
 
 def pad_state(model: nn.Module, size: int) -> None:
-    """Enlarge every layer to `size` states by states that do nothing: B and C zero, any stable decay.
+    """Enlarge every layer to `size` states by states that do nothing: their rows of B and C are zero.
 
-    Exact, and inert for ever, since both gradients vanish. For tools that want a certain N; `grow_state` learns.
+    The function of the model stays exactly the same, and the new states never learn, since both gradients vanish. This
+    is for tools that need a certain N; the states of `grow_state` learn.
+
+    Raises:
+        ValueError: a layer has more than `size` states.
     """
-    _enlarge(model, size, None, _as_gathered)
+    _enlarge(model, size, None, _leave_as_gathered)
 
 
 def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Generator | None = None) -> None:
     """Enlarge every layer to `size` states by states that can learn; the model's function is unchanged.
 
-    Rows of C are zero, rows of B come from the model's initialiser, decay rates continue its ramp -1, -2, …, moments
-    are zero.
+    In a Mamba, the new rows of C are zero, the new rows of B are drawn as by the model's initialiser, and decay rates
+    continue the sequence -1, -2, …; all new moments are zero.
+
+    Raises:
+        ValueError: a layer has more than `size` states, or the layers of this architecture cannot grow.
     """
     family = family_of(unwrap(model))
 
@@ -71,7 +78,7 @@ def set_state_sizes(
     companions: Sequence[nn.Module] = (),
     is_prepared: bool = True,
 ) -> None:
-    """Give every layer a size, for contents that are about to be loaded; what no longer fits is lost.
+    """Give every layer a size, for weights that are about to be loaded; what does not fit any more is lost.
 
     The optimizer holds the new parameters afterwards, and the engine synchronises them.
 
@@ -84,7 +91,7 @@ def set_state_sizes(
         states = torch.arange(sizes[index])
         sources[index] = torch.where(states < old_size, states, -1)
     options = {"companions": companions, "is_prepared": is_prepared, "is_overwritten": True}
-    resize(model, sources, optimizer, _as_gathered, **options)
+    resize(model, sources, optimizer, _leave_as_gathered, **options)
 
 
 def _enlarge(model: nn.Module, size: int, optimizer, edit: Edit) -> None:
@@ -99,13 +106,15 @@ def _enlarge(model: nn.Module, size: int, optimizer, edit: Edit) -> None:
     resize(model, sources, optimizer, edit)
 
 
-def _as_gathered(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    """Leave new entries at zero."""
+def _leave_as_gathered(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Leave the gathered tensors as they are, and so new entries at zero."""
 
 
 def _check_plan(plan: Plan, layers: StateLayers) -> None:
     if plan.keys() != layers.keys():
-        raise ValueError(f"a plan for layers {sorted(plan)} given to a model with layers {sorted(layers)}.")
+        raise ValueError(
+            f"the plan for layers {sorted(plan)} was given to a model with layers {sorted(layers)}; make one for it."
+        )
     for index, size in layers.sizes.items():
         kept = plan[index].kept_states
         if len(kept) == 0 or (kept.diff() <= 0).any() or kept[0] < 0 or kept[-1] >= size:

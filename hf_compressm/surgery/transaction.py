@@ -1,7 +1,7 @@
-"""All new parameters of a resize at once: checked, gathered, computed, and only then put in the place of the old.
+"""A resize checks, gathers and computes all new parameters, and only then puts them in the place of the old.
 
-Nothing is changed before everything is known to be right, in every process: it happens as a whole or not at all. A
-resized tensor is a new Parameter: `param.data = …` would keep autograd metadata of the old shape.
+Nothing is changed before every process knows that all is right: a resize happens as a whole or not at all. A resized
+tensor is a new Parameter, since `param.data = …` would keep autograd metadata of the old shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,20 +18,20 @@ from .optimizer_state import check_optimizer, gather, resized_state, swap_parame
 
 @dataclass(frozen=True)
 class _Target:
-    """A model that is resized, as its engine has it, with the optimizer that trains it, if one does."""
+    """A target is a model that is resized, as its engine holds it, with the optimizer that trains it, if one does."""
 
     engine: Engine
     layers: StateLayers
     optimizer: torch.optim.Optimizer | None
 
     @classmethod
-    def of(cls, engine: Engine, optimizer=None) -> "_Target":
+    def from_engine(cls, engine: Engine, optimizer=None) -> "_Target":
         return cls(engine, state_layers(engine.model), unwrap_optimizer(optimizer))
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """A parameter as all processes hold it together: its value, its gradient, its optimizer state."""
+class _WholeParameter:
+    """This record keeps a parameter as whole tensors: its value, its gradient and its optimizer state."""
 
     parameter: nn.Parameter
     value: Tensor
@@ -41,16 +41,24 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Replacement:
+    """A replacement keeps all that takes the place of one parameter, `name` of `module`.
+
+    Attributes:
+        label: what an error calls the new tensor.
+        old: the parameter that is replaced.
+        value, grad, state: what the new parameter gets, as whole tensors; `grad` may be None and `state` empty.
+    """
+
     label: str
     module: nn.Module
     name: str
-    old: _Whole
+    old: _WholeParameter
     value: Tensor
     grad: Tensor | None
     state: dict
 
 
-# edit(layer, mixer, old, new): finish the new values of a layer's tensors, by path, in place.
+# An edit finishes the new values of a layer's tensors in place: edit(layer index, mixer, old, new), tensors by path.
 Edit = Callable[[int, nn.Module, dict[str, Tensor], dict[str, Tensor]], None]
 
 
@@ -65,23 +73,23 @@ def resize(
     is_prepared: bool = True,
     is_overwritten: bool = False,
 ) -> None:
-    """Give every layer the states `sources`, all layers or none.
+    """Give every layer the states `sources`: all layers, or none.
 
     Args:
-        model: as its engine has it.
-        sources: by layer, for each new state the old one it comes from, or -1, (N',).
+        model: the model as its engine holds it.
+        sources: by layer index, for each state after the resize the one that it comes from, or -1, (N',).
         optimizer: the one that trains the model, or None.
-        edit: finishes the new values.
-        afresh: layers that start without gradients and without optimizer state.
+        edit: what finishes the new values of a layer.
+        afresh: the indices of the layers that start without gradients and without optimizer state.
         companions: models of the same sizes that follow, without an optimizer.
         is_prepared: False before an engine has wrapped the model for several processes.
         is_overwritten: True where other contents are about to be loaded, so that those of now may be NaN.
 
     Raises:
-        ValueError: nothing has been changed then, in any process.
+        ValueError: a model or an optimizer cannot be resized well; nothing has been changed then, in any process.
     """
-    targets = [_Target.of(Engine(model, trains=is_prepared), optimizer)]
-    targets += [_Target.of(Engine(companion, trains=False)) for companion in companions]
+    targets = [_Target.from_engine(Engine(model, trains=is_prepared), optimizer)]
+    targets += [_Target.from_engine(Engine(companion, trains=False)) for companion in companions]
     sizes = {index: source.shape[-1] for index, source in sources.items()}
     with raise_in_all_processes():
         for target in targets:
@@ -110,7 +118,7 @@ def check_state_tensors(
         is_overwritten: True where other contents are about to be loaded, so that those of now may be NaN.
 
     Raises:
-        ValueError: not finite; float16 or bfloat16 masters in training; an optimizer that cannot follow.
+        ValueError: a weight is not finite or is trained in float16 or bfloat16, or the optimizer cannot follow.
     """
     parameters = {
         f"layer {index} {path}": parameter for index in layers for path, parameter in layers.parameters(index).items()
@@ -147,26 +155,26 @@ def _changing_layers(layers: StateLayers, sources: dict[int, Tensor], afresh: fr
     ]
 
 
-def _whole_tensors(target: _Target, indices: list[int]) -> dict[int, dict[str, _Whole]]:
-    """Layer → path → parameter, gathered from all processes where it is sharded."""
+def _whole_tensors(target: _Target, indices: list[int]) -> dict[int, dict[str, _WholeParameter]]:
+    """Gather the state parameters of these layers from all processes, by layer index and path."""
 
-    def whole(parameter: nn.Parameter) -> _Whole:
+    def whole(parameter: nn.Parameter) -> _WholeParameter:
         held = target.optimizer.state.get(parameter, {}) if target.optimizer is not None else {}
         state = {key: full_tensor(value) for key, value in held.items()}
         grad = None if parameter.grad is None else full_tensor(parameter.grad)
-        return _Whole(parameter, full_tensor(parameter.detach()), grad, state)
+        return _WholeParameter(parameter, full_tensor(parameter.detach()), grad, state)
 
     return {i: {path: whole(old) for path, old in target.layers.parameters(i).items()} for i in indices}
 
 
 def _replacements(
     target: _Target,
-    whole: dict[int, dict[str, _Whole]],
+    whole: dict[int, dict[str, _WholeParameter]],
     sources: dict[int, Tensor],
     edit: Edit,
     afresh: frozenset | set,
 ) -> list[_Replacement]:
-    """All new values, gradients and optimizer states; nothing is changed yet."""
+    """Compute all new values, gradients and optimizer states, and change nothing yet."""
     family, replacements = target.layers.family, []
     for index, old in whole.items():
         mixer = target.layers[index]

@@ -428,7 +428,7 @@ def ssm(**entries):
     (pickled(lambda c: c | {A_LOG: c[A_LOG].to_sparse()}), "no plain dense tensor|truncated, damaged"),
     (no_entry(CONFIG, "vocab_size"), "config.json lacks vocab_size"),
     (no_entry(CONFIG, "n_layer"), "config.json lacks n_layer"),
-    (config(evil=5), "config.json: evil unknown"),
+    (config(evil=5), "config.json: mamba_ssm does not know evil"),
     *(
         (config(**{name: value}), f"config.json: {name} = .*, expected int of at least 1")
         for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple")
@@ -447,7 +447,7 @@ def ssm(**entries):
     ),
     (ssm(d_state=HUGE), "has the shape"),
     (ssm(dt_rank="evil"), "ssm_cfg: dt_rank = 'evil', expected int"),
-    (ssm(evil=5), "ssm_cfg: evil unknown"),
+    (ssm(evil=5), "ssm_cfg: mamba_ssm does not know evil"),
     (text(CONFIG, '{"d_model": 32, "n_layer": ' + DEEP), "config.json is truncated"),
     (text(CONFIG, b'{"d_model": \xff}'), "config.json is truncated"),
 )

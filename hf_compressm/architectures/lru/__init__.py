@@ -1,4 +1,4 @@
-"""The Linear Recurrent Unit as a Transformers model: the time-invariant model on which the method is exact."""
+"""The Linear Recurrent Unit is here a Transformers model: it is time-invariant, so the method is exact on it."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 

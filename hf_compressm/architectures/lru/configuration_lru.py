@@ -1,4 +1,4 @@
-"""Configuration of the Linear Recurrent Unit."""
+"""`LRUConfig` configures the Linear Recurrent Unit."""
 
 import math
 
@@ -8,21 +8,21 @@ from transformers import PreTrainedConfig
 
 @strict
 class LRUConfig(PreTrainedConfig):
-    """Sizes and initialisation of an LRU model (Orvieto et al., arXiv 2303.06349).
+    """The configuration holds the sizes and the initialisation of an LRU model (Orvieto et al., arXiv 2303.06349).
 
     Args:
         vocab_size: number of tokens, for `input_ids`; None for sequences of values, `input_values`.
         num_channels: values per position, for `input_values`.
         hidden_size: H, width of the residual stream: inputs and outputs of every LRU.
         state_size: N, complex states of every layer; a list with one N for each layer where they differ.
-        num_hidden_layers: blocks.
+        num_hidden_layers: number of blocks.
         r_min, r_max: the ring in which the initial eigenvalues lie, 0 ≤ r_min < r_max < 1.
         max_phase: largest phase of an initial eigenvalue, in radians, 0 … 2π.
         hidden_dropout_prob: dropout after each block's gate.
-        layer_norm_epsilon: of the norm before each LRU.
+        layer_norm_epsilon: ε of the norm before each LRU.
 
     Raises:
-        ValueError: sizes, a ring or a phase that cannot be.
+        ValueError: the sizes, the ring or the phase are impossible.
     """
 
     model_type = "lru"
@@ -53,5 +53,5 @@ class LRUConfig(PreTrainedConfig):
 
     @property
     def state_sizes(self) -> list[int]:
-        """N of each layer."""
+        """Return N of each layer."""
         return self.state_size if isinstance(self.state_size, list) else [self.state_size] * self.num_hidden_layers

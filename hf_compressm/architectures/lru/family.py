@@ -1,4 +1,4 @@
-"""What the library knows of the Linear Recurrent Unit."""
+"""The family of the Linear Recurrent Unit connects its modules with the mathematics of `theory.hankel`."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,7 +8,7 @@ from ..family import StateTensor, TimeInvariantFamily
 
 
 class LRUFamily(TimeInvariantFamily):
-    """Linear Recurrent Units (arXiv 2303.06349): time-invariant, so the theory is exact."""
+    """Linear Recurrent Units (arXiv 2303.06349) are time-invariant, so the theory is exact."""
 
     model_types = ("lru",)
     mixer_class = "LRUMixer"
@@ -23,31 +23,31 @@ class LRUFamily(TimeInvariantFamily):
     title = "Linear Recurrent Unit"
 
     def is_per_layer(self, model: nn.Module) -> bool:
-        """The config holds a list of sizes where they differ."""
+        """Return True: every model can have a size for each layer, since its config holds a list where they differ."""
         return True
 
     def check_per_layer(self, model: nn.Module) -> None:
-        """Every model can be saved so."""
+        """Accept every model, since each can be saved with a size for each layer."""
 
     def record_in_model(self, model: nn.Module, sizes: dict[int, int]) -> None:
-        """One number where all layers have one size, else a list."""
+        """Write one number into the config where all layers have one size, else a list."""
         different = list(sizes.values())
         model.config.state_size = different[0] if len(set(different)) == 1 else different
 
     def system(self, mixer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """The system whose real part the layer gives."""
+        """Return the complex system (λ, γB, C) whose real part is the output of the layer, but for its term D u."""
         return mixer.system()
 
     def tensors_of(self, mixer: nn.Module, eigenvalues: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
-        """The parameters as the layer keeps them."""
+        """Return ν, θ, γ, B and C as the layer keeps them."""
         return mixer.parameters_of(eigenvalues, B, C)
 
     def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
-        """All parameters of the recurrence."""
+        """Yield all parameters of the recurrence."""
         return mixer.parameters()
 
     def values_per_state(self, config: Mapping) -> int:
-        """A complex number."""
+        """Return 2: a state is one complex number."""
         return 2
 
 

@@ -1,8 +1,8 @@
-"""The linear recurrence h_t = λ h_{t-1} + v_t, parallel over chunks of the sequence, with its own backward pass.
+"""The recurrence h_t = λ h_{t-1} + v_t runs in parallel over chunks of the sequence, with its own backward pass.
 
 The sequence is cut into about √L chunks of about √L steps. All chunks are run at once from a zero state, their last
 states are carried from chunk to chunk, and each carry, decayed by λ, λ², …, is added to its chunk: 2 √L short
-steps in place of L, and no memory but the states. Mathematics only.
+steps in place of L, and no memory but the states.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def linear_recurrence(eigenvalues: Tensor, inputs: Tensor) -> Tensor:
-    """States h_t = λ h_{t-1} + v_t from h_0 = 0, differentiable once.
+    """Compute the states h_t = λ h_{t-1} + v_t from h_0 = 0; the result can be differentiated once.
 
     Args:
         eigenvalues: λ, complex, (N,).
@@ -34,7 +34,7 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The adjoint runs backwards in time: g_t = ∂_t + λ̄ g_{t+1}; then ∂λ = Σ_t h̄_{t-1} g_t."""
+        """Run the adjoint backwards in time, g_t = ∂_t + λ̄ g_{t+1}, and return ∂λ = Σ_t h̄_{t-1} g_t and ∂v = g."""
         eigenvalues, states = ctx.saved_tensors
         adjoint = _run(eigenvalues.conj().resolve_conj(), grad.flip(1)).flip(1)
         return torch.einsum("bln,bln->n", states[:, :-1].conj(), adjoint[:, 1:]), adjoint

@@ -1,4 +1,4 @@
-"""The Linear Recurrent Unit (Orvieto et al., arXiv 2303.06349) as a Transformers model, with a state size per layer.
+"""This Transformers model is the Linear Recurrent Unit (Orvieto et al., arXiv 2303.06349), with a size per layer.
 
 h_k = λ h_{k-1} + γ B u_k,   y_k = Re(C h_k) + D u_k,   λ = exp(-exp(ν) + i exp(θ))
 """
@@ -16,11 +16,11 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from .configuration_lru import LRUConfig
 from .linear_recurrence import linear_recurrence
 
-SMALLEST = 1e-30  # stands for an eigenvalue or a phase of zero, whose logarithm there is not
+SMALLEST = 1e-30  # it takes the place of an eigenvalue or a phase of zero, which has no logarithm
 
 
 class LRUMixer(nn.Module):
-    """One LRU layer. B and C are complex, kept as pairs of reals: any optimizer and any file format takes those."""
+    """A mixer is one LRU layer; it keeps B and C as pairs of reals, which every optimizer and file format takes."""
 
     def __init__(self, config: LRUConfig, layer_idx: int):
         super().__init__()
@@ -35,7 +35,7 @@ class LRUMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(H))
 
     def forward(self, u: Tensor) -> Tensor:
-        """Inputs to outputs, (batch, L, H) each; computed in float32 at least, whatever the autocast."""
+        """Map inputs to outputs, (batch, L, H) each, computed in float32 at least, whatever the autocast."""
         dtype = torch.promote_types(self.nu_log.dtype, torch.float32)
         with torch.autocast(u.device.type, enabled=False):
             inputs = u.to(dtype)
@@ -47,13 +47,13 @@ class LRUMixer(nn.Module):
         return outputs.to(u.dtype)
 
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(λ, γB, C), complex128, (N,), (N, H) and (H, N): what `hankel` takes. The output is Re(C h) + D u."""
+        """Return (λ, γB, C), complex128, (N,), (N, H) and (H, N), of which the layer gives Re(C h) + D u."""
         B, C = torch.view_as_complex(self.B.double()), torch.view_as_complex(self.C.double())
         return self._eigenvalues(torch.float64), B * self.gamma_log.double().exp()[:, None], C
 
     @staticmethod
     def parameters_of(eigenvalues: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
-        """The parameters of a layer that has this system: the inverse of `system`, float64, by name.
+        """Return the parameters, float64, by name, of a layer that has this system: the inverse of `system`.
 
         As at initialisation, γ = sqrt(1 - |λ|²); each state is scaled such that its row of B has norm 1, which is what
         the initialiser gives it on average.
@@ -72,7 +72,7 @@ class LRUMixer(nn.Module):
         }
 
     def initialise(self, r_min: float, r_max: float, max_phase: float) -> None:
-        """Eigenvalues uniform on a ring, inputs normalised, as in arXiv 2303.06349, section 3."""
+        """Draw eigenvalues uniformly on a ring, and normalise the inputs, as in arXiv 2303.06349, section 3."""
         u, v = torch.rand(self.state_size), torch.rand(self.state_size)
         squared_modulus = (u * (r_max**2 - r_min**2) + r_min**2).clamp_min(SMALLEST)
         init.copy_(self.nu_log, (-0.5 * squared_modulus.log()).log())
@@ -87,7 +87,7 @@ class LRUMixer(nn.Module):
 
 
 class LRUBlock(GradientCheckpointingLayer):
-    """Norm, LRU, GELU, gated linear unit, dropout, residual."""
+    """A block applies a norm, the LRU, GELU, a gated linear unit and dropout, and adds the result to its input."""
 
     def __init__(self, config: LRUConfig, layer_idx: int):
         super().__init__()
@@ -97,14 +97,14 @@ class LRUBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(batch, L, H) to the same; positions where `mask` (batch, L, 1) is 0 put nothing into the state."""
+        """Map (batch, L, H) to the same; positions where `mask`, (batch, L, 1), is 0 put nothing into the state."""
         u = self.norm(hidden_states)
         u = u if mask is None else u * mask
         return hidden_states + self.dropout(F.glu(self.gate(F.gelu(self.mixer(u)))))
 
 
 class LRUPreTrainedModel(PreTrainedModel):
-    """Base of the LRU models."""
+    """This class is the base of the LRU models."""
 
     config_class = LRUConfig
     base_model_prefix = "model"
@@ -128,7 +128,7 @@ class LRUPreTrainedModel(PreTrainedModel):
 
 
 class LRUModel(LRUPreTrainedModel):
-    """Embedding or linear encoder, then the blocks."""
+    """The model applies an embedding or a linear encoder, then the blocks."""
 
     def __init__(self, config: LRUConfig):
         super().__init__(config)
@@ -141,11 +141,11 @@ class LRUModel(LRUPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the tokens, or the linear encoder of the values."""
+        """Return the embedding of the tokens, or the linear encoder of the values."""
         return self.encoder
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """The inverse of `get_input_embeddings`."""
+        """Replace the embedding of the tokens, or the linear encoder of the values."""
         self.encoder = value
 
     def forward(
@@ -155,15 +155,16 @@ class LRUModel(LRUPreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """Hidden states (batch, L, H) of a sequence of tokens or of values.
+        """Compute the hidden states, (batch, L, H), of a sequence of tokens or of values.
 
         Args:
             input_ids: (batch, L), for a model with a `vocab_size`.
-            input_values: (batch, L, num_channels), or (batch, L) for one channel; for a model without.
+            input_values: (batch, L, num_channels), or (batch, L) for one channel; for a model without a `vocab_size`.
             attention_mask: 1 for positions that count, 0 for padding, (batch, L).
 
         Raises:
-            ValueError: none or both of the inputs, the one that the model was not built for, or an empty sequence.
+            ValueError: none or both of the inputs are given, or the one that the model was not built for, or the
+                sequence is empty.
         """
         expected = "input_values" if self.config.vocab_size is None else "input_ids"
         given = {"input_ids": input_ids, "input_values": input_values}
@@ -183,7 +184,7 @@ class LRUModel(LRUPreTrainedModel):
 
 
 class LRUForSequenceClassification(LRUPreTrainedModel):
-    """LRU, mean over the positions, linear head."""
+    """The classifier applies an LRU model, a mean over the positions and a linear head."""
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the kind of labels
 
@@ -202,7 +203,10 @@ class LRUForSequenceClassification(LRUPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, num_labels), and the loss where `labels` (batch,) are given; inputs as in `LRUModel`."""
+        """Compute the logits, (batch, num_labels), and the loss where `labels`, (batch,), are given.
+
+        The other arguments are those of `LRUModel.forward`.
+        """
         hidden_states = self.model(input_ids, input_values, attention_mask).last_hidden_state
         if attention_mask is None:
             pooled = hidden_states.mean(1)

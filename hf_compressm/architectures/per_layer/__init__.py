@@ -1,4 +1,4 @@
-"""A Mamba whose layers have state sizes of their own, known to Transformers' Auto classes."""
+"""Transformers' Auto classes learn here of a Mamba whose layers have state sizes of their own."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -1,12 +1,12 @@
-"""A Mamba whose layers have state sizes of their own: `config.per_layer_config[i].state_size`.
+"""In this Mamba each layer has a state size of its own: layer i has `config.per_layer_config[i].state_size`.
 
-This file needs nothing but transformers. It travels with every checkpoint of such a model, so that
+This file needs nothing but transformers. It is saved beside the weights of every such model, so that
 `from_pretrained(..., trust_remote_code=True)` works where hf_compressm is not installed.
 
 The configuration follows the schema that Transformers has for such models. Once its own `MambaModel` builds each
 layer from `config.per_layer_config[i]`, this file can go: in `config.json` `model_type` becomes "mamba" and
 `architectures` ["MambaForCausalLM"], and `auto_map` falls away; the weights stay as they are. In hf_compressm the
-folder `per_layer` and the changes of class in `recording.py` go with it.
+folder `per_layer` and the changes of class in `architectures/mamba.py` go with it.
 """
 
 import os
@@ -25,16 +25,16 @@ AUTO_MAP = {
 
 
 class CompreSSMMambaConfig(MambaConfig):
-    """`MambaConfig` with `per_layer_config={i: {"state_size": N_i}, …}`; `state_size` is that of all other layers."""
+    """The configuration adds `per_layer_config={i: {"state_size": N_i}, …}`; other layers have `state_size` states."""
 
     model_type = "compressm_mamba"
 
 
-class _TravelsWithItsCode:
-    """Puts this file beside the weights wherever a model is saved, and into every push."""
+class _SavedWithItsCode:
+    """This class puts this file beside the weights wherever a model is saved, and into every push."""
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As Transformers' own."""
+        """Save the model as Transformers does, and this file beside it."""
         self.config.auto_map = dict(AUTO_MAP)  # one that was loaded from the Hub names its repository there
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
@@ -45,8 +45,8 @@ class _TravelsWithItsCode:
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-class CompreSSMMambaModel(_TravelsWithItsCode, MambaModel):
-    """`MambaModel`, each layer built from its own configuration."""
+class CompreSSMMambaModel(_SavedWithItsCode, MambaModel):
+    """The model is a `MambaModel` whose layers are each built from a configuration of their own."""
 
     config: CompreSSMMambaConfig
     config_class = CompreSSMMambaConfig
@@ -61,8 +61,8 @@ class CompreSSMMambaModel(_TravelsWithItsCode, MambaModel):
         self.post_init()
 
 
-class CompreSSMMambaForCausalLM(_TravelsWithItsCode, MambaForCausalLM):
-    """`MambaForCausalLM` over a `CompreSSMMambaModel`."""
+class CompreSSMMambaForCausalLM(_SavedWithItsCode, MambaForCausalLM):
+    """The language model is a `MambaForCausalLM` over a `CompreSSMMambaModel`."""
 
     config: CompreSSMMambaConfig
     config_class = CompreSSMMambaConfig
