@@ -1,4 +1,4 @@
-"""The selective scan as an operator of torch, in C++, Triton and PyTorch. Nothing here knows Transformers."""
+"""This room holds the selective scan as an operator of torch, in C++, Triton and PyTorch, without Transformers."""
 
 from .scan import effective_time_step, sampled_scan, selective_scan
 

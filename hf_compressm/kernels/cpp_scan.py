@@ -1,7 +1,7 @@
-"""The selective scan on a CPU by a kernel in C++, the folder `cpp`, which is compiled on first use and kept.
+"""On a CPU a kernel in C++, the folder `cpp`, computes the selective scan; it is compiled on first use and kept.
 
-It needs GCC. Where that is missing or fails, one warning says so and the scan in PyTorch serves. The compiled kernel
-lies in `$XDG_CACHE_HOME/hf_compressm`, under a name made from its sources, torch and this processor.
+It needs GCC. Where that is missing or fails, one warning says so and the scan in PyTorch takes its place. The compiled
+kernel lies in `$XDG_CACHE_HOME/hf_compressm`, under a name made from its sources, torch and this processor.
 """
 
 import functools
@@ -21,13 +21,13 @@ from .operators import define_scan
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpp"
-SOURCE = SOURCES / "scan.cpp"  # includes the others
+SOURCE = SOURCES / "scan.cpp"  # it includes the others
 FLAGS = "-std=c++20 -O3 -march=native -fopenmp -fPIC -shared -w".split()
 
 
 @functools.cache
 def is_available() -> bool:
-    """The function says whether the kernel is there; the first call compiles it."""
+    """Return whether the kernel is there; the first call compiles it."""
     try:
         library = _library()
         if not library.exists():
@@ -47,21 +47,21 @@ def is_available() -> bool:
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep):
-    """See `operators`."""
+    """Scan forward, as `operators` lays down."""
     return torch.ops.hf_compressm_kernel.forward(
         u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep
     )
 
 
 def backward(grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept):
-    """See `operators`."""
+    """Return the gradients of the scan, as `operators` lays down."""
     return torch.ops.hf_compressm_kernel.backward(
         grad_y, grad_last_state.contiguous(), u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
     )
 
 
 def step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
-    """One position of the recurrence: overwrites the state, (batch, D, N), and returns y, (batch, D); no gradients.
+    """Compute one position without gradients: overwrite the state, (batch, D, N), and return y, (batch, D).
 
     u, time_step and gate are (batch, D), B and C (batch, N), in any dtype; the state is float32 and contiguous.
     """
@@ -69,7 +69,7 @@ def step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
 
 
 def _library() -> Path:
-    """Where the kernel for this source, torch and processor lies, or will."""
+    """Return the path of the kernel for these sources, this torch and this processor; it may not be there yet."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
@@ -88,7 +88,7 @@ def _compile(library: Path) -> None:
     """Compile aside and rename, so that processes that start together do not wait for each other."""
     library.parent.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{path}" for path in include_paths()]
-    # Not OpenMP's: torch brings its own, and two of them fight for the cores.
+    # OpenMP's library is left out: torch brings its own, and two of them compete for the cores.
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         aside = Path(folder) / library.name

@@ -1,7 +1,7 @@
-"""Which scan serves a tensor: the one place that decides.
+"""This file alone decides which implementation of the scan computes on a tensor.
 
-By device, from what is there: mamba-ssm, then Triton on CUDA; on a CPU the kernel that is compiled on first use; else
-PyTorch. `HF_COMPRESSM_SCAN` names one to be taken wherever it can serve: torch, cpp, triton or mamba_ssm.
+It chooses by device from what is there: on CUDA mamba-ssm, then Triton; on a CPU the kernel that is compiled on first
+use; else PyTorch. `HF_COMPRESSM_SCAN` names one to be taken wherever it can compute: torch, cpp, triton or mamba_ssm.
 """
 
 import os
@@ -22,10 +22,10 @@ PREFERENCE = {"cuda": ("mamba_ssm", "triton", "torch"), "cpu": ("cpp", "torch")}
 
 @torch.compiler.assume_constant_result
 def scan_name(device_type: str, dtype: torch.dtype = torch.float32, own: bool = False) -> str:
-    """The implementation for this kind of device and dtype of the states: one of `NAMES`.
+    """Return the implementation for this kind of device and dtype of the states: one of `NAMES`.
 
     Args:
-        own: leave out mamba-ssm, which is reached through Transformers only.
+        own: whether to leave out mamba-ssm, which is reached through Transformers only.
 
     Raises:
         ValueError: the environment names a scan that does not exist.
@@ -35,7 +35,11 @@ def scan_name(device_type: str, dtype: torch.dtype = torch.float32, own: bool = 
 
 
 def requested_scan() -> list[str]:
-    """What the environment asks for: one name, or none."""
+    """Return what the environment asks for: one name, or none.
+
+    Raises:
+        ValueError: the environment names a scan that does not exist.
+    """
     name = os.environ.get(VARIABLE, "")
     if name and name not in NAMES:
         raise ValueError(f"{VARIABLE} = {name!r}; allowed: {', '.join(NAMES)}.")
@@ -43,10 +47,10 @@ def requested_scan() -> list[str]:
 
 
 def choose_scan(device_type: str, dtype: torch.dtype, implementation: str | None = None) -> Scan:
-    """The operator for this kind of device and dtype of the states, or the one that is asked for by name.
+    """Return the operator for this kind of device and dtype of the states, or the one that is asked for by name.
 
     Raises:
-        ValueError: that one does not exist, or cannot serve here.
+        ValueError: that one does not exist, or cannot compute here.
     """
     name = implementation or scan_name(device_type, dtype, own=True)
     if implementation and (name not in NAMES or name == "mamba_ssm" or not _serves(name, device_type, dtype)):
@@ -59,7 +63,7 @@ def choose_scan(device_type: str, dtype: torch.dtype, implementation: str | None
 
 
 def mamba_ssm_serves(device_type: str) -> bool:
-    """Transformers takes mamba-ssm whenever it could be imported; it computes on CUDA tensors only."""
+    """Return whether Transformers takes mamba-ssm: wherever it was imported, on CUDA tensors only."""
     return device_type == "cuda" and sys.modules.get("mamba_ssm") is not None
 
 

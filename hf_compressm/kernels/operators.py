@@ -1,18 +1,18 @@
-"""A selective scan as an operator of torch: what an implementation offers, and how autograd and compilers see it.
+"""This file makes an implementation of the selective scan an operator of torch, for autograd and compilers.
 
 An implementation is two functions on tensors, `forward` and `backward`. As operators, torch.compile and torch.export
-take them whole. The contract, with chunks of `CHUNK` positions:
+take them whole. Their contract, with chunks of `CHUNK` positions, is
 
     forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep)
         → y, last_state, ungated, kept
     backward(grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept)
         → the gradients for u, time_step, A, B, C, D, gate, time_step_bias and initial_state
 
-Shapes as in `selective_scan`. A, D, the bias and the states have one dtype, in which everything is computed; the
-others may be narrower. D, gate, bias and initial state may be None; their gradients may then be anything. With
-`keep` the forward pass saves what its backward pass needs, and what statistics are made of: y before its gate, and
-the states at the start of every chunk, (batch, chunks, N, D). y lies in memory as (batch, L, D), as the projection
-after it reads it; a gradient as what it is for.
+The shapes are those of `selective_scan`. A, D, the bias and the states have one dtype, in which everything is
+computed; the others may be narrower. D, gate, bias and initial state may be None; their gradients may then be
+anything. With `keep` the forward pass saves what its backward pass needs, and what statistics are made of: y before
+its gate, and the states at the start of every chunk, (batch, chunks, N, D). y lies in memory as (batch, L, D), as the
+projection after it reads it; a gradient lies as the tensor that it is for.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Scan = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def define_scan(name: str, forward: Scan, backward: Callable) -> Scan:
-    """The operator `hf_compressm::<name>_scan`, differentiable once: its gradient is an operator without one."""
+    """Return the operator `hf_compressm::<name>_scan`; its gradient is an operator that has no gradient itself."""
 
     @torch.library.custom_op(f"hf_compressm::{name}_scan", mutates_args=())
     def scan(
@@ -106,17 +106,17 @@ def define_scan(name: str, forward: Scan, backward: Callable) -> Scan:
 
 
 def position_major(u: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty (batch, D, L) that lies in memory as (batch, L, D)."""
+    """Return an empty (batch, D, L) that lies in memory as (batch, L, D)."""
     batch, channels, length = u.shape
     return u.new_empty(batch, length, channels, dtype=dtype).transpose(1, 2)
 
 
 def last_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
-    """Of a state: (batch, D, N)."""
+    """Return the shape of the last state: (batch, D, N)."""
     return (u.shape[0], *A.shape)
 
 
 def kept_shape(u: Tensor, A: Tensor) -> tuple[int, int, int, int]:
-    """Of the states at the start of every chunk: (batch, chunks, N, D)."""
+    """Return the shape of the states at the start of every chunk: (batch, chunks, N, D)."""
     batch, channels, length = u.shape
     return batch, (length + CHUNK - 1) // CHUNK, A.shape[1], channels

@@ -1,4 +1,4 @@
-"""The selective scan, by whichever implementation serves best."""
+"""The selective scan is computed here by the implementation that `dispatch` chooses."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def selective_scan(
     return_last_state: bool = False,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Selective scan of Mamba (Gu & Dao, arXiv 2312.00752, algorithm 2), differentiable once.
+    """Compute the selective scan of Mamba (Gu & Dao, arXiv 2312.00752, algorithm 2), differentiable once.
 
     States are float32 (float64 if any input is) whatever the inputs are, inside autocast too.
 
@@ -35,16 +35,16 @@ def selective_scan(
         D: skip connection, (D,).
         gate: z, (batch, D, L); the output is multiplied by silu(z).
         time_step_bias: (D,).
-        softplus: apply softplus to the biased time step.
+        softplus: whether to apply softplus to the biased time step.
         initial_state: h_0, (batch, D, N); zero if not given.
-        return_last_state: also return h_L.
+        return_last_state: whether to return h_L, too.
         implementation: "torch", "cpp" or "triton"; by default what `dispatch` chooses for the device.
 
     Returns:
         y, (batch, D, L), in the dtype of u; with `return_last_state` also h_L, (batch, D, N), in the states' dtype.
 
     Raises:
-        ValueError: shapes that do not fit together, or an implementation that cannot serve here.
+        ValueError: shapes do not fit together, or the implementation cannot compute here.
     """
     tensors = (u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -63,10 +63,10 @@ def sampled_scan(
     time_step_bias: Tensor | None = None,
     softplus: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """The scan without gradients, and what passed through it at the end of every chunk, one position in sixteen.
+    """Scan without gradients, and sample what passes at the end of every chunk, one position in sixteen.
 
     Returns:
-        y and h_L as of `selective_scan`; the positions, (P,); and at these u, time_step (effective) and gate, (batch,
+        y and h_L, as of `selective_scan`; the positions, (P,); and at these u, time_step (effective) and gate, (batch,
         D, P), B and C, (batch, N, P), the states, (batch, P, N, D), and A: all in the states' dtype but the gate.
     """
     y, last_state, _, kept = _scan(u, time_step, A, B, C, D, gate, time_step_bias, None, softplus, True, None)
@@ -87,7 +87,7 @@ def sampled_scan(
 
 
 def _scan(u, time_step, A, B, C, D, gate, time_step_bias, initial_state, softplus, keep, implementation):
-    """What the operator returns: y, last_state, ungated, kept."""
+    """Check the shapes, choose the operator and return what it does: y, last_state, ungated, kept."""
     _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
     dtype = state_dtype(u, time_step, A, B, C)
     scan = choose_scan(u.device.type, dtype, implementation)
@@ -98,7 +98,7 @@ def _scan(u, time_step, A, B, C, D, gate, time_step_bias, initial_state, softplu
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of the tensors is, else float32."""
+    """Return float64 if any of the tensors has it, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 

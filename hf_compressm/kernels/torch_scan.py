@@ -1,12 +1,12 @@
-"""The selective scan in plain PyTorch, on any device and in any dtype, with a backward pass of its own.
+"""Plain PyTorch computes the selective scan on any device and in any dtype, with a backward pass of its own.
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t        y_t = Σ_n C_t[n] h_t[:, n]
 
 Autograd through the step-by-step loop keeps every state and every factor, (batch, L, D, N) several times over, and
-its backward pass costs O(L²). Here the forward pass keeps one state in `CHUNK`, the backward pass recomputes those
-between two of them: linear time, and few enough states at a time to stay in a cache. On a CPU torch takes powers of
-two several times faster than those of e, and multiplies a row by a matrix several times faster than a matrix by a
-column.
+its backward pass costs O(L²). Here the forward pass keeps one state in `CHUNK`, and the backward pass recomputes those
+between two of them: that takes linear time, and holds few enough states at a time for a cache. On a CPU torch takes
+powers of two several times faster than those of e, and multiplies a row by a matrix several times faster than a matrix
+by a column.
 """
 
 import torch
@@ -19,10 +19,10 @@ LOG2_E = 1.4426950408889634
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep) -> tuple[Tensor, ...]:
-    """See `operators`."""
+    """Scan forward, as `operators` lays down."""
     u_, time_step, B, C = (tensor.to(A.dtype) for tensor in (u, time_step, B, C))
     time_step = effective_time_step(time_step, time_step_bias, softplus)
-    step, drive, B, C = map(_time_major, (time_step, time_step * u_, B, C))  # (L, batch, …)
+    step, drive, B, C = map(_to_time_major, (time_step, time_step * u_, B, C))  # (L, batch, …)
     h = A.new_zeros(last_shape(u, A)) if initial_state is None else initial_state.clone()
     decay, output, kept = torch.empty_like(h), torch.empty_like(drive), A.new_empty(kept_shape(u, A) if keep else 0)
     rate = LOG2_E * A
@@ -43,15 +43,15 @@ def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_st
 def backward(
     grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
 ) -> tuple[Tensor, ...]:
-    """See `operators`."""
+    """Return the gradients of the scan, as `operators` lays down."""
     grad, u_, raw, B_, C_ = (tensor.to(A.dtype) for tensor in (grad_y, u, time_step, B, C))
     of_D, of_gate, of_bias = (A.new_empty(0) for _ in range(3))
     if gate is not None:
         gate_ = gate.to(A.dtype)
-        of_gate = _like(gate, torch.ops.aten.silu_backward(grad * ungated, gate_))
+        of_gate = _match_layout(gate, torch.ops.aten.silu_backward(grad * ungated, gate_))
         grad = grad * F.silu(gate_)
     step = effective_time_step(raw, time_step_bias, softplus)
-    inputs = map(_time_major, (step, step * u_, B_, C_, grad))
+    inputs = map(_to_time_major, (step, step * u_, B_, C_, grad))
     of_step, of_drive, of_B, of_C, of_A, of_state = _recurrence_gradients(*inputs, A, kept, grad_last_state.clone())
     of_step, of_drive, of_B, of_C = (gradient.permute(1, 2, 0) for gradient in (of_step, of_drive, of_B, of_C))
     of_u, of_step = of_drive * step, of_step + of_drive * u_
@@ -61,18 +61,18 @@ def backward(
         of_step = of_step * torch.sigmoid(effective_time_step(raw, time_step_bias, softplus=False))
     if time_step_bias is not None:
         of_bias = of_step.sum((0, 2))
-    of_u, of_step, of_B, of_C = map(_like, (u, time_step, B, C), (of_u, of_step, of_B, of_C))
+    of_u, of_step, of_B, of_C = map(_match_layout, (u, time_step, B, C), (of_u, of_step, of_B, of_C))
     return of_u, of_step, of_A, of_B, of_C, of_D, of_gate, of_bias, of_state
 
 
 def _recurrence_gradients(step, drive, B, C, grad_y, A, kept, grad_h) -> tuple[Tensor, ...]:
-    """Gradients for Δ (in the exponent alone), Δ u, B and C, all (L, batch, …), for A (D, N) and h_0 (batch, D, N).
+    """Return gradients for Δ (in the exponent), Δ u, B and C, (L, batch, …), for A (D, N) and h_0 (batch, D, N).
 
-    From the last chunk to the first: its states again, then its gradients backwards in time.
+    From the last chunk to the first, the states of a chunk are computed again, then its gradients backwards in time.
     """
     grad_step, grad_drive, grad_B, grad_C = map(torch.empty_like, (step, drive, B, C))
     decay, h = drive.new_empty(CHUNK, *grad_h.shape), drive.new_empty(CHUNK + 1, *grad_h.shape)
-    rate, grad_A = LOG2_E * A, torch.zeros_like(grad_h)  # of each sequence
+    rate, grad_A = LOG2_E * A, torch.zeros_like(grad_h)  # grad_A is that of each sequence
 
     for start in reversed(range(0, len(step), CHUNK)):
         positions = range(start, min(start + CHUNK, len(step)))
@@ -93,19 +93,19 @@ def _recurrence_gradients(step, drive, B, C, grad_y, A, kept, grad_h) -> tuple[T
 
 
 def effective_time_step(time_step: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """Δ, (batch, D, L), in the dtype of `time_step`, after its bias (D,) and softplus."""
+    """Return Δ, (batch, D, L), in the dtype of `time_step`, after its bias (D,) and softplus."""
     if bias is not None:
         time_step = time_step + bias.to(time_step.dtype)[:, None]
     return F.softplus(time_step) if softplus else time_step
 
 
-def _time_major(tensor: Tensor) -> Tensor:
-    """(batch, X, L) → (L, batch, X), contiguous, so that a position is one block of memory."""
+def _to_time_major(tensor: Tensor) -> Tensor:
+    """Return (batch, X, L) as (L, batch, X), contiguous, so that a position is one block of memory."""
     return tensor.permute(2, 0, 1).contiguous()
 
 
-def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    """The values, in the dtype and the memory order of the tensor."""
+def _match_layout(tensor: Tensor, values: Tensor) -> Tensor:
+    """Return the values in the dtype and the memory order of the tensor."""
     return torch.empty_like(tensor).copy_(values)
 
 

@@ -1,4 +1,4 @@
-"""The selective scan on a GPU, forward and backward, in Triton; see torch_scan.py for the recurrence.
+"""Triton computes the selective scan on a GPU, forward and backward; torch_scan.py has the recurrence.
 
 A warp holds the states of some channels of one sequence, a tile (N, D), in registers, and walks along the sequence:
 nothing of the size (batch, L, D, N) is written. Neighbouring lanes are channels, so that for small N each has all the
@@ -6,8 +6,8 @@ states of its channel and sums over them by itself. It goes by blocks of positio
 inputs are loaded ahead of the arithmetic; the backward pass computes the states of a block again from the last one
 that was kept. What is summed over channels, the gradients for B and C, is added atomically, in any order.
 
-Triton is optional: this module is imported where it is there and serves. With TRITON_INTERPRET=1 the kernels run on a
-CPU, slowly, so that they can be tested without a GPU.
+Triton is optional: this module is imported only where it is there and chosen. With TRITON_INTERPRET=1 the kernels run
+on a CPU, slowly, so that they can be tested without a GPU.
 """
 
 import torch
@@ -18,19 +18,19 @@ from torch import Tensor
 from .operators import CHUNK, define_scan, kept_shape, position_major
 
 KEPT_EVERY = tl.constexpr(CHUNK)
-POSITIONS = tl.constexpr(8)  # of a block
+POSITIONS = tl.constexpr(8)  # positions in a block
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep) -> tuple[Tensor, ...]:
-    """See `operators`."""
+    """Scan forward, as `operators` lays down."""
     batch, channels, length = u.shape
     y, last_state = position_major(u), A.new_empty(batch, A.shape[1], channels)
     ungated = position_major(u, A.dtype) if keep and gate is not None else A.new_empty(0)
     kept = A.new_empty(kept_shape(u, A) if keep else 0)
     tile = _tile(A.shape[1])
-    u, time_step, B, C, gate = map(_by_position, (u, time_step, B, C, gate))
-    inputs = u, time_step, A.T.contiguous(), B, C, D, gate, time_step_bias, _by_position(initial_state)
+    u, time_step, B, C, gate = map(_to_position_major, (u, time_step, B, C, gate))
+    inputs = u, time_step, A.T.contiguous(), B, C, D, gate, time_step_bias, _to_position_major(initial_state)
     sizes = length, channels, A.shape[1]
     grid = triton.cdiv(channels, tile["BLOCK_D"]), batch
     _scan_forward[grid](*inputs, y, last_state, ungated, kept, *sizes, softplus, keep, **tile)
@@ -40,7 +40,7 @@ def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_st
 def backward(
     grad_y, grad_last_state, u, time_step, A, B, C, D, gate, time_step_bias, softplus, ungated, kept
 ) -> tuple[Tensor, ...]:
-    """See `operators`."""
+    """Return the gradients of the scan, as `operators` lays down."""
     batch, channels, length = u.shape
     tile = _tile(A.shape[1])
     of_u, of_step, of_gate = (A.new_empty(batch, length, channels) for _ in range(3))
@@ -49,36 +49,36 @@ def backward(
     of_D, of_bias = A.new_empty(2, batch, channels)
 
     ungated = None if gate is None else ungated
-    rows_u, rows_step, rows_B, rows_C, rows_gate = map(_by_position, (u, time_step, B, C, gate))
+    rows_u, rows_step, rows_B, rows_C, rows_gate = map(_to_position_major, (u, time_step, B, C, gate))
     inputs = rows_u, rows_step, A.T.contiguous(), rows_B, rows_C, D, rows_gate, time_step_bias
-    saved = *map(_by_position, (grad_y, grad_last_state, ungated)), kept
+    saved = *map(_to_position_major, (grad_y, grad_last_state, ungated)), kept
     gradients = of_u, of_step, of_A, of_B, of_C, of_D, of_gate, of_bias, of_state
     grid = triton.cdiv(channels, tile["BLOCK_D"]), batch
     _scan_backward[grid](*inputs, *saved, *gradients, length, channels, A.shape[1], softplus, **tile)
 
-    of_u, of_step, of_B, of_C = map(_like, (u, time_step, B, C), (of_u, of_step, of_B, of_C))
-    of_gate = None if gate is None else _like(gate, of_gate)
+    of_u, of_step, of_B, of_C = map(_match_layout, (u, time_step, B, C), (of_u, of_step, of_B, of_C))
+    of_gate = None if gate is None else _match_layout(gate, of_gate)
     of_A, of_state = of_A.sum(0).T.contiguous(), of_state.mT.contiguous()
     return of_u, of_step, of_A, of_B, of_C, of_D.sum(0), of_gate, of_bias.sum(0), of_state
 
 
 def _tile(state_size: int) -> dict[str, int]:
-    """For one warp: a power of two that holds N, and channels beside it, so that 16 values fall to a lane."""
+    """Return the tile of a warp: a power of two that holds N, by as many channels as give a lane 16 values."""
     states = triton.next_power_of_2(state_size)
     return {"BLOCK_N": states, "BLOCK_D": min(max(512 // states, 2), 32), "num_warps": 1}
 
 
-def _by_position(tensor: Tensor | None) -> Tensor | None:
-    """(batch, X, Y) → (batch, Y, X), contiguous: as most of a Mamba layer's projections make them, by position."""
+def _to_position_major(tensor: Tensor | None) -> Tensor | None:
+    """Return (batch, X, Y) as (batch, Y, X), contiguous: most projections of a Mamba layer lie by position already."""
     return None if tensor is None else tensor.transpose(1, 2).contiguous()
 
 
-def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    """The values, (batch, L, X), in the dtype and the memory order of the tensor, (batch, X, L)."""
+def _match_layout(tensor: Tensor, values: Tensor) -> Tensor:
+    """Return the values, (batch, L, X), in the dtype and the memory order of the tensor, (batch, X, L)."""
     return torch.empty_like(tensor).copy_(values.transpose(1, 2))
 
 
-# Lengths vary from batch to batch: no kernel is compiled anew for one that 16 divides.
+# Lengths vary from batch to batch, so no kernel is compiled anew for one that 16 divides.
 @triton.jit(do_not_specialize=["length"])
 def _scan_forward(
     u, time_step, A, B, C, D, gate, bias, initial_state, y, last_state, ungated, kept, length, channels,
@@ -143,7 +143,7 @@ def _scan_backward(
         chunk = start // KEPT_EVERY
         position = batch * tl.cdiv(length, KEPT_EVERY) + chunk
         h = tl.load(kept + position * channels * states + entries, inside, other=0)
-        if start > chunk * KEPT_EVERY:  # a block later than that
+        if start > chunk * KEPT_EVERY:  # the block begins after the kept state
             us = _load_rows(u, origin, start - POSITIONS, length, channels, d)
             steps = _effective_steps(time_step, origin, start - POSITIONS, length, channels, d, offset, softplus)
             for k in tl.static_range(POSITIONS):
@@ -198,7 +198,7 @@ def _scan_backward(
 
 @triton.jit
 def _effective_steps(time_step, origin, start, length, channels, d, offset, softplus: tl.constexpr):
-    """Δ of a block, zero beyond the end, where nothing moves then."""
+    """Return Δ of a block; it is zero beyond the end, so that nothing moves there."""
     raws = _load_rows(time_step, origin, start, length, channels, d)
     steps = ()
     for k in tl.static_range(POSITIONS):
@@ -208,7 +208,7 @@ def _effective_steps(time_step, origin, start, length, channels, d, offset, soft
 
 @triton.jit
 def _effective_step(raw, offset, softplus: tl.constexpr):
-    """log(1 + e^x) without losing the digits of a small e^x."""
+    """Return x = raw + offset, or log(1 + e^x) without losing the digits of a small e^x."""
     x = raw + offset
     if softplus:
         small = tl.exp(-tl.abs(x))
@@ -221,7 +221,7 @@ def _effective_step(raw, offset, softplus: tl.constexpr):
 
 @triton.jit
 def _load_vector(pointer, columns, width):
-    """Entries of a vector (width,), zero beyond its end, or where there is none."""
+    """Return entries of a vector (width,), zero beyond its end, or where there is none."""
     values = tl.zeros(columns.shape, tl.float32)
     if pointer is not None:
         values = tl.load(pointer + columns, columns < width, other=0)
@@ -229,21 +229,21 @@ def _load_vector(pointer, columns, width):
 
 
 @triton.jit
-def _within(columns, row, length, width):
-    """The mask for a row of a matrix (length, width)."""
+def _row_mask(columns, row, length, width):
+    """Return the mask for a row of a matrix (length, width)."""
     return columns < tl.where(row < length, width, 0)
 
 
 @triton.jit
 def _load_row(pointer, origin, row, length, width, columns):
-    """A row of a matrix (length, width), zero beyond its ends."""
-    offsets, mask = (origin + row) * width + columns, _within(columns, row, length, width)
+    """Return a row of a matrix (length, width), zero beyond its ends."""
+    offsets, mask = (origin + row) * width + columns, _row_mask(columns, row, length, width)
     return tl.load(pointer + offsets, mask, other=0).to(tl.float32)
 
 
 @triton.jit
 def _load_rows(pointer, origin, start, length, width, columns):
-    """The rows of a block."""
+    """Return the rows of a block."""
     rows = ()
     for k in tl.static_range(POSITIONS):
         rows = rows + (_load_row(pointer, origin, start + k, length, width, columns),)
@@ -254,12 +254,12 @@ def _load_rows(pointer, origin, start, length, width, columns):
 def _store_rows(pointer, rows, origin, start, length, width, columns):
     for k in tl.static_range(POSITIONS):
         offsets = (origin + start + k) * width + columns
-        tl.store(pointer + offsets, rows[k], _within(columns, start + k, length, width))
+        tl.store(pointer + offsets, rows[k], _row_mask(columns, start + k, length, width))
 
 
 @triton.jit
 def _add_row(pointer, values, origin, row, length, width, columns):
-    offsets, mask = (origin + row) * width + columns, _within(columns, row, length, width)
+    offsets, mask = (origin + row) * width + columns, _row_mask(columns, row, length, width)
     tl.atomic_add(pointer + offsets, values, mask, sem="relaxed")
 
 

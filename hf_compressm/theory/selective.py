@@ -1,4 +1,4 @@
-"""The states of a selective (time-varying) state space are told apart by what they do, measured on data.
+"""This file measures on data what the states of a selective (time-varying) state space do.
 
     h_t[d, n] = exp(Δ_t[d] A[d, n]) h_{t-1}[d, n] + Δ_t[d] u_t[d] B_t[n]
     y_t[d]    = Σ_n C_t[n] h_t[d, n],   then gated by silu(z_t[d]) and mixed by out_proj

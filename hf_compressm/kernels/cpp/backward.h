@@ -1,4 +1,4 @@
-// The backward pass, from the last chunk to the first. It computes the states within a chunk again from the kept one.
+// The backward pass goes from the last chunk to the first and computes the states within it again from the kept one.
 
 #pragma once
 
@@ -14,9 +14,9 @@
 
 namespace {
 
-constexpr int ITEMS = 32;  // of work at least, where there are as many channels; never depends on the number of threads
+constexpr int ITEMS = 32;  // at least so many items of work, given the channels; it never depends on the threads
 
-// Gradients for u, Δ, A, B, C, D, the gate, the bias and the initial state.
+// These are the gradients for u, Δ, A, B, C, D, the gate, the bias and the initial state.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients scan_backward(
     const Tensor& grad_y, const Tensor& grad_last_state, const Tensor& u, const Tensor& time_step, const Tensor& A,

@@ -1,4 +1,4 @@
-// The forward pass over a whole sequence. It keeps the states at the start of each chunk for the backward pass.
+// The forward pass goes over a whole sequence and keeps the states at the start of each chunk for the backward pass.
 
 #pragma once
 

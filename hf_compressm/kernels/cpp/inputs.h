@@ -1,4 +1,4 @@
-// What the forward and the backward pass are both given.
+// The forward and the backward pass are both given these inputs.
 
 #pragma once
 
@@ -32,12 +32,12 @@ struct Scan {
   int count(int64_t start) const { return std::min<int64_t>(CHUNK, length - start); }
   int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
 
-  // Row n of the states (batch, chunks, N, D) that are kept at the start of a chunk.
+  // Returns row n of the states (batch, chunks, N, D) that are kept at the start of a chunk.
   float* kept(const Tensor& tensor, int64_t batch, int64_t start, int64_t n) const {
     return tensor.data_ptr<float>() + ((batch * chunks() + start / CHUNK) * states + n) * channels;
   }
 
-  // Effective Δ; raw: before the softplus.
+  // Loads the effective Δ into step, and into raw what it is before the softplus.
   void load_step(int64_t batch, int64_t group, int64_t start, Tile& raw, Tile& step) const {
     const int rows = this->rows(group), count = this->count(start);
     load(time_step, batch, group * CHANNELS, start, rows, count, raw);

@@ -1,6 +1,6 @@
-// The selective scan on a CPU, forward, backward and by single steps; see torch_scan.py for the recurrence.
+// This computes the selective scan on a CPU, forward, backward and by single steps; torch_scan.py has the recurrence.
 //
-// A group of CHANNELS channels, CHUNK positions and one state at a time: everything that is touched in the inner loops
+// It takes CHANNELS channels, CHUNK positions and one state at a time: everything that is touched in the inner loops
 // lies in the first-level cache, lanes are channels, and a state costs the same whatever N is. The forward pass keeps
 // the states at the start of each chunk; the backward pass computes the ones in between again. A single position, when
 // text is generated, is a pass over the states as they lie in memory: there lanes are states.

@@ -1,4 +1,4 @@
-// A single position, when text is generated: a pass over the states as they lie in memory, so that lanes are states.
+// When text is generated, a position is one pass over the states as they lie in memory, so that lanes are states.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// h ← exp(Δ a) h + Δ u b, and Σ c h, for N states of a channel: by WIDTH at a time, the rest by half of that.
+// Sets h ← exp(Δ a) h + Δ u b and returns Σ c h for N states of a channel, WIDTH at a time, the rest by half of that.
 template <int WIDTH>
 float step_of_channel(int64_t N, float delta, float drive, const float* a, const float* b, const float* c, float* h) {
   using Vector = typename Lanes<WIDTH>::Floats;
@@ -29,7 +29,7 @@ float step_of_channel(int64_t N, float delta, float drive, const float* a, const
   return total;
 }
 
-// One position: h (batch, D, N) is overwritten, y (batch, D) returned; u, Δ and gate (batch, D), B and C (batch, N).
+// Overwrites h (batch, D, N) and returns y (batch, D); u, Δ and gate are (batch, D), B and C (batch, N).
 Tensor step(Tensor state, const Tensor& u, const Tensor& time_step, const Tensor& A, const Tensor& B, const Tensor& C,
             Optional D, Optional gate, Optional bias, bool softplus_) {
   auto in_float = [](const Tensor& x) { return x.to(at::kFloat).contiguous(); };

@@ -1,5 +1,5 @@
-// Tiles of a tensor, some positions × a group of channels, as the inner loops hold them. They are read from tensors of
-// any strides and of any floating type, and written back.
+// The inner loops hold tiles of a tensor, some positions × a group of channels. Tiles are read from tensors of any
+// strides and of any floating type, and written back.
 
 #pragma once
 
@@ -15,7 +15,7 @@ using at::Tensor;
 
 constexpr int BLOCKS = 4;  // what is added up over channels is added up over these first
 constexpr int CHANNELS = LANES * BLOCKS;
-constexpr int CHUNK = 16;  // as in operators.py
+constexpr int CHUNK = 16;  // operators.py has the same number
 static_assert(CHUNK % LANES == 0);
 
 struct alignas(64) Group {
@@ -23,7 +23,7 @@ struct alignas(64) Group {
 };
 using Tile = Group[CHUNK];  // positions × channels
 
-// f with the data of a tensor of floating type.
+// Calls f with the data of a tensor of floating type.
 template <typename F>
 void with_data(const Tensor& tensor, F f) {
   switch (tensor.scalar_type()) {
@@ -33,7 +33,7 @@ void with_data(const Tensor& tensor, F f) {
   }
 }
 
-// tile[t][i] = tensor[batch, first_row + i, start + t], zero beyond the rows; a tensor of any strides.
+// Sets tile[t][i] = tensor[batch, first_row + i, start + t], zero beyond the rows; the tensor may have any strides.
 void load(const Tensor& tensor, int64_t batch, int64_t first_row, int64_t start, int rows, int count, Tile& tile) {
   with_data(tensor, [&](auto* data) {
     data += batch * tensor.stride(0) + first_row * tensor.stride(1) + start * tensor.stride(2);
@@ -63,7 +63,7 @@ void store(const Tile& tile, const Tensor& tensor, int64_t batch, int64_t first_
   });
 }
 
-// out[n * CHUNK + t] = tensor[batch, n, start + t]
+// Sets out[n * CHUNK + t] = tensor[batch, n, start + t].
 void load_shared(const Tensor& tensor, int64_t batch, int64_t start, int64_t states, int count, float* out) {
   with_data(tensor, [&](auto* data) {
     data += batch * tensor.stride(0) + start * tensor.stride(2);
@@ -73,14 +73,14 @@ void load_shared(const Tensor& tensor, int64_t batch, int64_t start, int64_t sta
   });
 }
 
-// group[i] = vector[first + i], zero beyond its end.
+// Returns group[i] = vector[first + i], zero beyond its end.
 Group load_vector(const float* vector, int64_t first, int rows) {
   Group group{};
   if (vector) std::memcpy(&group, vector + first, rows * sizeof(float));
   return group;
 }
 
-// Columns of a float32 (D, N) matrix for the channels of a group: out[n][i] = scale · matrix[first + i, n].
+// Loads columns of a float32 (D, N) matrix for the channels of a group: out[n][i] = scale · matrix[first + i, n].
 void load_columns(const float* matrix, int64_t first, int rows, int64_t states, float scale, Group* out) {
   for (int64_t n = 0; n < states; ++n) out[n] = Group{};
   for (int i = 0; i < rows; ++i)

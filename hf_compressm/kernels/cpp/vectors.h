@@ -1,4 +1,4 @@
-// Vectors of floats, a lane for each channel (or, in step.h, each state), and the functions that the scan takes of them.
+// A vector of floats has a lane for each channel (or, in step.h, each state); the scan takes these functions of it.
 
 #pragma once
 
@@ -21,7 +21,7 @@ using Integers = Lanes<LANES>::Integers;
 
 inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
 
-// 2^x to 1e-7, relative.
+// Returns 2^x with a relative error of 1e-7.
 template <int WIDTH>
 inline typename Lanes<WIDTH>::Floats power_of_two(typename Lanes<WIDTH>::Floats x) {
   using V = typename Lanes<WIDTH>::Floats;
@@ -39,7 +39,7 @@ inline typename Lanes<WIDTH>::Floats power_of_two(typename Lanes<WIDTH>::Floats 
 }
 inline Vector exp2(Vector x) { return power_of_two<LANES>(x); }
 
-// log(1 + x) for 0 ≤ x ≤ 1, to 3e-8, relative.
+// Returns log(1 + x) for 0 ≤ x ≤ 1 with a relative error of 3e-8.
 inline Vector log1p(Vector x) {
   Vector p = 0.005232687911f * x - 0.02950521332f;
   p = p * x + 0.07822591042f;
@@ -54,7 +54,7 @@ inline Vector log1p(Vector x) {
 inline Vector sigmoid(Vector x) { return 1 / (1 + exp2(-LOG2_E * x)); }
 inline Vector softplus(Vector x) { return maximum(x, Vector{}) + log1p(exp2(-LOG2_E * maximum(x, -x))); }
 
-// Entry i: the sum of rows[i].
+// Returns the sum of rows[i] as entry i.
 inline Vector sums(Vector* rows) {
   for (int half = LANES / 2; half; half /= 2) {
     Integers low, high;
