@@ -1,6 +1,7 @@
-"""Ways to score the states of a layer: one function each, larger is more important. And ways to choose by the scores.
+"""Each criterion here scores the states of a layer, and `choose_states` chooses states by their scores.
 
-A criterion takes a `LayerStates` and returns a score per state, float64, (N,), not negative. Mathematics only.
+A criterion takes a `LayerStates` and returns a score per state, float64, (N,), not negative; a larger score means a
+more important state. This file holds mathematics only.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,15 @@ from .selective import Statistics, Surrogate, complement, gramian_diagonals, une
 
 @dataclass(frozen=True)
 class LayerStates:
-    """What a criterion may look at.
+    """Layer states are what a criterion may look at.
 
     Attributes:
         statistics: sums over the calibration data.
         B_rows, C_rows: the rows of `x_proj.weight` that make B and C, (N, D) each.
         gradients: gives the gradient of the calibration loss (mean over its predictions) for these rows, (N, D) each.
-            Computed when it is first called, for all layers at once; who does not ask pays nothing. Refused under
-            FSDP2.
-        generator: seeded for the layer.
+            It computes them when it is first called, for all layers at once, so a criterion that does not call it
+            costs no backward pass. Under FSDP2 it is refused.
+        generator: a random generator, seeded for the layer.
     """
 
     statistics: Statistics
@@ -37,7 +38,7 @@ CRITERIA: dict[str, Criterion] = {}  # by name
 
 
 def _criterion(power: int) -> Callable[[Criterion], Criterion]:
-    """Register a criterion, and say whether its score is the amplitude of an error, 1, or the square of one, 2."""
+    """Register a criterion whose score is the amplitude of an error (power 1) or the square of one (power 2)."""
 
     def register(function: Criterion) -> Criterion:
         function.power = power
@@ -49,45 +50,48 @@ def _criterion(power: int) -> Callable[[Criterion], Criterion]:
 
 @_criterion(power=1)
 def output(layer: LayerStates) -> Tensor:
-    """S_n = sqrt(E Σ_d w_d silu(z)_d² (C_n h_dn)²): the error in the layer's output when state n alone is removed.
+    """Return S_n = sqrt(E Σ_d w_d silu(z)_d² (C_n h_dn)²), the error in the layer's output without state n.
 
-    The product is taken per sample and then averaged; out_proj's columns are taken as orthogonal.
+    Only state n is removed. The product is taken per sample and then averaged; out_proj's columns are taken as
+    orthogonal.
     """
     return (layer.statistics.output_energy / layer.statistics.tokens).sqrt()
 
 
 @_criterion(power=1)
 def second_moment(layer: LayerStates) -> Tensor:
-    """e_n = Σ_d sqrt(P_d[n, n] Q_d[n, n]) of the mean-square Gramians (see `selective.sampled_gramians`)."""
+    """Return e_n = Σ_d sqrt(P_d[n, n] Q_d[n, n]) of the mean-square Gramians (see `selective.sampled_gramians`)."""
     return _gramian_score(layer, "second_moment")
 
 
 @_criterion(power=1)
 def mean(layer: LayerStates) -> Tensor:
-    """e_n = Σ_d sqrt(P_d[n, n] Q_d[n, n]) of the system frozen at its means: the surrogate of arXiv 2510.02823."""
+    """Return e_n = Σ_d sqrt(P_d[n, n] Q_d[n, n]) of the system frozen at its means, as in arXiv 2510.02823."""
     return _gramian_score(layer, "mean")
 
 
 @_criterion(power=1)
 def magnitude(layer: LayerStates) -> Tensor:
-    """‖row n of B‖ ‖row n of C‖: weights alone, no data; the usual baseline of pruning."""
+    """Return ‖row n of B‖ ‖row n of C‖, the usual baseline of pruning, which needs weights alone and no data."""
     return (layer.B_rows.double().norm(dim=1) * layer.C_rows.double().norm(dim=1)).to(layer.statistics.tokens.device)
 
 
 @_criterion(power=1)
 def ghost(layer: LayerStates) -> Tensor:
-    """sqrt(E Σ_d (C_n h_dn)²): what state n adds to the scan's output, before the gate and out_proj.
+    """Return sqrt(E Σ_d (C_n h_dn)²), what state n adds to the scan's output before the gate and out_proj.
 
-    GHOST (arXiv 2602.11408), with the product taken per sample, where GHOST multiplies the means E[h²] and E[C²].
+    This is GHOST (arXiv 2602.11408) with the product taken per sample, where GHOST multiplies the means E[h²] and
+    E[C²].
     """
     return (layer.statistics.product_energy / layer.statistics.tokens).sqrt()
 
 
 @_criterion(power=2)
 def aire(layer: LayerStates) -> Tensor:
-    """Σ_d c_n² b_dn² / (1 - λ_dn²): energy of the impulse response, of the system frozen at its means.
+    """Return Σ_d c_n² b_dn² / (1 - λ_dn²), the energy of the impulse response of the system frozen at its means.
 
-    AIRE-Prune (arXiv 2602.00534), with λ = E[exp(Δ A)], b = E[Δ B], c = E[C]. A squared quantity, as there.
+    This is the score of AIRE-Prune (arXiv 2602.00534), with λ = E[exp(Δ A)], b = E[Δ B], c = E[C]. It is a squared
+    quantity, as it is there.
     """
     x, b, c = _frozen_system(layer)
     return ((c * b).square() / (x * (2 - x))).sum(0)
@@ -95,10 +99,10 @@ def aire(layer: LayerStates) -> Tensor:
 
 @_criterion(power=2)
 def last(layer: LayerStates) -> Tensor:
-    """Σ_d c_n² b_dn² / (1 - λ_dn)²: the squared peak gain (H∞ norm), of the system frozen at its means.
+    """Return Σ_d c_n² b_dn² / (1 - λ_dn)², the squared peak gain (H∞ norm) of the system frozen at its means.
 
-    LAST (arXiv 2411.02824); symbols as in `aire`. Both papers then normalise the scores of each layer, to compare
-    layers; within one that leaves the ranking as it is.
+    This is the score of LAST (arXiv 2411.02824), in the symbols of `aire`. Both papers then normalise the scores of
+    each layer, to compare layers; within one layer that leaves the ranking as it is.
     """
     x, b, c = _frozen_system(layer)
     return (c * b / x).square().sum(0)
@@ -106,12 +110,12 @@ def last(layer: LayerStates) -> Tensor:
 
 @_criterion(power=2)
 def taylor(layer: LayerStates) -> Tensor:
-    """|Σ gradient · weight| over the rows of B and C of state n: to first order the change of the loss without it.
+    """Return |Σ gradient · weight| over the rows of B and C of state n, to first order the loss change without it.
 
-    As in SSM-Pruner (arXiv 2502.18886). Molchanov et al. (arXiv 1906.10771) square this sum for each mini-batch and
-    average; here the gradient is that of all calibration data, so that the score depends on neither the batches nor
-    the processes they came in, and squaring would leave the ranking as it is. In Mamba the loss depends on B_n and C_n
-    through their product alone, so both rows have the same sum.
+    This is the score of SSM-Pruner (arXiv 2502.18886). Molchanov et al. (arXiv 1906.10771) square this sum for each
+    mini-batch and average; here the gradient is that of all calibration data, so that the score depends on neither the
+    batches nor the processes they came in, and squaring would leave the ranking as it is. In Mamba the loss depends on
+    B_n and C_n through their product alone, so both rows have the same sum.
     """
     B_gradient, C_gradient = layer.gradients()
     return (B_gradient.double() * layer.B_rows + C_gradient.double() * layer.C_rows).sum(1).abs()
@@ -119,7 +123,7 @@ def taylor(layer: LayerStates) -> Tensor:
 
 @_criterion(power=1)
 def random(layer: LayerStates) -> Tensor:
-    """Uniform draws: the baseline that every other score has to beat."""
+    """Return uniform draws, the baseline that every other score has to beat."""
     scores = torch.rand(len(layer.B_rows), generator=layer.generator, dtype=torch.float64)
     return scores.to(layer.statistics.tokens.device)
 
@@ -130,21 +134,24 @@ def _gramian_score(layer: LayerStates, surrogate: Surrogate) -> Tensor:
 
 
 def _frozen_system(layer: LayerStates) -> tuple[Tensor, Tensor, Tensor]:
-    """1 - λ and b, (D, N) each, and c, (N,). Not λ: of slow decays, 1 - λ would be round-off."""
+    """Return 1 - λ and b, (D, N) each, and c, (N,).
+
+    The first is not λ, since 1 - λ would then be round-off where a decay is slow.
+    """
     s = layer.statistics
     return s.decay / s.tokens, s.input_map / s.tokens, s.output_map / s.tokens
 
 
 def criterion_name(criterion: Criterion | str) -> str:
-    """What records call it: the name of one of `CRITERIA`, or of a function of the user's own."""
+    """Return what records call it: the name of one of `CRITERIA`, or of a function of the user's own."""
     return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
 
 
 def state_scores(criterion: Criterion | str, layer: LayerStates) -> Tensor:
-    """The score of each state by a criterion, by name or a function of the user's own, float64, (N,).
+    """Return each state's score by a criterion, given by name or as a function of the user's own, float64, (N,).
 
     Raises:
-        ValueError: what the user's own function gives is not a score for each state.
+        ValueError: the user's own function does not give a score for each state.
     """
     if isinstance(criterion, str):
         return CRITERIA[criterion](layer)
@@ -160,7 +167,7 @@ def state_scores(criterion: Criterion | str, layer: LayerStates) -> Tensor:
 
 
 def score_power(criterion: Criterion | str) -> int:
-    """1 where a score is the amplitude of an error, 2 where it is the square of one.
+    """Return 1 where a score is the amplitude of an error, 2 where it is the square of one.
 
     A function of the user's own says so by an attribute `power`; without one its scores count as amplitudes.
     """
@@ -168,11 +175,11 @@ def score_power(criterion: Criterion | str) -> int:
 
 
 def squared_errors(scores: Tensor, power: int, covariance: Tensor | None = None) -> Tensor:
-    """The squared error of the states that go when the r of largest score stay, r = 0 … N, (N + 1,).
+    """Return the squared error of the states that go when the r of largest score stay, r = 0 … N, (N + 1,).
 
     Args:
         scores: (N,), in any order.
-        power: of the score, see `score_power`.
+        power: the power of the score, see `score_power`.
         covariance: Π, (N, N), where kept states make up for dropped ones; only what they do not predict then counts.
     """
     order, errors = scores.argsort(descending=True), scores.new_zeros(len(scores) + 1)
@@ -189,16 +196,16 @@ SELECTIONS = ("largest", "smallest", "random")
 
 
 def seeded_generator(seed: int, layer: int) -> torch.Generator:
-    """A generator of the layer's own, so that its draws do not depend on the other layers."""
+    """Return a generator of the layer's own, so that its draws do not depend on the other layers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + layer)
 
 
 def choose_states(score: Tensor, size: int, selection: str, generator: torch.Generator) -> Tensor:
-    """The `size` states to keep, sorted, (r,): those of largest score, or for ablations the smallest or any.
+    """Return the `size` states to keep, sorted, (r,): those of largest score, or for ablations the smallest or any.
 
     Args:
         score: (N,), in any order.
-        generator: on the CPU, for the random selection.
+        generator: a random generator on the CPU, for the random selection.
     """
     if selection == "random":
         kept = torch.randperm(len(score), generator=generator)[:size].to(score.device)

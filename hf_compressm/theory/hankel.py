@@ -1,10 +1,10 @@
-"""Time-invariant systems, exactly: Gramians, Hankel singular values, balanced truncation, and its error bound.
+"""Time-invariant systems have exact Gramians, Hankel singular values, balanced truncations and error bounds.
 
-    h(k+1) = A h(k) + B x(k),   y(k) = C h(k),   A stable: every eigenvalue inside the unit circle
+    h(k+1) = A h(k) + B x(k),   y(k) = C h(k),   A stable: every eigenvalue lies inside the unit circle
 
-Mathematics only: tensors in, tensors out, float64 or complex128 throughout, batched over leading dimensions. A system
-is given by a dense A, or by the eigenvalues of a diagonal one. N is the state size, H_in and H_out count the inputs
-and outputs.
+This file holds mathematics only: it takes and returns tensors, in float64 or complex128 throughout, batched over
+leading dimensions. A system is given by a dense A, or by the eigenvalues of a diagonal one. N is the state size, H_in
+and H_out count the inputs and outputs.
 
 Sources: Antoulas, *Approximation of Large-Scale Dynamical Systems* (2005), chapters 4 and 7; its use in training:
 Chahine et al., arXiv 2510.02823.
@@ -20,7 +20,7 @@ MAX_EIGENVECTOR_CONDITION = 1e9  # beyond it a diagonal form is wrong by more th
 
 
 class BalancingTransformation(NamedTuple):
-    """The coordinates in which both Gramians are diag(σ): A becomes `left` A `right`, B `left` B, C C `right`.
+    """In balanced coordinates both Gramians are diag(σ): A becomes `left` A `right`, B `left` B, C C `right`.
 
     Attributes:
         sigma: Hankel singular values, descending, (..., N).
@@ -36,7 +36,7 @@ class BalancingTransformation(NamedTuple):
 
 
 def diagonal_gramians(eigenvalues: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Gramians of a diagonal system, in closed form.
+    """Return the Gramians of a diagonal system, in closed form.
 
     P_ij = (B Bᴴ)_ij / (1 - λ_i λ̄_j) and Q_ij = (Cᴴ C)_ij / (1 - λ̄_i λ_j) solve the Lyapunov equations of `gramians`.
 
@@ -49,9 +49,9 @@ def diagonal_gramians(eigenvalues: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor
         (P, Q), Hermitian, (..., N, N) each.
 
     Raises:
-        ValueError: an eigenvalue on or outside the unit circle, NaN or Inf, or shapes that do not fit.
+        ValueError: an eigenvalue lies on or outside the unit circle, a value is NaN or Inf, or shapes do not fit.
     """
-    eigenvalues, B, C = _in_double(eigenvalues, B, C)
+    eigenvalues, B, C = _to_double(eigenvalues, B, C)
     _check_shapes(eigenvalues.shape[-1], B, C)
     _check_stable(eigenvalues)
     rows, columns = eigenvalues.unsqueeze(-1), eigenvalues.unsqueeze(-2)
@@ -59,9 +59,9 @@ def diagonal_gramians(eigenvalues: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor
 
 
 def gramians(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Gramians of a dense system: the solutions of A P Aᴴ - P + B Bᴴ = 0 and Aᴴ Q A - Q + Cᴴ C = 0.
+    """Return the Gramians of a dense system, which solve A P Aᴴ - P + B Bᴴ = 0 and Aᴴ Q A - Q + Cᴴ C = 0.
 
-    By doubling: the sum P = Σ_k Aᵏ B Bᴴ Aᵏᴴ gains as many terms as it has in each step (Smith 1968).
+    They come by doubling: the sum P = Σ_k Aᵏ B Bᴴ Aᵏᴴ gains as many terms as it has in each step (Smith 1968).
 
     Args:
         A: (..., N, N), stable.
@@ -72,10 +72,10 @@ def gramians(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         (P, Q), Hermitian, (..., N, N) each.
 
     Raises:
-        ValueError: A is not square or not stable, NaN or Inf, shapes that do not fit, or an A so far from normal that
-            its powers overflow.
+        ValueError: A is not square or not stable, a value is NaN or Inf, shapes do not fit, or A is so far from normal
+            that its powers overflow.
     """
-    A, B, C = _in_double(A, B, C)
+    A, B, C = _to_double(A, B, C)
     if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
         raise ValueError(f"A must be square, (..., N, N); got {tuple(A.shape)}.")
     _check_shapes(A.shape[-1], B, C)
@@ -95,7 +95,7 @@ def gramians(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
-    """Hankel singular values of a system with controllability Gramian P and observability Gramian Q.
+    """Return the Hankel singular values of a system with controllability Gramian P and observability Gramian Q.
 
     They are the singular values of L_Qᴴ L_P with P = L_P L_Pᴴ and Q = L_Q L_Qᴴ. The factors come from an
     eigendecomposition, which survives Gramians that are semi-definite in floating point, where `sqrt(eig(P Q))`
@@ -112,19 +112,19 @@ def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
     Raises:
         ValueError: a Gramian is not finite, or is indefinite by more than round-off.
     """
-    return torch.linalg.svdvals(_cross_factor(*_equilibrated(P, Q)[:2])[2])
+    return torch.linalg.svdvals(_cross_factor(*_equilibrate(P, Q)[:2])[2])
 
 
 def balancing_transformation(P: Tensor, Q: Tensor) -> BalancingTransformation:
-    """The square-root method: L_Qᴴ L_P = U Σ Vᴴ, T = L_P V Σ^(-1/2), T⁻¹ = Σ^(-1/2) Uᴴ L_Qᴴ.
+    """Balance a system by the square-root method: L_Qᴴ L_P = U Σ Vᴴ, T = L_P V Σ^(-1/2), T⁻¹ = Σ^(-1/2) Uᴴ L_Qᴴ.
 
     Args:
         P, Q: Gramians, (..., N, N) each.
 
     Raises:
-        ValueError: as `hankel_singular_values`.
+        ValueError: a Gramian is not finite, or is indefinite by more than round-off.
     """
-    P, Q, scale = _equilibrated(P, Q)
+    P, Q, scale = _equilibrate(P, Q)
     L_P, L_Q, cross = _cross_factor(P, Q)
     U, sigma, Vh = torch.linalg.svd(cross)
     # Gramians are known to ε‖P‖ and ε‖Q‖, so σ² to ε‖P‖‖Q‖: below that, a direction is chance, and so is stability.
@@ -137,7 +137,7 @@ def balancing_transformation(P: Tensor, Q: Tensor) -> BalancingTransformation:
 
 
 def balanced_truncation(eigenvalues: Tensor, B: Tensor, C: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The diagonal system cut to `rank` states in balanced coordinates; stable, and within `error_bound` of the whole.
+    """Cut a diagonal system to `rank` balanced states; the result is stable and within `error_bound` of the whole.
 
     Args:
         eigenvalues: λ, (..., N).
@@ -149,10 +149,10 @@ def balanced_truncation(eigenvalues: Tensor, B: Tensor, C: Tensor, rank: int) ->
         (A_r, B_r, C_r): (..., r, r) dense, (..., r, H_in), (..., H_out, r). `diagonalize` makes it diagonal again.
 
     Raises:
-        ValueError: as `diagonal_gramians`; a rank outside 1 … N, or above the number of states that float64 can tell
-            from round-off (a system of that many states is the whole system already).
+        ValueError: `diagonal_gramians` refuses the system; the rank lies outside 1 … N, or above the number of states
+            that float64 can tell from round-off (a system of that many states is the whole system already).
     """
-    eigenvalues, B, C = _in_double(eigenvalues, B, C)
+    eigenvalues, B, C = _to_double(eigenvalues, B, C)
     balancing = balancing_transformation(*diagonal_gramians(eigenvalues, B, C))
     largest = int(balancing.rank.min()) if balancing.rank.numel() else eigenvalues.shape[-1]  # an empty batch
     if not 1 <= rank <= largest:
@@ -164,13 +164,13 @@ def balanced_truncation(eigenvalues: Tensor, B: Tensor, C: Tensor, rank: int) ->
 
 
 def project(eigenvalues: Tensor, B: Tensor, C: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(left Λ right, left B, C right) of a diagonal system: (..., r, r), (..., r, H_in), (..., H_out, r)."""
-    eigenvalues, B, C, left, right = _in_double(eigenvalues, B, C, left, right)
+    """Return (left Λ right, left B, C right) of a diagonal system: (..., r, r), (..., r, H_in), (..., H_out, r)."""
+    eigenvalues, B, C, left, right = _to_double(eigenvalues, B, C, left, right)
     return (left * eigenvalues.unsqueeze(-2)) @ right, left @ B, C @ right
 
 
 def diagonalize(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same input-output behaviour with a diagonal A.
+    """Return a system of the same input-output behaviour with a diagonal A.
 
     Args:
         A: (..., N, N).
@@ -183,7 +183,7 @@ def diagonalize(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor
     Raises:
         ValueError: A has no well-conditioned eigenvectors (it is defective, or nearly so), or is not finite.
     """
-    A, B, C = _in_double(A, B, C)
+    A, B, C = _to_double(A, B, C)
     if not all(torch.isfinite(matrix).all() for matrix in (A, B, C)):
         raise ValueError("A, B or C holds NaN or Inf.")
     eigenvalues, vectors = torch.linalg.eig(A)
@@ -197,7 +197,7 @@ def diagonalize(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05) -> int | Tensor:
-    """Smallest rank that discards at most the share τ of Σσ: r(τ) = min {r : Σ_{i>r} σ_i ≤ τ Σσ}.
+    """Return the smallest rank that discards at most the share τ of Σσ: r(τ) = min {r : Σ_{i>r} σ_i ≤ τ Σσ}.
 
     Args:
         sigma: singular values or scores, descending and not negative, (..., N).
@@ -208,7 +208,7 @@ def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05
         r in 1 … N: an int for a single spectrum, an integer tensor (...) for a batch of them.
 
     Raises:
-        ValueError: tolerance outside (0, 1), or a spectrum that is not finite, negative or ascending.
+        ValueError: the tolerance lies outside (0, 1), or a spectrum is not finite, negative or ascending.
 
     Source: Chahine et al., arXiv 2510.02823.
     """
@@ -225,7 +225,7 @@ def truncation_rank(sigma: Tensor, tolerance: float, min_reduction: float = 0.05
 
 
 def error_bound(sigma: Tensor, rank: int) -> Tensor:
-    """2 Σ_{i>r} σ_i, which ‖G - G_r‖_∞ does not exceed: the largest gain of the error at any frequency.
+    """Return 2 Σ_{i>r} σ_i, which bounds ‖G - G_r‖_∞, the largest gain of the error at any frequency.
 
     Args:
         sigma: descending, (..., N).
@@ -242,7 +242,7 @@ def error_bound(sigma: Tensor, rank: int) -> Tensor:
 
 
 def weyl_bound(P: Tensor, Q: Tensor, P_next: Tensor, Q_next: Tensor) -> Tensor:
-    """How far any Hankel singular value can have moved between two points of training: max |λ(H' - H)|.
+    """Return max |λ(H' - H)|, which bounds how far any Hankel singular value moved between two points of training.
 
     H = (P^½ Q P^½)^½ has the eigenvalues σ, so by Weyl's theorem |σ_i' - σ_i| ≤ ‖H' - H‖ for every i.
 
@@ -258,10 +258,10 @@ def weyl_bound(P: Tensor, Q: Tensor, P_next: Tensor, Q_next: Tensor) -> Tensor:
 
 
 def hankel_nuclear_norm(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Σσ, the Hankel nuclear norm of a diagonal system, differentiable once: a regulariser that favours few states.
+    """Return Σσ, the Hankel nuclear norm of a diagonal system, differentiable once.
 
-    Uses dΣσ = ½ tr(T⁻ᴴ T⁻¹ dP) + ½ tr(T Tᴴ dQ), so neither a Lyapunov solver nor the eigenvalues of P Q are
-    differentiated, and repeated or vanishing σ do no harm.
+    As a regulariser it favours few states. Since dΣσ = ½ tr(T⁻ᴴ T⁻¹ dP) + ½ tr(T Tᴴ dQ), neither a Lyapunov solver nor
+    the eigenvalues of P Q are differentiated, and repeated or vanishing σ do no harm.
 
     Args:
         eigenvalues: λ, (..., N).
@@ -272,7 +272,7 @@ def hankel_nuclear_norm(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
         float64, (...).
 
     Raises:
-        ValueError: as `diagonal_gramians`.
+        ValueError: `diagonal_gramians` refuses the system.
     """
     return _NuclearNorm.apply(*diagonal_gramians(eigenvalues, B, C))
 
@@ -280,8 +280,8 @@ def hankel_nuclear_norm(eigenvalues: Tensor, B: Tensor, C: Tensor) -> Tensor:
 class _NuclearNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, P: Tensor, Q: Tensor) -> Tensor:
-        """σ² are the eigenvalues of L_Pᴴ Q L_P = V Σ² Vᴴ; T = L_P V Σ^(-1/2), T⁻¹ = Σ⁻¹ Tᴴ Q. Faster than the SVD."""
-        P, Q, scale = _equilibrated(P, Q)
+        """Return Σσ from L_Pᴴ Q L_P = V Σ² Vᴴ with T = L_P V Σ^(-1/2), T⁻¹ = Σ⁻¹ Tᴴ Q; this is faster than an SVD."""
+        P, Q, scale = _equilibrate(P, Q)
         L_P = _gramian_factor(P, "P")
         square, V = torch.linalg.eigh(L_P.mH @ Q @ L_P)
         sigma = square.clamp_min(0).sqrt()
@@ -300,8 +300,8 @@ class _NuclearNorm(torch.autograd.Function):
         return tuple(0.5 * grad[..., None, None] * sensitivity for sensitivity in ctx.saved_tensors)
 
 
-def _in_double(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in complex128 if one of them is complex, else all in float64."""
+def _to_double(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return all of them in complex128 if one is complex, else all in float64."""
     dtype = torch.complex128 if any(tensor.is_complex() for tensor in tensors) else torch.float64
     return tuple(tensor.to(dtype) for tensor in tensors)
 
@@ -309,8 +309,8 @@ def _in_double(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _check_shapes(state_size: int, B: Tensor, C: Tensor) -> None:
     if state_size < 1 or B.ndim < 2 or C.ndim < 2 or B.shape[-2] != state_size or C.shape[-1] != state_size:
         raise ValueError(
-            f"a system of {state_size} states with B {tuple(B.shape)} and C {tuple(C.shape)}; expected B (..., N, "
-            "inputs) and C (..., outputs, N) with N at least 1."
+            f"a system of {state_size} states has B {tuple(B.shape)} and C {tuple(C.shape)}; give B (..., N, inputs) "
+            "and C (..., outputs, N) with N at least 1."
         )
     if not (torch.isfinite(B).all() and torch.isfinite(C).all()):
         raise ValueError("B or C holds NaN or Inf.")
@@ -326,38 +326,38 @@ def _check_stable(eigenvalues: Tensor) -> None:
 
 
 def _is_negligible(change: Tensor, gramian: Tensor) -> bool:
-    """In every state, in its own unit."""
-    change, energy = (torch.diagonal(matrix, dim1=-2, dim2=-1).abs() for matrix in (change, gramian))
-    return not (change > EPSILON * energy).any()
+    """Return whether the change is below round-off in every state, in that state's own unit."""
+    change, whole = (torch.diagonal(matrix, dim1=-2, dim2=-1).abs() for matrix in (change, gramian))
+    return not (change > EPSILON * whole).any()
 
 
-def _equilibrated(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gramians after a scaling of the states that makes their diagonals equal, and that scaling, (..., N).
+def _equilibrate(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale the states so that the diagonals of both Gramians are equal; return P, Q and the scaling, (..., N).
 
-    It changes no σ, and keeps round-off from hiding a state that was merely given in small units.
+    That changes no σ, and keeps round-off from hiding a state that was merely given in small units.
     """
-    P, Q = _in_double(P, Q)
-    reach, sight = (torch.diagonal(gramian, dim1=-2, dim2=-1).real for gramian in (P, Q))
-    reach, sight = (diagonal.clamp_min(0).nan_to_num(0, 0, 0).sqrt() for diagonal in (reach, sight))
-    energy = reach * sight
-    known = energy > 0
-    typical = energy.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp_min(1)
-    # A state that is reached but not seen, or seen but not reached, gets the mean of the others.
-    energy = torch.where(known, energy, torch.where(typical > 0, typical, 1.0))
-    scale = torch.where(reach > 0, energy.sqrt() / reach, torch.where(sight > 0, sight / energy.sqrt(), 1.0))
+    P, Q = _to_double(P, Q)
+    diagonals = (torch.diagonal(gramian, dim1=-2, dim2=-1).real for gramian in (P, Q))
+    p, q = (diagonal.clamp_min(0).nan_to_num(0, 0, 0).sqrt() for diagonal in diagonals)
+    product = p * q
+    known = product > 0
+    typical = product.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp_min(1)
+    # A state that is controllable but not observable, or observable but not controllable, gets the mean of the others.
+    product = torch.where(known, product, torch.where(typical > 0, typical, 1.0))
+    scale = torch.where(p > 0, product.sqrt() / p, torch.where(q > 0, q / product.sqrt(), 1.0))
     rows, columns = scale.unsqueeze(-1), scale.unsqueeze(-2)
     return P * rows * columns, Q / rows / columns, scale
 
 
 def _cross_factor(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L_P, L_Q and L_Qᴴ L_P, (..., N, N) each."""
+    """Return L_P, L_Q and L_Qᴴ L_P, (..., N, N) each."""
     L_P, L_Q = _gramian_factor(P, "P"), _gramian_factor(Q, "Q")
     return L_P, L_Q, L_Q.mH @ L_P
 
 
 def _hankel_operator(P: Tensor, Q: Tensor) -> Tensor:
-    """H = (P^½ Q P^½)^½ = V Σ Vᴴ with L_Qᴴ P^½ = U Σ Vᴴ, (..., N, N)."""
-    P, Q = _in_double(P, Q)
+    """Return H = (P^½ Q P^½)^½ = V Σ Vᴴ with L_Qᴴ P^½ = U Σ Vᴴ, (..., N, N)."""
+    P, Q = _to_double(P, Q)
     vectors, roots = _eigen_factors(P, "P")
     root = (vectors * roots.unsqueeze(-2)) @ vectors.mH
     _, sigma, Vh = torch.linalg.svd(_gramian_factor(Q, "Q").mH @ root)
@@ -365,18 +365,18 @@ def _hankel_operator(P: Tensor, Q: Tensor) -> Tensor:
 
 
 def _norm(gramian: Tensor) -> Tensor:
-    """‖gramian‖_∞, (..., 1)."""
+    """Return ‖gramian‖_∞, (..., 1)."""
     return gramian.abs().sum(-1).amax(-1, keepdim=True)
 
 
 def _gramian_factor(gramian: Tensor, name: str) -> Tensor:
-    """L with L Lᴴ = gramian, (..., N, N)."""
+    """Return L with L Lᴴ = gramian, (..., N, N)."""
     vectors, roots = _eigen_factors(gramian, name)
     return vectors * roots.unsqueeze(-2)
 
 
 def _eigen_factors(gramian: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvectors (..., N, N) and roots of the eigenvalues (..., N), those that are round-off clamped to zero."""
+    """Return eigenvectors (..., N, N) and roots of the eigenvalues (..., N); those that are round-off become zero."""
     if not torch.isfinite(gramian).all():
         raise ValueError(
             f"Gramian {name} holds NaN or Inf: the system it came from is unstable or its weights diverged."
@@ -392,5 +392,5 @@ def _eigen_factors(gramian: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _tails(sigma: Tensor) -> Tensor:
-    """Σ_{i>r} σ_i for r = 0 … N, (..., N + 1)."""
+    """Return Σ_{i>r} σ_i for r = 0 … N, (..., N + 1)."""
     return torch.nn.functional.pad(sigma.flip(-1).cumsum(-1).flip(-1), (0, 1))

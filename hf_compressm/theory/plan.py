@@ -1,4 +1,4 @@
-"""What becomes of each layer: an entry of a plan keeps some of its states, or replaces its system by a smaller one."""
+"""A plan says what becomes of each layer: an entry keeps some of its states, or gives it a smaller system."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -10,10 +10,10 @@ from .selective import StateMaps, complement
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of one layer, and how the kept states make up for the others.
+    """A selection says which states of one layer are kept, and how they make up for the others.
 
     Attributes:
-        kept_states: sorted, (r,).
+        kept_states: indices of the states that stay, sorted, (r,).
         compensation: the map G by which kept states predict dropped ones, (N - r, r), or None.
         refit: what a refit adds to the maps of the kept states after that, or None.
     """
@@ -26,23 +26,23 @@ class Selection:
 
     @property
     def is_refitted(self) -> bool:
-        """Whether a refit added something."""
+        """Return whether a refit added something."""
         return self.refit is not None
 
     def cpu(self) -> "Selection":
-        """The same on the CPU."""
+        """Return the same entry on the CPU."""
         compensation = None if self.compensation is None else self.compensation.cpu()
         refit = None if self.refit is None else StateMaps(*(added.cpu() for added in self.refit))
         return Selection(self.kept_states.cpu(), compensation, refit)
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
-        """All that it says beside the kept states, by name."""
+        """Return all that the entry says beside the kept states, by name."""
         added = (None,) * 3 if self.refit is None else self.refit
         return {"compensation": self.compensation, **dict(zip(("B", "C", "A_log"), added, strict=True))}
 
     def maps_after_cut(self, whole: StateMaps) -> StateMaps:
-        """The maps of the kept states as the cut leaves them: W_C[K] + Gᵀ W_C[R] (`maths`: compensation), refitted.
+        """Return the maps of the kept states as the cut leaves them: W_C[K] + Gᵀ W_C[R], plus what a refit adds.
 
         Args:
             whole: the maps of all states.
@@ -60,7 +60,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Projection:
-    """What is made of one layer: `tensors` by path, of the balanced states `kept_states`, sorted, (r,)."""
+    """A projection gives one layer new `tensors`, by path, for its balanced states `kept_states`, sorted, (r,)."""
 
     kept_states: Tensor
     tensors: dict[str, Tensor]
@@ -68,7 +68,7 @@ class Projection:
     is_refitted = False
 
     def cpu(self) -> "Projection":
-        """The same on the CPU."""
+        """Return the same entry on the CPU."""
         return Projection(self.kept_states.cpu(), {path: tensor.cpu() for path, tensor in self.tensors.items()})
 
 
@@ -77,7 +77,7 @@ Plan = dict[int, PlanEntry]  # by layer index
 
 
 def plan_fingerprint(plan: Plan) -> str:
-    """A text that is the same for equal plans only."""
+    """Return a text that is the same for equal plans only."""
     digest = hashlib.sha256()
     for index, entry in plan.items():
         for name, tensor in {"kept_states": entry.kept_states, **entry.tensors}.items():

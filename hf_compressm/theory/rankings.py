@@ -1,8 +1,8 @@
-"""Whether a layer's ranking of states stands still: it moved no further than two calibration draws lie apart.
+"""A layer's ranking of states stands still where it moved no further than two calibration draws lie apart.
 
 A ranking is measured on data, so two measurements of one and the same model differ. That difference, taken between two
 disjoint draws at one moment, is the noise floor; a movement between two moments, measured on the same draw, counts as
-movement only above it. Mathematics only.
+movement only above it. This file holds mathematics only.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ RELIABLE = 0.5  # τ_b of two draws, three of four pairs in the same order; belo
 
 @dataclass(frozen=True)
 class Ranking:
-    """How alike two measurements of a layer's scores are.
+    """A ranking says how alike two measurements of a layer's scores are.
 
     Attributes:
         correlation: Kendall's τ_b of the states, in [-1, 1].
@@ -27,32 +27,32 @@ class Ranking:
 
 
 def compare_rankings(left: Tensor, right: Tensor) -> Ranking:
-    """Two measurements of the scores of the same states, (N,) each."""
+    """Compare two measurements of the scores of the same states, (N,) each."""
     return Ranking(rank_correlation(left, right), share_distance(left, right))
 
 
 def is_within_noise(moved: Ranking, noise: Ranking) -> bool:
-    """Whether a layer stands still: in order and in score shares it moved no further than two draws lie apart.
+    """Return whether a layer stands still: its order and score shares moved no further than two draws lie apart.
 
     There is no margin, since none is needed: what moves is compared on one draw, so that a model that stands still is
     far above the floor. Where the draws themselves hardly agree (τ_b below `RELIABLE`) the answer is no.
 
     Args:
-        moved: between an earlier moment and now, on one draw.
-        noise: between two draws now.
+        moved: an earlier moment compared with now, on one draw.
+        noise: two draws compared now.
     """
     is_measurable = noise.correlation >= RELIABLE
     return is_measurable and moved.correlation >= noise.correlation and moved.distance <= noise.distance
 
 
 def rank_correlation(left: Tensor, right: Tensor) -> float:
-    """Kendall's τ_b = Σ sgn(x_i - x_j) sgn(y_i - y_j) / sqrt(pairs untied in x · pairs untied in y), in O(N²).
+    """Return Kendall's τ_b = Σ sgn(x_i - x_j) sgn(y_i - y_j) / sqrt(pairs untied in x · pairs untied in y), in O(N²).
 
-    Ties count in neither direction (M. G. Kendall, Biometrika 33, 1945). Of values that are all tied there is no order
-    to compare: 1 where both are, otherwise 0.
+    Ties count in neither direction (M. G. Kendall, Biometrika 33, 1945). Values that are all tied have no order to
+    compare: the result is 1 where those of both are, otherwise 0.
 
     Args:
-        left, right: (N,) each.
+        left, right: scores, (N,) each.
     """
     x, y = (torch.sign(values[:, None] - values[None, :]).double() for values in (left, right))
     untied_x, untied_y = x.abs().sum(), y.abs().sum()
@@ -62,7 +62,7 @@ def rank_correlation(left: Tensor, right: Tensor) -> float:
 
 
 def share_distance(left: Tensor, right: Tensor) -> float:
-    """Total variation distance ½ Σ_n |e_n / Σ e - e'_n / Σ e'|: the share of the score that changed its state.
+    """Return the total variation distance ½ Σ_n |e_n / Σ e - e'_n / Σ e'|, the share of the score that changed states.
 
     Args:
         left, right: scores, (N,) each, not negative and not all zero.

@@ -1,12 +1,12 @@
-"""The selective (time-varying) state space: what its states do, measured on data.
+"""This file measures on data what the states of a selective (time-varying) state space do.
 
     h_t[d, n] = exp(Δ_t[d] A[d, n]) h_{t-1}[d, n] + Δ_t[d] u_t[d] B_t[n]
     y_t[d]    = Σ_n C_t[n] h_t[d, n],   then gated by silu(z_t[d]) and mixed by out_proj
 
 B_t and C_t are shared by all D channels, A is not, so no dense balancing transform can be written back into the
-weights. What can be: dropping the shared coordinate n, and a linear map of the rows that make C. This file gives the
-sums that decide which coordinates to drop (`Statistics`), the surrogate Gramians built from them, and the map that
-makes up for what was dropped (`compensation`). Mathematics only; sums accumulate in float64.
+weights. Two things can be: a shared coordinate n can be dropped, and the rows that make C can be mapped linearly. This
+file gives the sums that decide which coordinates to drop (`Statistics`), the surrogate Gramians built from them, and
+the map that makes up for what was dropped (`compensation`). It holds mathematics only; sums accumulate in float64.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ Surrogate = Literal["mean", "second_moment"]
 
 @dataclass
 class Statistics:
-    """Running sums over calibration tokens of one layer; additive, so parts of the data or ranks can be merged.
+    """Statistics are running sums over calibration tokens of one layer; those of parts of the data add up.
 
-    With w_d = ‖out_proj[:, d]‖², g = silu(z), x = 1 - exp(Δ A) (which keeps slow decays exact):
+    Below, w_d is ‖out_proj[:, d]‖², g is silu(z), and x is 1 - exp(Δ A), which keeps slow decays exact.
     """
 
     tokens: Tensor  # ()       number of tokens
@@ -48,13 +48,13 @@ class Statistics:
 
     @classmethod
     def empty(cls, channels: int, state_size: int, device: torch.device | str = "cpu") -> "Statistics":
-        """Sums over nothing, for D channels and N states."""
+        """Return sums over nothing, for D channels and N states."""
         D, N, S = channels, state_size, len(sampled_channels(channels))
         shapes = [(), (N,), (N,), (N, N), *[(D, N)] * 4, (N,), (D, N), *[(S, N, N)] * 3]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """Sums over both sets of tokens."""
+        """Return the sums over both sets of tokens."""
         return Statistics(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def accumulate(
@@ -69,7 +69,7 @@ class Statistics:
         channel_weight: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Add tokens: T positions of each sequence of a batch, any of them, in any order.
+        """Add tokens: T positions of each sequence of a batch; any of them will do, in any order.
 
         Args:
             u, time_step: input and effective Δ, (batch, D, T).
@@ -95,7 +95,7 @@ class Statistics:
                 self._accumulate_output(states[i], C[i].T, gain[i].T)
 
     def _accumulate_maps(self, time_step: Tensor, drive: Tensor, B: Tensor, C: Tensor, gain: Tensor) -> None:
-        """Time step, drive Δ u and gain (batch, D, T), B and C (batch, N, T)."""
+        """Add the sums of the maps; time step, drive Δ u and gain are (batch, D, T), B and C (batch, N, T)."""
         sample = sampled_channels(drive.shape[1]).to(drive.device)
         self.input_map += torch.einsum("bdt,bnt->dn", time_step, B)
         self.input_square += torch.einsum("bdt,bnt->dn", drive.square(), B.square())
@@ -105,7 +105,7 @@ class Statistics:
         self.sampled_output += _outer_sums(gain[:, sample], C)
 
     def _accumulate_decay(self, decay: Tensor) -> None:
-        """Decay x (T, D, N)."""
+        """Add the sums of the decay x, (T, D, N)."""
         sample = sampled_channels(decay.shape[1]).to(decay.device)
         sampled = decay[:, sample].transpose(0, 1).double()  # (S, T, N)
         self.sampled_decay += sampled.mT @ sampled
@@ -115,18 +115,18 @@ class Statistics:
         self.decay_square += decay.square_().sum(0)
 
     def _accumulate_output(self, h: Tensor, C: Tensor, gain: Tensor) -> None:
-        """States h (T, N, D), C (T, N), gain (T, D)."""
+        """Add the sums of the output; the states h are (T, N, D), C (T, N), the gain (T, D)."""
         gated = h * gain.sqrt().unsqueeze(1)
         by_state = gated.transpose(0, 1).flatten(1)  # (N, T·D)
         self.gated_covariance += by_state @ by_state.T
         for energy, states in ((self.output_energy, gated), (self.product_energy, h)):
-            # The norm over channels first, in one pass that only reads: C is the same for all of them.
+            # The norm over channels comes first, in one pass that only reads: C is the same for all of them.
             energy += (torch.linalg.vector_norm(states, dim=2) * C).double().square().sum(0)
 
 
 @dataclass(frozen=True)
 class StateMaps:
-    """What makes the states of a layer: rows of its projection for B and for C, (N, D) each, and log(-A), (D, N)."""
+    """The states of a layer are made by rows of its projection for B and for C, (N, D) each, and log(-A), (D, N)."""
 
     B_rows: Tensor
     C_rows: Tensor
@@ -136,13 +136,13 @@ class StateMaps:
         return iter((self.B_rows, self.C_rows, self.A_log))
 
     def kept(self, keep: Tensor) -> "StateMaps":
-        """Those of the states `keep`, (r,)."""
+        """Return the maps of the states `keep`, (r,)."""
         return StateMaps(self.B_rows[keep], self.C_rows[keep], self.A_log[:, keep])
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the scan of a layer is given.
+    """Layer inputs are what the scan of a layer is given.
 
     Attributes:
         u, time_step: input and effective Δ, (batch, D, L).
@@ -157,49 +157,52 @@ class LayerInputs:
 
 
 def sampled_channels(channels: int) -> Tensor:
-    """The channels whose full Gramians are kept: evenly spread, at most `SAMPLED_CHANNELS`."""
+    """Return the channels whose full Gramians are kept: evenly spread, at most `SAMPLED_CHANNELS`."""
     return torch.linspace(0, channels - 1, min(channels, SAMPLED_CHANNELS)).round().long()
 
 
 def gramian_diagonals(statistics: Statistics, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-    """Diagonals of every channel's surrogate Gramians (P, Q), float64, (D, N) each; see `sampled_gramians`."""
+    """Return the diagonals of every channel's surrogate Gramians (P, Q), float64, (D, N) each.
+
+    The surrogates are those of `sampled_gramians`.
+    """
     mean = _means(statistics)
     if surrogate == "mean":
-        loss = _discounted(mean.decay, mean.decay, mean.decay.square())
+        loss = _one_minus_product(mean.decay, mean.decay, mean.decay.square())
         return mean.input_map.square() / loss, mean.output_map.square() / loss
-    loss = _discounted(mean.decay, mean.decay, mean.decay_square)
+    loss = _one_minus_product(mean.decay, mean.decay, mean.decay_square)
     return mean.input_square / loss, mean.output_square / loss
 
 
 def sampled_gramians(statistics: Statistics, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-    """Surrogate Gramians (P, Q) of the sampled channels, float64, (S, N, N) each.
+    """Return the surrogate Gramians (P, Q) of the sampled channels, float64, (S, N, N) each.
 
-    `mean`: the system frozen at ā = E[exp(Δ A)], b̄ = E[Δ B], c̄ = E[C] (arXiv 2510.02823): Gramians of a
-    time-invariant system. `second_moment`: inputs white in time, and the mean-square Lyapunov equations
-    P = E[Ā P Ā] + E[B̄ B̄ᵀ], Q = E[Ā Q Ā] + E[C̄ᵀ C̄] in their central form, solved entry by entry.
+    `mean` freezes the system at ā = E[exp(Δ A)], b̄ = E[Δ B], c̄ = E[C] (arXiv 2510.02823), so its Gramians are those of
+    a time-invariant system. `second_moment` takes inputs as white in time and solves the mean-square Lyapunov
+    equations P = E[Ā P Ā] + E[B̄ B̄ᵀ], Q = E[Ā Q Ā] + E[C̄ᵀ C̄] in their central form, entry by entry.
     """
     mean = _means(statistics)
     decay = mean.decay[sampled_channels(mean.decay.shape[0])]
     rows, columns = decay.unsqueeze(-1), decay.unsqueeze(-2)
     if surrogate == "mean":
-        loss = _discounted(rows, columns, rows * columns)
+        loss = _one_minus_product(rows, columns, rows * columns)
         inputs = mean.input_map[sampled_channels(mean.input_map.shape[0])]
         P = inputs.unsqueeze(-1) * inputs.unsqueeze(-2) / loss
         return P, torch.outer(mean.output_map, mean.output_map) / loss
-    loss = _discounted(rows, columns, mean.sampled_decay)
+    loss = _one_minus_product(rows, columns, mean.sampled_decay)
     return mean.sampled_input / loss, mean.sampled_output / loss
 
 
 def layer_hankel_singular_values(statistics: Statistics, surrogate: Surrogate) -> Tensor:
-    """The layer's spectrum, (N,), descending: per-channel σ of the surrogate, averaged over the sampled channels."""
+    """Return the layer's spectrum, (N,), descending: σ of the surrogate, averaged over the sampled channels."""
     P, Q = sampled_gramians(statistics, surrogate)
     return hankel_singular_values(P, Q).mean(0)
 
 
 def compensation(gated_covariance: Tensor, keep: Tensor) -> Tensor:
-    """The map G that predicts dropped states from kept ones, h_R ≈ G h_K, in the least-squares sense on the data.
+    """Return the map G that predicts dropped states from kept ones, h_R ≈ G h_K, by least squares on the data.
 
-    G = Π_RK (Π_KK + λ I)⁻¹, so that y = C_K h_K + C_R h_R ≈ (C_K + C_R G) h_K.
+    It is G = Π_RK (Π_KK + λ I)⁻¹, so that y = C_K h_K + C_R h_R ≈ (C_K + C_R G) h_K.
 
     Args:
         gated_covariance: Π, (N, N).
@@ -214,13 +217,13 @@ def compensation(gated_covariance: Tensor, keep: Tensor) -> Tensor:
 
 
 def well_posed(covariance: Tensor) -> Tensor:
-    """The covariance, (r, r), with a small ridge, by which states that are nearly one do no harm."""
+    """Return the covariance, (r, r), with a small ridge, so that it is invertible where states are near-collinear."""
     ridge = RIDGE * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
     return covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
 
 
 def unexplained_shares(gated_covariance: Tensor, keep: Tensor) -> Tensor:
-    """How much of each dropped state's gated variance the kept ones do not predict, in [0, 1], (N - r,).
+    """Return the share of each dropped state's gated variance that kept ones do not predict, in [0, 1], (N - r,).
 
     The rest, G Π_KR over Π_RR on the diagonal, is what `compensation` makes up for.
     """
@@ -231,7 +234,7 @@ def unexplained_shares(gated_covariance: Tensor, keep: Tensor) -> Tensor:
 
 
 def complement(keep: Tensor, state_size: int) -> Tensor:
-    """The coordinates of 0 … N-1 that are not in `keep`, sorted."""
+    """Return the coordinates of 0 … N-1 that are not in `keep`, sorted."""
     dropped = torch.ones(state_size, dtype=torch.bool, device=keep.device)
     dropped[keep] = False
     return dropped.nonzero().squeeze(1)
@@ -241,15 +244,15 @@ def _means(statistics: Statistics) -> Statistics:
     return Statistics(*(getattr(statistics, field.name) / statistics.tokens for field in fields(statistics)))
 
 
-def _discounted(x: Tensor, y: Tensor, product: Tensor) -> Tensor:
-    """1 - E[(1 - x)(1 - y)] = E[x] + E[y] - E[x y], without the cancellation of the left-hand side."""
+def _one_minus_product(x: Tensor, y: Tensor, product: Tensor) -> Tensor:
+    """Return 1 - E[(1 - x)(1 - y)] = E[x] + E[y] - E[x y], without the cancellation of the left-hand side."""
     return x + y - product
 
 
 def _outer_sums(weight: Tensor, vectors: Tensor) -> Tensor:
-    """Σ_{b,l} weight[b, s, l] v[b, n, l] v[b, m, l], (S, N, N).
+    """Return Σ_{b,l} weight[b, s, l] v[b, n, l] v[b, m, l], (S, N, N).
 
-    Multiplied in float64: products rounded to float32 make a matrix that is indefinite by more than round-off.
+    The products are taken in float64: in float32 they make a matrix that is indefinite by more than round-off.
     """
     weight, vectors = weight.double().transpose(0, 1).flatten(1), vectors.double().transpose(0, 1).flatten(1)
     return torch.stack([(vectors * channel) @ vectors.T for channel in weight])

@@ -555,9 +555,9 @@ REFUSED = [
     ({"eigenvalues": torch.tensor([[0.5, 0.2], [0.5, -2.0]])}, "unstable: an eigenvalue has modulus 2"),
     ({"B": torch.tensor([[1.0], [NAN]])}, "B or C holds NaN or Inf"),
     ({"C": torch.tensor([[1.0, INF]])}, "B or C holds NaN or Inf"),
-    ({"B": torch.ones(3, 2)}, "a system of 2 states with B (3, 2) and C (1, 2); expected B (..., N, inputs)"),
-    ({"C": torch.ones(2, 1)}, "a system of 2 states with B (2, 3) and C (2, 1)"),
-    ({"B": torch.ones(2)}, "a system of 2 states with B (2,)"),
+    ({"B": torch.ones(3, 2)}, "a system of 2 states has B (3, 2) and C (1, 2); give B (..., N, inputs)"),
+    ({"C": torch.ones(2, 1)}, "a system of 2 states has B (2, 3) and C (2, 1)"),
+    ({"B": torch.ones(2)}, "a system of 2 states has B (2,)"),
     ({"C": torch.ones(2)}, "C (2,)"),
     ({"eigenvalues": torch.ones(0), "B": torch.ones(0, 1), "C": torch.ones(1, 0)}, "N at least 1"),
 ]
