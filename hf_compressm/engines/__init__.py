@@ -1,6 +1,6 @@
-"""The engines that hold a model while it trains: one process, DistributedDataParallel and FSDP2, behind one interface.
+"""An engine holds a model while it trains: one process, DistributedDataParallel or FSDP2, behind one interface.
 
-What distinguishes them stands here, and nothing else does.
+All that distinguishes them is here, and nothing else.
 """
 
 from .engine import Engine, forward_with, new_parameter_like
