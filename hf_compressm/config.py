@@ -1,4 +1,4 @@
-"""What to keep. All checks happen when a configuration is built."""
+"""A configuration says what a reduction keeps; all its checks happen when it is built."""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,35 +6,35 @@ from .theory.criteria import CRITERIA, SELECTIONS, Criterion, criterion_name
 
 GOALS = ("tolerance", "target_state_size", "loss_budget", "cut_fraction")
 ALLOCATIONS = ("uniform", "per_layer", "global")
-CHOICES = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "selection": SELECTIONS}  # by field
+CHOICES = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "selection": SELECTIONS}  # field → its choices
 
 
 def option(default, text: str):
-    """A field with this default and help text, which HfArgumentParser shows."""
+    """Return a field with this default and help text, which HfArgumentParser shows."""
     return field(default=default, metadata={"help": text})
 
 
 def require(condition: bool, name: str, given, allowed: str) -> None:
-    """Refuse a value: what was given, and what is allowed."""
+    """Refuse a value unless the condition holds; the error says what was given and what is allowed."""
     if not condition:
         raise ValueError(f"{name} = {given!r}; allowed: {allowed}.")
 
 
 def is_count(value) -> bool:
-    """Whether it is a whole number, at least 1."""
+    """Return whether the value is a whole number, at least 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass
 class CompreSSMConfig:
-    """What a reduction keeps. Exactly one of `tolerance`, `target_state_size`, `loss_budget`, `cut_fraction` is given.
+    """A configuration says what to keep, by `tolerance`, `target_state_size`, `loss_budget` or `cut_fraction`.
 
-    Example: `CompreSSMConfig(loss_budget=0.01)` finds a state size whose measured loss is at most 0.01 nats per
-    prediction higher, while the next smaller one breaks that. `CompreSSMConfig(tolerance=0.02)` drops the weakest
-    states that together hold 2 % of the score.
+    Exactly one of the four is given. `CompreSSMConfig(loss_budget=0.01)`, say, finds a state size whose measured loss
+    is at most 0.01 nats per prediction higher, while the next smaller one breaks that.
+    `CompreSSMConfig(tolerance=0.02)` drops the weakest states that together hold 2 % of the score.
 
     Raises:
-        ValueError: a value out of range, or values that cannot hold together.
+        ValueError: a value is out of range, or values do not fit together.
     """
 
     tolerance: float | None = option(None, "Share of the state score that may be discarded at a cut, in (0, 1).")
@@ -57,7 +57,7 @@ class CompreSSMConfig:
     refit: bool = option(
         False,
         "Then fit the kept states of each layer of a Mamba to what it did uncut, on calibration data; kept only where "
-        "held-out data agree. One calibration batch in three is for each of fitting, that judgement, and losses.",
+        "that helps on held-out data. Of three batches one is fitted to, one decides that, and one gives losses.",
     )
     allocation: str | None = option(
         None,
@@ -122,7 +122,7 @@ class CompreSSMConfig:
         self._check_target()
 
     def _check_own_criterion(self) -> None:
-        """Records know it by its name, which has to be its own."""
+        """Refuse a criterion of the user's own whose name is taken, since records know it by its name."""
         if callable(self.criterion):
             name = criterion_name(self.criterion)
             is_own_name = CRITERIA.get(name, self.criterion) is self.criterion
@@ -139,16 +139,16 @@ class CompreSSMConfig:
         require(target % self.multiple_of == 0, "target_state_size", target, f"a multiple of {self.multiple_of}")
 
     def to_dict(self) -> dict:
-        """JSON types only; of a criterion of one's own the name."""
+        """Return the fields in JSON types; a criterion of the user's own is given by its name."""
         criterion = self.criterion and criterion_name(self.criterion)
         return vars(self) | {"criterion": criterion, "skip_layers": list(self.skip_layers)}
 
     @classmethod
     def from_dict(cls, content: dict) -> "CompreSSMConfig":
-        """The inverse of `to_dict`, but for a criterion of one's own.
+        """Build the configuration that `to_dict` describes.
 
         Raises:
-            ValueError: the criterion is known by its name only.
+            ValueError: the criterion is the user's own, and only its name is known.
         """
         criterion = content.get("criterion")
         if criterion is not None and criterion not in CRITERIA:
@@ -160,14 +160,14 @@ class CompreSSMConfig:
 
     @property
     def goal(self) -> dict[str, float]:
-        """The one goal that is given, by its name."""
+        """Return the one goal that is given, by its name."""
         return {name: getattr(self, name) for name in GOALS if getattr(self, name) is not None}
 
     def check_target(self, state_size: int) -> None:
-        """Refuse a target above the present size N; anything else fits any size.
+        """Refuse a target above the present size N; the other goals fit any size.
 
         Raises:
-            ValueError: names both.
+            ValueError: the target is above N; the message names both.
         """
         if self.target_state_size is not None and self.target_state_size > state_size:
             raise ValueError(
@@ -178,14 +178,14 @@ class CompreSSMConfig:
     def for_event(
         self, state_size: int, events_left: int, loss_spent: float, halvings: int = 0, part: float = 1.0
     ) -> "CompreSSMConfig":
-        """The part of the whole run's goal that falls to the next of `events_left` cuts.
+        """Return the part of the whole run's goal that falls to the next of `events_left` cuts.
 
         A target is approached by equal factors and a loss budget spent in equal shares of what is left of it. A
-        tolerance and a cut fraction speak of a single cut already. Each halving halves a tolerance, a cut fraction, a
-        share of the budget; for a target, the logarithm of the factor, so that it will not be reached.
+        tolerance and a cut fraction are goals of a single cut already. Each halving halves a tolerance, a cut fraction
+        or a share of the budget; of a target it halves the logarithm of the factor, so that it will not be reached.
 
         Args:
-            state_size: N now.
+            state_size: the present N.
             events_left: cuts still to come, this one included.
             loss_spent: rise of the loss by the cuts so far, nats per prediction.
             halvings: how often to halve the depth of the cut, after cuts that were too deep.
@@ -206,6 +206,6 @@ class CompreSSMConfig:
         return self
 
     def round_up(self, state_size: float) -> int:
-        """The smallest size allowed by `multiple_of` and `min_state_size` that is not below `state_size`."""
+        """Return the smallest size not below `state_size` that `multiple_of` and `min_state_size` allow."""
         wanted = max(state_size - 1e-9, self.min_state_size)
         return -int(-wanted // self.multiple_of) * self.multiple_of

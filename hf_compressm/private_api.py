@@ -1,4 +1,4 @@
-"""Every name of other packages that this one uses and that they do not promise to keep, in one table.
+"""One table lists every name of other packages that this one uses and that they do not promise to keep.
 
 Such a name may change in any release. So each is listed with what it serves and with the releases in which the tests
 saw it. `check_private_names` compares the table with what is installed, where the names matter, before any work is
@@ -25,7 +25,7 @@ TESTED = {
 
 
 class PrivateName(NamedTuple):
-    """One name that another package may change without a word."""
+    """A private name is one that another package may change without notice."""
 
     owner: str  # the module or class that it belongs to, by its path
     name: str
@@ -33,12 +33,12 @@ class PrivateName(NamedTuple):
 
     @property
     def package(self) -> str:
-        """The package that it belongs to, by its name on PyPI."""
+        """Return the package that it belongs to, by its name on PyPI."""
         return self.owner.split(".")[0]
 
     @property
     def seen_in(self) -> tuple[str, ...]:
-        """The releases of that package in which the tests saw it."""
+        """Return the releases of that package in which the tests saw it."""
         return TESTED[self.package]
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ PRIVATE_NAMES = (
     *_names(TRAINER, "The model first takes the size of the best checkpoint.", "_load_best_model"),
     *_names(
         TRAINER,
-        "What belongs to the weights is pushed with them, and a push that failed is told.",
+        "What belongs to the weights is pushed with them, and a push that failed is reported.",
         "_push_from_checkpoint _finish_current_push push_in_progress",
     ),
     *_names(
@@ -164,7 +164,7 @@ def check_private_names(*owners: str) -> None:
         owners: starts of paths in one package, such as "transformers.Trainer": the names that are about to be used.
 
     Raises:
-        ValueError: names are missing.
+        ValueError: the installed package lacks names.
     """
     package = owners[0].split(".")[0]
     missing = missing_private_names(*owners)
@@ -192,11 +192,13 @@ def installed(package: str) -> str:
 def remedy(package: str) -> str:
     """Return the sentences that say which releases were tested and how to install one."""
     tested = TESTED[package]
-    return f"Tested: {', '.join(tested)}. Install such a release: pip install '{package}=={tested[-1]}.*'."
+    return (
+        f"The tests passed with {', '.join(tested)}. Install such a release: pip install '{package}=={tested[-1]}.*'."
+    )
 
 
 def _exists(row: PrivateName) -> bool:
-    """A class's own attributes are looked up; those that its methods set are read from its source."""
+    """Return whether the owner has the name: as an attribute, or in the source of a class whose methods set it."""
     try:
         owner = _resolve(row.owner)
     except (ImportError, AttributeError):
@@ -209,7 +211,7 @@ def _exists(row: PrivateName) -> bool:
 
 
 def _resolve(path: str):
-    """The module, or the attribute of a module, of that path."""
+    """Return the module, or the attribute of a module, of that path."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""The one API: `analyze` makes a plan and changes nothing, `compress` carries it out.
+"""A reduction has two steps: `analyze` makes a plan and changes nothing, `compress` carries it out.
 
 The callback, the scripts and any hand-written training loop all go through these two functions.
 """
@@ -30,23 +30,23 @@ from .theory.plan import plan_fingerprint
 
 
 def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig) -> StateReport:
-    """Measure what each state does and plan which to keep. Nothing is changed: not the weights, the mode, nor any RNG.
+    """Measure what each state does and plan which to keep, without changing weights, mode or random states.
 
     A Mamba is analysed on data: every other calibration batch feeds the statistics, losses are measured on the rest.
-    With a refit it is one batch in three for statistics and the fit, one to judge it by, one for losses.
+    With a refit, one batch in three is for statistics and the fit, one decides whether it stays, one gives losses.
     An LRU is analysed from its weights; batches, where given, all serve to measure losses. Of several processes each
-    calls this with batches of its own: statistics and losses are taken over all of them, and the plan is one.
+    calls this with batches of its own: statistics and losses are taken over all of them, and all get the same plan.
 
     Args:
         model: a supported Transformers model, any floating dtype. Weights are taken in float32 at least; forward
             passes run as the model's own do, so in autocast inside Trainer(bf16=True).
         batches: dicts of tensors (`input_ids` or `input_values`, optional `attention_mask`, `labels`); the first
-            `config.calibration_batches` are read. A DataLoader will do. None for an LRU whose losses are not asked.
+            `config.calibration_batches` are read. A DataLoader will do. None will do for an LRU without losses.
         config: what to keep.
 
     Raises:
-        ValueError: an unsupported model, a configuration that does not fit it, too little data, NaN or Inf anywhere,
-            or a target above the present size.
+        ValueError: the model is not supported, the configuration does not fit it, there is too little data, a value is
+            NaN or Inf, or the target is above the present size.
     """
     started = time.perf_counter()
     model, config_of_first = unwrap(model), from_first_process(config.to_dict())
@@ -106,7 +106,7 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
 
 
 def _squared_errors(analysis: StateAnalysis) -> dict[int, Tensor]:
-    """Layer → squared error of the states that go when the r strongest stay, r = 0 … N, (N + 1,)."""
+    """Return layer → squared error of the states that go when the r strongest stay, r = 0 … N, (N + 1,)."""
     covariances = analysis.covariances if analysis.compensate else dict.fromkeys(analysis.scores)
     return {
         index: squared_errors(scores, analysis.score_power, covariances[index])
@@ -124,17 +124,17 @@ def compress(
     """Carry out the plan of `analyze` in place, all of it or none.
 
     Args:
-        model: the model that was analysed, unchanged in size since.
+        model: the model that was analysed; its sizes must be the same since.
         report: the plan; it can be applied once.
-        optimizer: the optimizer that trains the model, if one does; its state follows.
+        optimizer: the optimizer that trains the model, if one does; its state is cut with the model.
         step: optimizer steps done so far, for the record.
-        companions: models of the same shape that follow, such as a `torch.optim.swa_utils.AveragedModel` of this one.
+        companions: models of the same shape that are cut too, say a `torch.optim.swa_utils.AveragedModel` of this one.
 
     Returns:
         The entry for the history.
 
     Raises:
-        ValueError: the report was applied before or was made for other sizes; anything `shrink_state` refuses.
+        ValueError: the report was applied before or made for other sizes, or `shrink_state` refuses the cut.
     """
     started = time.perf_counter()
     sizes, fingerprint = state_layers(unwrap(model)).sizes, from_first_process(plan_fingerprint(report.plan))

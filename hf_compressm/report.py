@@ -1,4 +1,4 @@
-"""What `analyze` found and proposes, and how reports and cuts are shown, as text and as Markdown."""
+"""A report holds what `analyze` found and proposes; reports and cuts are shown as text and as Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ class Table:
     rows: list[list[str]]
 
     def as_text(self) -> str:
-        """The method returns lines with the cells of a column flush right."""
+        """Return lines with the cells of a column flush right."""
         lines = [self.headings, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
     def as_markdown(self) -> str:
-        """The method returns a table in Markdown."""
+        """Return the table in Markdown."""
         lines = [f"| {' | '.join(line)} |" for line in (self.headings, *self.rows)]
         lines.insert(1, "|---" * len(self.headings) + "|")
         return "\n".join(lines)
@@ -40,8 +40,8 @@ class StateReport:
 
     Attributes:
         config: the configuration it answers.
-        plan: layer → what becomes of it.
-        state_sizes_before: layer → N when analysed.
+        plan: layer → the entry that says what becomes of it.
+        state_sizes_before: layer → N when it was analysed.
         criterion: how states were ranked: the name of a score, or "hankel" for balanced truncation.
         compensate: whether kept states make up for dropped ones.
         scores: layer → score of each state, (N,): in stored order, or of the balanced states, descending.
@@ -52,11 +52,11 @@ class StateReport:
         single_layer_loss_change: layer → nats per prediction, measured by cutting that layer alone, on a few held-out
             sequences. Their sum falls short of, or exceeds, the measured change where layers interact. Empty without
             batches.
-        recall_before, recall_after: how well it recalls pairs of tokens, as the losses; None unless
+        recall_before, recall_after: how well the model recalls pairs of tokens before and after; None unless
             `config.recall_pairs` asks for it.
         tokens: calibration tokens behind the statistics.
-        seconds: time of the analysis; `measuring_seconds` of it went into measuring losses.
-        applied: set by `compress`; a report is applied once.
+        seconds: time of the analysis; `measuring_seconds` of it was used to measure losses.
+        applied: whether `compress` has applied it; a report is applied once.
     """
 
     config: CompreSSMConfig
@@ -78,27 +78,27 @@ class StateReport:
 
     @property
     def kept_states(self) -> dict[int, Tensor]:
-        """Layer → kept states, sorted, (r,)."""
+        """Return layer → kept states, sorted, (r,)."""
         return {index: entry.kept_states for index, entry in self.plan.items()}
 
     @property
     def state_sizes(self) -> dict[int, int]:
-        """Layer → N as the plan would leave it."""
+        """Return layer → N as the plan would leave it."""
         return {index: len(keep) for index, keep in self.kept_states.items()}
 
     @property
     def is_cut(self) -> bool:
-        """Whether the plan removes anything."""
+        """Return whether the plan removes anything."""
         return self.state_sizes != self.state_sizes_before
 
     @property
     def is_refitted(self) -> bool:
-        """Whether layers are refitted; where that did not help on held-out batches, they are not."""
+        """Return whether layers are refitted; they are not where that did not help on held-out batches."""
         return any(entry.is_refitted for entry in self.plan.values())
 
     @property
     def score_discarded(self) -> dict[int, float]:
-        """Layer → share of the state score that the plan drops."""
+        """Return layer → share of the state score that the plan drops, in [0, 1]."""
         shares = {}
         for index, keep in self.kept_states.items():
             score = self.scores[index]
@@ -108,7 +108,7 @@ class StateReport:
 
     @property
     def table(self) -> Table:
-        """The table of the layers: sizes, score discarded, and the single-layer loss change where it was measured."""
+        """Return the table of the layers: sizes, score discarded, and the single-layer loss change if measured."""
         rows = [
             [str(index), str(before), str(self.state_sizes[index]), f"{self.score_discarded[index]:.2%}"]
             for index, before in self.state_sizes_before.items()
@@ -144,9 +144,9 @@ class StateReport:
 
 
 def cuts_table(cuts: Sequence[ReductionEvent]) -> Table:
-    """The function returns the table of cuts: step, sizes, score discarded, losses, and recall where it was measured.
+    """Return the table of cuts: step, sizes, score discarded, losses, and recall where it was measured.
 
-    Of the score discarded it shows that of the layer which lost most.
+    The score discarded is that of the layer which lost most.
     """
     headings = ["step", "N", "score discarded", f"loss before → after, {LOSS_UNIT}"]
     rows = [
@@ -166,16 +166,18 @@ def cuts_table(cuts: Sequence[ReductionEvent]) -> Table:
 
 
 def loss_text(loss: float) -> str:
-    """The function returns a loss as it is shown everywhere, without its unit."""
+    """Return the text of a loss as it is shown everywhere, without its unit."""
     return f"{loss:.4f}"
 
 
 def losses_text(before: float | None, after: float | None) -> str:
-    """The function returns the losses before and after a cut, without their unit, or that they were not measured."""
+    """Return the text of the losses before and after a cut, without their unit, or that they were not measured."""
     return NOT_MEASURED if before is None else f"{loss_text(before)} → {loss_text(after)}"
 
 
 def _recall_text(cut: ReductionEvent) -> str:
     if cut.recall_before is None:
         return NOT_MEASURED
-    return " → ".join(f"{told['loss']:.3f} ({told['accuracy']:.0%})" for told in (cut.recall_before, cut.recall_after))
+    return " → ".join(
+        f"{recall['loss']:.3f} ({recall['accuracy']:.0%})" for recall in (cut.recall_before, cut.recall_after)
+    )

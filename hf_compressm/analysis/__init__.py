@@ -1,1 +1,1 @@
-"""What the states of a model do: measured on data or read off the weights, without disturbing the model."""
+"""This room finds what the states of a model do, on data or from the weights, without disturbing the model."""

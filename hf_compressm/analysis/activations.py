@@ -1,4 +1,4 @@
-"""What passes through the layers of a selective model on calibration data: statistics of all, the inputs of one."""
+"""Observe the scans of a selective model on calibration data: the statistics of all layers, the inputs of one."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,15 +12,15 @@ from ..theory.selective import LayerInputs, Statistics
 from .calibration import Batch
 from .losses import forward
 
-Observe = Callable[..., tuple[Tensor, Tensor]]  # of (layer, attention mask, *arguments of a scan), what the scan gives
+Observe = Callable[..., tuple[Tensor, Tensor]]  # (layer, attention mask, *arguments of a scan) → y, h_L
 
 
-class _EnoughSeen(Exception):  # noqa: N818
-    """The layers that follow are not needed."""
+class _StopForward(Exception):  # noqa: N818
+    """It ends a forward pass whose later layers are not needed."""
 
 
 def collect_statistics(layers: StateLayers, batches: list[Batch]) -> dict[int, Statistics]:
-    """Layer → `Statistics` over the batches, from forward passes of a model in eval mode."""
+    """Return layer → `Statistics` over the batches, from forward passes of a model in eval mode."""
     family, statistics, weights = layers.family, {}, {}
     for index, mixer in layers.items():
         decay, output_projection = (mixer.get_parameter(path) for path in (family.decay, family.output_projection))
@@ -40,9 +40,9 @@ def collect_statistics(layers: StateLayers, batches: list[Batch]) -> dict[int, S
 def layer_inputs(
     layers: StateLayers, batches: list[Batch], index: int, overrides: dict[str, Tensor]
 ) -> list[LayerInputs]:
-    """What the scan of one layer is given, by batch, in a model with some parameters overridden.
+    """Return what the scan of one layer is given, by batch, in a model with some parameters overridden.
 
-    A forward pass ends behind that layer, but for a sharded model, which would be left with gathered parameters.
+    A forward pass ends at that layer, except in a sharded model, which would be left with gathered parameters.
     """
     inputs, may_end = [], not is_sharded(layers.model)
 
@@ -50,7 +50,7 @@ def layer_inputs(
         if layer == index:
             inputs.append(LayerInputs(u, effective_time_step(time_step, time_step_bias, softplus), gate, mask))
             if may_end:
-                raise _EnoughSeen
+                raise _StopForward
         options = {"return_last_state": True}
         return selective_scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, **options)
 
@@ -59,7 +59,7 @@ def layer_inputs(
 
 
 def observe_layers(layers: StateLayers, batches: list[Batch], overrides: dict[str, Tensor], observe: Observe) -> None:
-    """Forward passes in which `observe` runs in the place of every scan."""
+    """Run forward passes in which `observe` takes the place of every scan."""
     running: list[int] = []  # the layer whose scan comes next
     handles = [
         mixer.register_forward_pre_hook(lambda module, args, index=index: running.append(index))
@@ -70,7 +70,7 @@ def observe_layers(layers: StateLayers, batches: list[Batch], overrides: dict[st
         with layers.family.observed_scan(lambda *arguments: observe(running.pop(), mask, *arguments)):
             for batch in batches:
                 mask = batch.get("attention_mask")
-                with suppress(_EnoughSeen):
+                with suppress(_StopForward):
                     forward(layers.model, batch, overrides)
     finally:
         for handle in handles:

@@ -1,8 +1,8 @@
-"""How many states each layer keeps: from scores and measured losses to a size per layer. No model, no surgery.
+"""Scores and measured losses decide here how many states each layer keeps; neither model nor surgery is needed.
 
-Sizes are allocated in one of three ways: `uniform`, one for all layers, the largest any layer asks for; `per_layer`,
-where the goal holds for every layer by itself; `global`, where it holds for all of them together, and states of
-different layers compete by the rise of the loss that dropping them is predicted to cause.
+Sizes are allocated in one of three ways. With `uniform` all layers have one size, the largest any layer asks for. With
+`per_layer` the goal holds for every layer by itself. With `global` it holds for all of them together, and states of
+different layers are ranked by the rise of the loss that dropping them is predicted to cause.
 """
 
 import heapq
@@ -17,7 +17,7 @@ from ..config import CompreSSMConfig
 from ..theory.hankel import truncation_rank
 
 Sizes = dict[int, int]
-PROBE = 1 / 8  # of its states a layer keeps where its sensitivity is measured
+PROBE = 1 / 8  # the share of its states that a layer keeps while its sensitivity is measured
 
 
 def choose_sizes(
@@ -27,7 +27,7 @@ def choose_sizes(
     loss_of: Callable[[Sizes], float] | None = None,
     errors: dict[int, Tensor] | None = None,
 ) -> Sizes:
-    """The function chooses the sizes that the configuration asks for.
+    """Choose the sizes that the configuration asks for.
 
     Args:
         config: the goal, and what sizes are allowed.
@@ -45,7 +45,7 @@ def choose_sizes(
     scores = {index: score for index, score in scores.items() if index not in config.skip_layers}
     if allocation == "global":
         changes = predicted_changes(config, {index: errors[index] for index in scores}, loss_of)
-        wanted = _from_the_pool(config, _Pool(config, changes), loss_of)
+        wanted = _sizes_for_all_layers(config, _RankedSteps(config, changes), loss_of)
     elif config.target_state_size is not None:
         wanted = dict.fromkeys(sizes, config.target_state_size)
     elif config.cut_fraction is not None:
@@ -57,12 +57,12 @@ def choose_sizes(
     elif config.loss_budget is not None:
         wanted = _smallest_within_budget(config, _Candidates(config, scores, uniform), loss_of)
     else:
-        wanted = _gated(config, sizes, _by_tolerance(config, scores, uniform, config.tolerance), uniform)
+        wanted = _apply_gate(config, sizes, _sizes_by_tolerance(config, scores, uniform, config.tolerance), uniform)
     return sizes | {index: min(sizes[index], wanted[index]) for index in scores}
 
 
-def _by_tolerance(config: CompreSSMConfig, scores: dict[int, Tensor], uniform: bool, tolerance: float) -> Sizes:
-    """Each layer keeps the rank that its tolerance allows; with one size for all, the largest of them."""
+def _sizes_by_tolerance(config: CompreSSMConfig, scores: dict[int, Tensor], uniform: bool, tolerance: float) -> Sizes:
+    """Return the ranks that the tolerance allows; with one size for all, the largest of them for every layer."""
     ranks = {
         index: min(config.round_up(truncation_rank(score.sort(descending=True).values, tolerance, 0.0)), len(score))
         for index, score in scores.items()
@@ -70,8 +70,8 @@ def _by_tolerance(config: CompreSSMConfig, scores: dict[int, Tensor], uniform: b
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
 
-def _gated(config: CompreSSMConfig, sizes: Sizes, wanted: Sizes, uniform: bool) -> Sizes:
-    """A layer is cut only where enough of it goes; with one size for all, the largest decides."""
+def _apply_gate(config: CompreSSMConfig, sizes: Sizes, wanted: Sizes, uniform: bool) -> Sizes:
+    """Keep the size of a layer of which too little would go; with one size for all, the largest layer decides."""
     largest = max(sizes.values())
     return {
         index: size if size < (1 - config.min_reduction) * (largest if uniform else sizes[index]) else sizes[index]
@@ -80,9 +80,10 @@ def _gated(config: CompreSSMConfig, sizes: Sizes, wanted: Sizes, uniform: bool) 
 
 
 class _Candidates:
-    """The sizes that a loss budget chooses from, behind the gate, smallest first; the last is the model as it is.
+    """The candidates are the sizes that a loss budget chooses from, after the gate, from small to large.
 
-    One size for all: every allowed N. A size per layer: those of one tolerance for all layers, from large to small.
+    The last one is the model as it is. With one size for all, the others are every allowed N. With a size per layer,
+    each is what one tolerance for all layers allows, from a large tolerance to a small one.
     """
 
     def __init__(self, config: CompreSSMConfig, scores: dict[int, Tensor], uniform: bool):
@@ -106,19 +107,19 @@ class _Candidates:
         else:
             ranks = {index: sum(share > step for share in shares) for index, shares in self.shares.items()}
             wanted = {index: self.config.round_up(rank) for index, rank in ranks.items()}
-        return _gated(self.config, self.whole, wanted, self.uniform)
+        return _apply_gate(self.config, self.whole, wanted, self.uniform)
 
 
 def _tail_shares(score: Tensor) -> list[float]:
-    """The share of the score that is lost by keeping r states, for r = 0 … N - 1, descending."""
+    """Return the share of the score that is lost by keeping r states, for r = 0 … N - 1, descending."""
     tails = score.sort().values.cumsum(0)
     return (tails / tails[-1].clamp_min(1e-300)).flip(0).tolist()
 
 
 def _smallest_within_budget(
-    config: CompreSSMConfig, candidates: "_Candidates | _Pool", loss_of: Callable[[Sizes], float]
+    config: CompreSSMConfig, candidates: "_Candidates | _RankedSteps", loss_of: Callable[[Sizes], float]
 ) -> Sizes:
-    """Sizes whose measured loss keeps the budget while the next smaller ones break it (bisection), or the floor."""
+    """Return sizes that keep the loss budget while the next smaller ones break it, or the smallest, by bisection."""
     allowed = loss_of(candidates.whole) + config.loss_budget
     breaks, keeps = -1, len(candidates) - 1
     while keeps - breaks > 1:
@@ -133,7 +134,7 @@ def _smallest_within_budget(
 def predicted_changes(
     config: CompreSSMConfig, errors: dict[int, Tensor], loss_of: Callable[[Sizes], float]
 ) -> dict[int, Tensor]:
-    """The function predicts how much the loss rises when a layer keeps r states.
+    """Predict how much the loss rises when a layer keeps r states.
 
     The rise is κ E, with the squared error E in the layer's output, to which a loss answers in proportion. How
     strongly it does, κ, is measured: each layer alone is cut to an eighth of its states.
@@ -144,10 +145,10 @@ def predicted_changes(
 
         κ_l = (R_l + R̄) / (E_l + Ē),
 
-    as if the average layer, (R̄, Ē), had been measured along with it. A layer that was heard clearly keeps its own
-    sensitivity, a quiet one is taken for an average one, and none for insensitive, which would lose it all its states
-    to a chance. A rise below zero counts as none. Where no loss rose, or no output changed so that every rise is
-    noise, nothing tells the layers apart: their errors are returned as they are, as if all mattered alike (κ = 1).
+    as if the average layer, (R̄, Ē), had been measured along with it. A layer with a large error keeps nearly its own
+    sensitivity, and one with a small error gets nearly the average. None counts as insensitive: a chance measurement
+    would then cost it all its states. A rise below zero counts as none. Where no loss rose, or no output changed so
+    that every rise is noise, nothing tells the layers apart: their errors are returned as they are (κ = 1 for all).
 
     Args:
         config: what sizes are allowed.
@@ -172,59 +173,59 @@ def predicted_changes(
 
 
 class _Step(NamedTuple):
-    """A layer goes to its next smaller allowed size."""
+    """A step takes a layer to its next smaller allowed size."""
 
     layer: int
     size: int
-    states: int  # that go
-    change: float  # of the loss, as predicted
-    rank: float  # where it stands among the steps of all layers
+    states: int  # how many states go
+    change: float  # the predicted change of the loss, nats per prediction
+    rank: float  # the steps of all layers are sorted by it
 
 
-class _Pool:
-    """The steps of all layers, those first that cost least for each state; what is chosen are the first so many.
+class _RankedSteps:
+    """The steps of all layers are ranked by their predicted loss change per state; the first so many are taken.
 
-    To a loss budget its candidates, behind the gate, smallest first; the last is the model as it is.
+    As a sequence they are the candidates of a loss budget, after the gate, from small to large, up to the whole model.
     """
 
     def __init__(self, config: CompreSSMConfig, changes: dict[int, Tensor]):
         self.config, self.whole = config, {index: len(change) - 1 for index, change in changes.items()}
         self.states, self.change = sum(self.whole.values()), sum(float(change[0]) for change in changes.values())
-        ladders = [_ladder(config, index, change.tolist()) for index, change in changes.items()]
-        self.steps = list(heapq.merge(*ladders, key=lambda step: step.rank))
+        of_layers = [_layer_steps(config, index, change.tolist()) for index, change in changes.items()]
+        self.steps = list(heapq.merge(*of_layers, key=lambda step: step.rank))
 
     def __len__(self) -> int:
         return len(self.steps) + 1
 
     def __getitem__(self, position: int) -> Sizes:
-        return _gated(self.config, self.whole, self.after(len(self.steps) - position), False)
+        return _apply_gate(self.config, self.whole, self.sizes_after(len(self.steps) - position), False)
 
-    def after(self, count: int) -> Sizes:
-        """The sizes after the first `count` steps."""
+    def sizes_after(self, count: int) -> Sizes:
+        """Return the sizes after the first `count` steps."""
         return self.whole | {step.layer: step.size for step in self.steps[:count]}
 
-    def within(self, allowance: float, price: Callable[[_Step], float]) -> Sizes:
-        """The sizes after as many of the first steps as an allowance pays for."""
-        spent = accumulate(price(step) for step in self.steps)
-        return self.after(sum(1 for _ in takewhile(lambda total: total <= allowance * (1 + 1e-9), spent)))
+    def sizes_within(self, limit: float, cost: Callable[[_Step], float]) -> Sizes:
+        """Return the sizes after as many of the first steps as together cost no more than a limit."""
+        totals = accumulate(cost(step) for step in self.steps)
+        return self.sizes_after(sum(1 for _ in takewhile(lambda total: total <= limit * (1 + 1e-9), totals)))
 
 
-def _ladder(config: CompreSSMConfig, layer: int, change: list[float]) -> list[_Step]:
-    """The steps of one layer from all its states down to the smallest allowed size."""
+def _layer_steps(config: CompreSSMConfig, layer: int, change: list[float]) -> list[_Step]:
+    """Return the steps of one layer from all its states down to the smallest allowed size."""
     whole = len(change) - 1
     sizes = [whole, *reversed(range(config.round_up(1), whole, config.multiple_of))]
     steps = list(pairwise(sizes))
-    ranks = _ascending([(change[smaller] - change[larger], larger - smaller) for larger, smaller in steps])
+    ranks = _ascending_changes([(change[smaller] - change[larger], larger - smaller) for larger, smaller in steps])
     return [
         _Step(layer, smaller, larger - smaller, change[smaller] - change[larger], rank)
         for (larger, smaller), rank in zip(steps, ranks, strict=True)
     ]
 
 
-def _ascending(steps: list[tuple[float, int]]) -> list[float]:
-    """The change per state of each step (change, states), ascending (by pooling adjacent violators).
+def _ascending_changes(steps: list[tuple[float, int]]) -> list[float]:
+    """Return the change per state of each step (change, states), ascending, by pooling adjacent violators.
 
-    A step that is followed by a cheaper one shares its price with it, since it buys the way there.
+    A step that is followed by a cheaper one is averaged with it, since the second is not taken without the first.
     """
     blocks: list[tuple[float, int, int]] = []  # change, states, steps
     for change, states in steps:
@@ -235,12 +236,14 @@ def _ascending(steps: list[tuple[float, int]]) -> list[float]:
     return [change / states for change, states, count in blocks for _ in range(count)]
 
 
-def _from_the_pool(config: CompreSSMConfig, pool: _Pool, loss_of: Callable[[Sizes], float]) -> Sizes:
-    """The goal, for all layers together."""
+def _sizes_for_all_layers(config: CompreSSMConfig, steps: _RankedSteps, loss_of: Callable[[Sizes], float]) -> Sizes:
+    """Return the sizes that meet the goal for all layers together."""
     if config.loss_budget is not None:
-        return _smallest_within_budget(config, pool, loss_of)
+        return _smallest_within_budget(config, steps, loss_of)
     if config.tolerance is not None:
-        return _gated(config, pool.whole, pool.within(config.tolerance * pool.change, lambda s: s.change), False)
+        wanted = steps.sizes_within(config.tolerance * steps.change, lambda step: step.change)
+        return _apply_gate(config, steps.whole, wanted, False)
     if config.target_state_size is not None:
-        return pool.within(pool.states - config.target_state_size * len(pool.whole), lambda s: s.states)
-    return pool.within(config.cut_fraction * pool.states, lambda s: s.states)
+        surplus = steps.states - config.target_state_size * len(steps.whole)
+        return steps.sizes_within(surplus, lambda step: step.states)
+    return steps.sizes_within(config.cut_fraction * steps.states, lambda step: step.states)

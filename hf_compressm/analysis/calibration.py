@@ -1,4 +1,4 @@
-"""Batches to measure on, taken without disturbing the training they come from."""
+"""Calibration batches are taken and used here without disturbing the training they come from."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -20,20 +20,20 @@ MODEL_INPUTS = (*SEQUENCES, "attention_mask", "labels")
 def take_batches(
     batches: Iterable[dict], count: int, own_labels: bool = True, devices: Iterable[torch.device] = ()
 ) -> list[Batch]:
-    """The function returns the first `count` batches, each with `labels`.
+    """Return the first `count` batches, each with `labels`.
 
     Args:
         batches: what is read; a DataLoader will do.
         count: how many batches are needed.
         own_labels: whether a batch without labels gets its own tokens as labels, but for padding, as it suits a
             language model.
-        devices: where the data may draw random numbers, besides the CPU, without disturbing anybody.
+        devices: where the data may draw random numbers, besides the CPU; their random states are restored.
 
     Raises:
-        ValueError: There are fewer batches than asked for, or a batch has no sequence or nothing to predict.
+        ValueError: there are fewer batches than asked for, or a batch has no sequence or nothing to predict.
     """
     with preserved_random_state(devices):  # a DataLoader draws a seed when it starts
-        taken = [_checked(batch, i, own_labels) for i, batch in enumerate(islice(iter(batches), count))]
+        taken = [_check_batch(batch, i, own_labels) for i, batch in enumerate(islice(iter(batches), count))]
     if len(taken) < count:
         raise ValueError(
             f"the calibration data ended after {len(taken)} batches, {count} are needed: give more data (the callback "
@@ -53,24 +53,24 @@ def draw_batches(
     processes: int = 1,
     devices: Iterable[torch.device] = (),
 ) -> list[Batch]:
-    """The function draws batches that depend on nothing but (seed, step), so that resuming is exact.
+    """Draw batches that depend on nothing but (seed, step), so that resuming is exact.
 
-    Batches without a token to predict are passed over. A stream cannot be reached at random: its first batches are
-    taken, the same at every step.
+    Batches without a token to predict are passed over. A stream has no random access: its first batches are taken, the
+    same at every step.
 
     Args:
         dataset: what training reads: examples by number, or a stream of them.
         collate_fn: list of examples → batch.
         batch_size: examples in a batch.
         count: how many batches each process draws.
-        seed: of the draw, together with `step`.
+        seed: the seed of the draw, together with `step`.
         step: optimizer steps done.
         process: which of the processes this is, from 0.
         processes: how many draw, each its own part of `processes` times as many examples.
         devices: as for `take_batches`.
 
     Raises:
-        ValueError: There is too little data, or it is a one-shot iterator, which training could not read again.
+        ValueError: there is too little data, or it is a one-shot iterator, which training could not read again.
     """
     if is_stream(dataset):
         if iter(dataset) is dataset:
@@ -85,7 +85,7 @@ def draw_batches(
 def _random_batches(
     examples: int, batch_size: int, seed: int, step: int, process: int, processes: int
 ) -> Iterator[list[int]]:
-    """Numbers of examples, a batch at a time: in each round every process gets the next batch of one permutation."""
+    """Yield numbers of examples by batch; in each round every process gets the next batch of one permutation."""
     order = permutation(examples, torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63))
     for _ in range(examples // (processes * batch_size)):
         of_all = list(islice(order, processes * batch_size))
@@ -93,25 +93,25 @@ def _random_batches(
 
 
 def is_stream(dataset) -> bool:
-    """The function says whether the data can only be iterated over."""
+    """Return whether the data can only be iterated over."""
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
 def predictions(batch: Batch) -> Tensor:
-    """The mask says where a prediction counts in the loss: by next token, (batch, L - 1), or by sequence, (batch,)."""
+    """Return where a prediction counts in the loss: by next token, (batch, L - 1), or by sequence, (batch,)."""
     labels, tokens = batch["labels"], batch.get("input_ids")
     is_next_token = tokens is not None and labels.shape == tokens.shape
     return (labels[:, 1:] if is_next_token else labels) != -100
 
 
 def prediction_count(batch: Batch) -> int:
-    """The function returns the number of predictions that the loss of this batch averages over."""
+    """Return the number of predictions that the loss of this batch averages over."""
     return int(predictions(batch).sum())
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The block runs with the model in eval mode and without gradients.
+    """Run the block with the model in eval mode and without gradients, and leave no trace.
 
     Afterwards modes, config and every random state that the model may have used are as before.
     """
@@ -123,18 +123,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-        vars(model.config).update(config)  # a loss may have noted the kind of its labels there
+        vars(model.config).update(config)  # a loss may have written the kind of its labels there
 
 
 @contextmanager
 def preserved_random_state(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """After the block the random states of Python, NumPy and torch are as before, whatever the block drew.
+    """Restore the random states of Python, NumPy and torch after the block, whatever it drew.
 
     Args:
-        devices: where torch may draw, besides the CPU; others are not so much as asked, since asking initialises them.
+        devices: where torch may draw, besides the CPU; others are not asked, since that would initialise them.
     """
     accelerators = {device for device in devices if device.type != "cpu"}
-    kind = next((device.type for device in accelerators), "cuda")  # torch wants one kind, even of no device
+    kind = next((device.type for device in accelerators), "cuda")  # torch needs one kind, even for no device
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(accelerators, device_type=kind):
@@ -144,9 +144,9 @@ def preserved_random_state(devices: Iterable[torch.device] = ()) -> Iterator[Non
         np.random.set_state(numpy_state)
 
 
-def _checked(given: dict, position: int, own_labels: bool) -> Batch:
+def _check_batch(given: dict, position: int, own_labels: bool) -> Batch:
     batch = {name: given[name] for name in MODEL_INPUTS if given.get(name) is not None}
-    batch = _with_labels(batch) if own_labels else batch
+    batch = _add_labels(batch) if own_labels else batch
     if "labels" not in batch or not any(name in batch for name in SEQUENCES):
         wanted = "input_ids (and may have labels)" if own_labels else "input_ids or input_values, and labels"
         raise ValueError(f"calibration batch {position} has {sorted(given)}; it needs {wanted}.")
@@ -156,12 +156,12 @@ def _checked(given: dict, position: int, own_labels: bool) -> Batch:
 
 
 def _is_usable(batch: dict) -> bool:
-    batch = _with_labels(batch)
+    batch = _add_labels(batch)
     return "labels" not in batch or prediction_count(batch) > 0
 
 
-def _with_labels(batch: dict) -> dict:
-    """The batch comes back with labels: where it has none, its tokens become them, but for padding."""
+def _add_labels(batch: dict) -> dict:
+    """Return the batch with labels; where it has none, its tokens become them, but for padding."""
     if batch.get("labels") is not None or "input_ids" not in batch:
         return batch
     mask = batch.get("attention_mask")

@@ -1,4 +1,4 @@
-"""Whether a configuration fits a model, and which batches an analysis gets."""
+"""Check that a configuration fits a model, and give an analysis its batches."""
 
 import inspect
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from .recall import check_recall
 
 
 def allocation_of(config: CompreSSMConfig, layers: StateLayers) -> str:
-    """How sizes are allocated to layers: what the configuration says, or else what suits the architecture."""
+    """Return how sizes are allocated to layers: what the configuration says, or else what suits the architecture."""
     return config.allocation or ("per_layer" if layers.family.is_per_layer(layers.model) else "uniform")
 
 
@@ -20,7 +20,7 @@ def check_config(config: CompreSSMConfig, layers: StateLayers) -> None:
     """Refuse a configuration that does not fit the model.
 
     Raises:
-        ValueError: names the option, what is allowed, and what the model is.
+        ValueError: the message names the option, what is allowed, and what the model is.
     """
     family, model_type = layers.family, layers.model.config.model_type
     uniform = allocation_of(config, layers) == "uniform"
@@ -51,7 +51,7 @@ def check_config(config: CompreSSMConfig, layers: StateLayers) -> None:
 
 
 def reducible_size(config: CompreSSMConfig, layers: StateLayers) -> int:
-    """The largest N among the layers that may be cut; of a global allocation their mean, as its target is."""
+    """Return the largest N among the layers that may be cut, or for a global allocation their mean."""
     sizes = [size for index, size in layers.sizes.items() if index not in config.skip_layers]
     return sum(sizes) // len(sizes) if config.allocation == "global" else max(sizes)
 
@@ -59,7 +59,11 @@ def reducible_size(config: CompreSSMConfig, layers: StateLayers) -> int:
 def split_batches(
     layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
-    """Batches for statistics, for the judgement of refits, and for losses, on the model's device."""
+    """Return the batches for statistics, those that decide on refits, and those for losses, on the model's device.
+
+    Raises:
+        ValueError: batches are missing or too few, or the model has no loss to measure on them.
+    """
     model, needs_data = layers.model, layers.family.needs_data
     if batches is None:
         if needs_data:

@@ -1,4 +1,4 @@
-"""What a plan costs: the loss of the model as the plan would leave it, measured without touching the model."""
+"""The loss of a model as a plan would leave it is measured here without touching the model."""
 
 import math
 import time
@@ -17,7 +17,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class LossMeter:
-    """Measures losses, on held-out batches, of a model as a plan would leave it; averaged over all processes."""
+    """A loss meter measures, on held-out batches of all processes, the loss of a model as a plan would leave it."""
 
     def __init__(self, layers: StateLayers, batches: list[Batch]):
         self.layers, self.batches, self.seconds = layers, batches, 0.0
@@ -25,7 +25,7 @@ class LossMeter:
         self._of_sample: float | None = None
 
     def loss(self, plan: Plan) -> float:
-        """Mean loss over all batches, nats per prediction; plans of the same sizes are measured once."""
+        """Return the mean loss over all batches, nats per prediction; plans of the same sizes are measured once."""
         key = tuple(len(entry.kept_states) for entry in plan.values())
         if key not in self._measured:
             overrides = masked_parameters(self.layers, plan)
@@ -34,7 +34,10 @@ class LossMeter:
         return self._measured[key]
 
     def single_layer_change(self, index: int, plan: Plan) -> float:
-        """Change of the loss when only this layer is cut; on so few sequences that all layers cost about one batch."""
+        """Return the change of the loss when only this layer is cut, nats per prediction.
+
+        It is measured on so few sequences that all layers together cost about one batch.
+        """
         overrides = masked_parameters(self.layers, {index: plan[index]})
         if not overrides:
             return 0.0
@@ -51,7 +54,7 @@ class LossMeter:
 
 
 def mean_loss(model: nn.Module, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
-    """Mean over the predictions of these batches in all processes, nats, with some parameters overridden.
+    """Return the mean loss over these batches in all processes, nats per prediction, with overridden parameters.
 
     Raises:
         ValueError: the loss is not finite.
@@ -70,14 +73,16 @@ def mean_loss(model: nn.Module, batches: list[Batch], overrides: dict[str, Tenso
 
 
 def _every_other_sequence(batch: Batch, stride: int) -> Batch:
-    """One sequence in `stride`, of those with something to predict: several processes sample what one would."""
+    """Return one in `stride` of the sequences with predictions, so that several processes sample what one would."""
     predicted = predictions(batch)
     rows = predicted.reshape(len(predicted), -1).any(1).nonzero().squeeze(1)[::stride]
     return {name: value[rows] for name, value in batch.items()}
 
 
 def loss_gradients(model: nn.Module, batches: list[Batch], names: Iterable[str]) -> dict[str, Tensor]:
-    """Parameter name → gradient of the mean loss over the predictions in all processes, float64; none stays behind.
+    """Return parameter name → gradient of the mean loss over the predictions in all processes, float64.
+
+    No gradient stays behind in the model.
 
     Raises:
         ValueError: the model is sharded.
@@ -97,7 +102,7 @@ def loss_gradients(model: nn.Module, batches: list[Batch], names: Iterable[str])
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Refuse a model of which no gradients can be had without disturbing its training.
+    """Refuse a model whose gradients cannot be taken without disturbing its training.
 
     Raises:
         ValueError: FSDP2 holds its parameters, and reduces and keeps whatever gradients it meets.
@@ -110,7 +115,7 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):
-    """One forward pass with some parameters overridden; half-precision weights are taken in float32."""
+    """Run one forward pass with some parameters overridden; half-precision weights are taken in float32."""
     halves = {name: parameter.float() for name, parameter in model.named_parameters() if parameter.dtype in HALVES}
     overrides = halves | {name: value.float() if name in halves else value for name, value in overrides.items()}
     return forward_with(model, {**batch, "use_cache": False}, overrides)

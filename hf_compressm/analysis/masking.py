@@ -1,4 +1,4 @@
-"""A model as a plan would leave it, at its full size and without touching it: dropped states are masked."""
+"""Masked parameters make a model compute as a plan would leave it, at its full size and without touching it."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from ..theory.plan import Plan
 
 
 def masked_parameters(layers: StateLayers, plan: Plan) -> dict[str, Tensor]:
-    """Parameter name → value, for the layers that the plan cuts, with which they compute what they will after it."""
+    """Return parameter name → value, with which the layers that the plan cuts compute what they will after it."""
     return {
         layers.parameter_name(index, path): value
         for index in cut_layers(layers, plan)
@@ -16,5 +16,5 @@ def masked_parameters(layers: StateLayers, plan: Plan) -> dict[str, Tensor]:
 
 
 def cut_layers(layers: StateLayers, plan: Plan) -> list[int]:
-    """The indices of the layers that the plan takes states from."""
+    """Return the indices of the layers that the plan takes states from."""
     return [index for index, size in layers.sizes.items() if index in plan and len(plan[index].kept_states) < size]

@@ -4,7 +4,7 @@ With y the scan of all N states and y' that of the r kept ones, on the same u an
 
     minimise  Σ_t ‖W_out (silu(z_t) ⊙ (y'_t − y_t))‖²
 
-over the rows that make B and C, (r, D) each, and log(-A), (D, r). The sum is the error that the cut makes in what the
+over the rows that make B and C, (r, D) each, and log(-A), (D, r). That sum is the error that the cut makes in what the
 layer adds to the residual stream, cross terms included. L-BFGS on all data needs no learning rate and draws nothing at
 random.
 """
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from ..theory.selective import LayerInputs, StateMaps, well_posed
 
-ROUND, ROUNDS = 10, 6  # steps of L-BFGS between two looks at other data, and how often
-WORTHWHILE = 0.02  # the share of the error by which a round has to lower it, for another to follow
-PAIRS = 20  # of steps and gradients that L-BFGS remembers
+ROUND, ROUNDS = 10, 6  # steps of L-BFGS in a round, after which other data decide, and how many rounds at most
+WORTHWHILE = 0.02  # another round follows one that lowered the error by this share of it
+PAIRS = 20  # how many pairs of steps and gradients L-BFGS remembers
 
 
 class OutputError:
-    """The error that the kept states make in a layer's output, as a share of the energy of the output of all.
+    """An output error is what kept states get wrong in a layer's output, as a share of the energy of that of all.
 
     Args:
-        whole: maps of all N states.
-        output: what a layer with these maps adds to the residual stream, (batch, hidden, L), differentiable.
+        whole: the maps of all N states.
+        output: maps, inputs → what the layer adds to the residual stream, (batch, hidden, L), differentiable.
         data: inputs by batch.
-        summed: replaces tensors by their sums over all processes, in place.
+        sum_in_place: replaces tensors by their sums over all processes.
     """
 
     def __init__(
@@ -36,46 +36,47 @@ class OutputError:
         whole: StateMaps,
         output: Callable[[StateMaps, LayerInputs], Tensor],
         data: list[LayerInputs],
-        summed: Callable[[list[Tensor]], None],
+        sum_in_place: Callable[[list[Tensor]], None],
     ):
-        self.output, self.data, self.summed = output, data, summed
+        self.output, self.data, self.sum_in_place = output, data, sum_in_place
         with torch.no_grad():
             self.targets = [self._output(whole, inputs) for inputs in data]
             self.energy = torch.stack([target.square().sum() for target in self.targets]).sum()
-            summed([self.energy])
+            sum_in_place([self.energy])
 
     @torch.no_grad()
     def relative_error(self, maps: StateMaps) -> float:
-        """The error with these maps of the kept states."""
+        """Return the error with these maps of the kept states."""
         pairs = zip(self.data, self.targets, strict=True)
         error = torch.stack([(self._output(maps, inputs) - target).square().sum() for inputs, target in pairs]).sum()
-        self.summed([error])
+        self.sum_in_place([error])
         return float(error / self.energy)
 
     def backward(self, maps: StateMaps, leaves: list[Tensor]) -> Tensor:
-        """The error, (), of maps that are made of these leaves; its gradients become theirs."""
+        """Return the error, (), of maps that are made of these leaves, and give the leaves its gradients."""
         total = torch.zeros_like(self.energy)
         for leaf in leaves:
             leaf.grad = torch.zeros_like(leaf)
-        for inputs, target in zip(self.data, self.targets, strict=True):  # a batch at a time, to hold little
+        for inputs, target in zip(self.data, self.targets, strict=True):  # one batch at a time holds little memory
             error = (self._output(maps, inputs) - target).square().sum() / self.energy
             error.backward(inputs=leaves, retain_graph=True)
             total += error.detach()
-        self.summed([total, *(leaf.grad for leaf in leaves)])
+        self.sum_in_place([total, *(leaf.grad for leaf in leaves)])
         return total
 
     def _output(self, maps: StateMaps, inputs: LayerInputs) -> Tensor:
-        """What these states add to the residual stream at the tokens that count, (batch, hidden, L)."""
+        """Return what these states add to the residual stream at the tokens that count, (batch, hidden, L)."""
         output = self.output(maps, inputs)
         return output if inputs.mask is None else output * inputs.mask.unsqueeze(1)
 
 
-def fit_states(error: OutputError, judge: OutputError, start: StateMaps, covariance: Tensor) -> StateMaps:
-    """The maps that L-BFGS reaches from `start`, as long as they get better on other data; `start` if they do not.
+def fit_states(error: OutputError, held_out: OutputError, start: StateMaps, covariance: Tensor) -> StateMaps:
+    """Fit maps by L-BFGS from `start` while they get better on other data; return `start` if they never do.
 
     Args:
-        error: on the data to fit to.
-        judge: on other data; every `ROUND` steps it decides whether to go on.
+        error: the error on the data to fit to.
+        held_out: the error on other data; every `ROUND` steps it decides whether to go on.
+        start: the maps of the kept states to begin with.
         covariance: Π of the kept states, (r, r). Rows of C are fitted in the basis in which these are uncorrelated, so
             that steps of one length change the output alike.
     """
@@ -95,12 +96,12 @@ def fit_states(error: OutputError, judge: OutputError, start: StateMaps, covaria
 
     settings = {"max_iter": ROUND, "max_eval": ROUND * 5 // 4, "history_size": PAIRS}
     optimizer = torch.optim.LBFGS(leaves, line_search_fn="strong_wolfe", **settings)
-    best, smallest = start, judge.relative_error(start)
+    best, smallest = start, held_out.relative_error(start)
     for _ in range(ROUNDS):
         optimizer.step(evaluate)
         with torch.no_grad():
             reached = maps()
-        found = judge.relative_error(reached)
+        found = held_out.relative_error(reached)
         best = reached if found < smallest else best
         if not found < (1 - WORTHWHILE) * smallest:
             break

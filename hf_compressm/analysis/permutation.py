@@ -1,4 +1,4 @@
-"""A random permutation whose first entries cost nothing but themselves."""
+"""A random permutation is drawn here entry by entry, so that its first entries cost only themselves."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import torch
 
 
 def permutation(count: int, generator: torch.Generator) -> Iterator[int]:
-    """The numbers from 0 to `count` - 1 in random order, each drawn when it is asked for.
+    """Yield the numbers from 0 to `count` - 1 in random order, each drawn when it is asked for.
 
     They come in the order of `torch.randperm(count, generator=generator)`, which shuffles forward (Fisher and Yates):
     position i changes places with a random one from i on. Here only the numbers that were moved are kept, so the first
@@ -15,7 +15,7 @@ def permutation(count: int, generator: torch.Generator) -> Iterator[int]:
 
     Args:
         count: how many numbers.
-        generator: one of the CPU. It is read once for every number.
+        generator: a random generator on the CPU, read once for every number.
     """
     moved: dict[int, int] = {}  # position → the number that stands there, where it is not the position's own
     for position in range(count):

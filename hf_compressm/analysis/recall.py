@@ -1,9 +1,9 @@
-"""Associative recall: how much of what it has just read a causal language model can still tell.
+"""Associative recall measures how much of what it has just read a causal language model can still predict.
 
 A cut may leave the perplexity as it was and still take memory away, since most tokens of a text can be guessed from
-the few before them. Here nothing can: a sequence is made of random pairs of a key and a value, k₁ v₁ k₂ v₂ …, followed
-by the same keys in another order, each again with its value, which the model has to predict. Who remembers the values
-but not whose they are guesses with accuracy 1 / pairs and loss ln(pairs).
+the few before them. Here no value can be guessed: a sequence is made of random pairs of a key and a value,
+k₁ v₁ k₂ v₂ …, followed by the same keys in another order, each again with its value, which the model has to predict. A
+model that remembers the values, but not which key each belongs to, has accuracy 1 / pairs and loss ln(pairs).
 """
 
 import math
@@ -24,27 +24,28 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class RecallResult:
-    """How well values were recalled: mean `loss`, nats per value, and `accuracy`, in [0, 1]."""
+    """A recall result says how well values were recalled: mean `loss`, nats per value, and `accuracy`, in [0, 1]."""
 
     loss: float
     accuracy: float
 
 
 def chance(pairs: int) -> RecallResult:
-    """What guessing among the values of the sequence gives."""
+    """Return the result of guessing among the values of the sequence."""
     return RecallResult(math.log(pairs), 1 / pairs)
 
 
 def recall_probe(model: nn.Module, pairs: int = 8, sequences: int = 32, seed: int = 0) -> RecallResult:
-    """Let a causal language model recall. It is not disturbed: mode, gradients and random states are as before.
+    """Measure what a causal language model recalls; its mode, gradients and random states are as before.
 
     Args:
-        model: of Transformers, with or without a state. Of several processes each calls this.
-        pairs: of a key and a value, in each sequence.
-        sequences: how many; the same ones for the same seed and vocabulary.
+        model: a model of Transformers, with or without a state. Of several processes each calls this.
+        pairs: how many pairs of a key and a value each sequence has.
+        sequences: how many sequences; they are the same for the same seed and vocabulary.
+        seed: the seed of the draw.
 
     Raises:
-        ValueError: no language model, or too small a vocabulary.
+        ValueError: the model is no language model, or its vocabulary is too small.
     """
     model = unwrap(model)
     with undisturbed(model), scan_installed():
@@ -52,7 +53,7 @@ def recall_probe(model: nn.Module, pairs: int = 8, sequences: int = 32, seed: in
 
 
 class RecallProbe:
-    """Measures what an unwrapped model in eval mode recalls, with some parameters overridden.
+    """A recall probe measures what an unwrapped model in eval mode recalls, with some parameters overridden.
 
     Args:
         overrides: plan → parameter name → the value with which the model computes what it will after the cut.
@@ -69,7 +70,7 @@ class RecallProbe:
         self.model, self.overrides, self.batch = model, overrides, recall_batch(model, pairs, sequences, seed)
 
     def measure(self, plan: Plan) -> RecallResult:
-        """What the model recalls as the plan would leave it; every process measures the same sequences."""
+        """Return what the model recalls as the plan would leave it; every process measures the same sequences."""
         overrides, labels = self.overrides(plan), self.batch["labels"][:, 1:]
         with raise_in_all_processes():
             outputs = forward(self.model, self.batch, overrides)
@@ -80,31 +81,31 @@ class RecallProbe:
 
 
 def recall_batch(model: nn.Module, pairs: int, sequences: int = 32, seed: int = 0) -> Batch:
-    """Sequences as above, (sequences, 4 · pairs), with labels at the values to be recalled only.
+    """Return sequences of pairs, (sequences, 4 · pairs), with labels at the values to be recalled only.
 
     Keys and values of a sequence are distinct tokens, none of them one of the model's special ones.
 
     Raises:
-        ValueError: no language model, or one with a vocabulary of fewer than 2 · pairs tokens.
+        ValueError: the model is no language model, or has a vocabulary of fewer than 2 · pairs tokens.
     """
     check_recall(model, pairs)
     tokens, generator = _ordinary_tokens(model), torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(len(tokens), generator=generator)[: 2 * pairs] for _ in range(sequences)])
-    told = tokens[chosen].view(sequences, pairs, 2)  # (key, value)
+    given = tokens[chosen].view(sequences, pairs, 2)  # (key, value)
     order = torch.stack([torch.randperm(pairs, generator=generator) for _ in range(sequences)])
-    asked = told.gather(1, order.unsqueeze(-1).expand_as(told))
+    asked = given.gather(1, order.unsqueeze(-1).expand_as(given))
     labels = asked.clone()
     labels[:, :, 0] = -100
-    labels = torch.cat([torch.full_like(told, -100), labels], 1).flatten(1)
+    labels = torch.cat([torch.full_like(given, -100), labels], 1).flatten(1)
     device = next(model.parameters()).device
-    return {"input_ids": torch.cat([told, asked], 1).flatten(1).to(device), "labels": labels.to(device)}
+    return {"input_ids": torch.cat([given, asked], 1).flatten(1).to(device), "labels": labels.to(device)}
 
 
 def check_recall(model: nn.Module, pairs: int) -> None:
     """Refuse a model that could not be asked for so many pairs.
 
     Raises:
-        ValueError: no language model, or one with a vocabulary of fewer than 2 · pairs tokens.
+        ValueError: the model is no language model, or has a vocabulary of fewer than 2 · pairs tokens.
     """
     count = len(_ordinary_tokens(model))
     if count < 2 * pairs:
@@ -115,7 +116,7 @@ def check_recall(model: nn.Module, pairs: int) -> None:
 
 
 def _ordinary_tokens(model: nn.Module) -> Tensor:
-    """Those of the vocabulary that mean nothing to the model's own code; none where it predicts no tokens."""
+    """Return the tokens of the vocabulary that are not special; there are none where a model predicts no tokens."""
     config = model.config.get_text_config()
     ids = torch.arange(0 if model.get_output_embeddings() is None else config.vocab_size)
     special = [getattr(config, name, None) for name in SPECIAL_TOKENS]

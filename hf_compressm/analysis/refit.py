@@ -1,4 +1,4 @@
-"""Refit: after a plan has chosen and compensated states, each cut layer learns to do what it did before, on data."""
+"""A refit fits the chosen and compensated states of each cut layer, on data, to what the layer did before."""
 
 from dataclasses import replace
 
@@ -20,16 +20,18 @@ from .output_fit import OutputError, fit_states
 def refitted(
     layers: StateLayers, plan: Plan, covariances: dict[int, Tensor], data: list[Batch], held_out: list[Batch]
 ) -> Plan:
-    """The plan with its cut layers refitted, or the plan as it is where that did not lower the loss.
+    """Return the plan with its cut layers refitted, or the plan as it is where that did not lower the loss.
 
-    From the first layer to the last, each on the inputs that it gets once those before it are cut and refitted, and
-    kept only if the error of its output is smaller on batches that it was not fitted to. The same batches decide, by
-    their loss, whether the whole is kept.
+    Layers are refitted from the first to the last, each on the inputs that it gets once those before it are cut and
+    refitted. A refit is kept only if the error of the layer's output is smaller on batches that it was not fitted to.
+    The same batches decide, by their loss, whether all refits together are kept.
 
     Args:
+        layers: the state layers of the model.
+        plan: what becomes of each layer.
         covariances: layer → Π of its states, (N, N).
         data: batches to fit to.
-        held_out: batches to judge by.
+        held_out: batches that decide.
     """
     result, cut = dict(plan), cut_layers(layers, plan)
     for index in tqdm(cut, desc="Refitting layers", leave=False, disable=len(cut) < 2):
@@ -37,9 +39,9 @@ def refitted(
         whole, output = whole_maps(layers, index), layers.family.layer_output(layers[index])
         with raise_in_all_processes():
             inputs = [layer_inputs(layers, batches, index, earlier) for batches in (data, held_out)]
-        error, judge = (OutputError(whole, output, some, sum_over_processes) for some in inputs)
+        error, held_out_error = (OutputError(whole, output, some, sum_over_processes) for some in inputs)
         kept, start = plan[index].kept_states, plan[index].maps_after_cut(whole)
-        fitted = fit_states(error, judge, start, covariances[index][kept][:, kept])
+        fitted = fit_states(error, held_out_error, start, covariances[index][kept][:, kept])
         if fitted is not start:
             added = StateMaps(*(new - old for new, old in zip(fitted, start, strict=True)))
             result[index] = replace(plan[index], refit=added)
@@ -50,6 +52,6 @@ def refitted(
 
 
 def whole_maps(layers: StateLayers, index: int) -> StateMaps:
-    """The maps of all states of a layer, in float32 at least."""
+    """Return the maps of all states of a layer, in float32 at least."""
     maps = layers.family.maps(layers.whole_tensors(index), layers[index])
     return StateMaps(*(values.to(torch.promote_types(values.dtype, torch.float32)) for values in maps))

@@ -1,4 +1,4 @@
-"""Selective models: what calibration data says of their states, and which of them are kept."""
+"""The states of a selective model are scored on calibration data, and a plan keeps some of them."""
 
 from collections.abc import Callable
 from functools import cache
@@ -30,14 +30,16 @@ DEFAULT_CRITERION = "output"
 
 
 class SelectiveAnalysis:
-    """The states of a selective model, scored on data; a plan keeps some of them, compensated and refitted if asked.
+    """A selective analysis scores states on data; its plans keep some of them, compensated and refitted if asked.
 
     Args:
-        batches: for statistics, and for refits to be fitted to.
-        held_out: batches by which refits are judged; needed for these only.
+        layers: the state layers of a model in eval mode.
+        batches: batches for statistics, which refits are fitted to, too.
+        config: what to keep, and how states are scored.
+        held_out: batches that decide whether refits are kept; needed for these only.
 
     Attributes:
-        criterion: name of the score.
+        criterion: the name of the score.
         score_power: 1 where the score is the amplitude of an error, 2 where it is the square of one.
         compensate: whether kept states make up for dropped ones.
         tokens: calibration tokens behind the statistics.
@@ -66,26 +68,26 @@ class SelectiveAnalysis:
                     f"the calibration sequences are too short: states are sampled every {CHUNK} positions, and all of "
                     "these are padding. Give longer sequences, or pad on the left."
                 )
-        gradients = cache(lambda: state_gradients(layers, batches))  # for all layers, when first asked for
+        gradients = cache(lambda: state_gradients(layers, batches))  # computed for all layers when first asked for
         self.scores = score_states(layers, self.statistics, criterion, gradients, config.calibration_seed)
         self.covariances = {index: statistics.gated_covariance for index, statistics in self.statistics.items()}
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
-        """Layer → σ of its surrogate Gramians, averaged over a sample of channels, (N,), descending."""
+        """Return layer → σ of its surrogate Gramians, averaged over a sample of channels, (N,), descending."""
         surrogate = "mean" if self.criterion == "mean" else "second_moment"
         return {index: layer_hankel_singular_values(s, surrogate) for index, s in self.statistics.items()}
 
     def plan(self, sizes: dict[int, int]) -> Plan:
-        """What is kept of each layer at these sizes; a plan is made once."""
+        """Return what is kept of each layer at these sizes; a plan is made once."""
         key = tuple(sizes[index] for index in self.scores)
         if key not in self._plans:
-            plan = self._selected(sizes)
+            plan = self._select(sizes)
             if self.config.refit and self.held_out:
                 plan = refitted(self.layers, plan, self.covariances, self.batches, self.held_out)
             self._plans[key] = plan
         return self._plans[key]
 
-    def _selected(self, sizes: dict[int, int]) -> Plan:
+    def _select(self, sizes: dict[int, int]) -> Plan:
         plan = {}
         for index, scores in self.scores.items():
             size, whole = sizes[index], len(scores)
@@ -97,7 +99,7 @@ class SelectiveAnalysis:
 
 
 def state_gradients(layers: StateLayers, batches: list[Batch]) -> dict[int, dict[str, Tensor]]:
-    """Layer → path → gradient of the mean loss over all predictions for that state tensor, float64."""
+    """Return layer → path → gradient of the mean loss over all predictions for that state tensor, float64."""
     names = {index: {path: layers.parameter_name(index, path) for path in layers.family.tensors} for index in layers}
     gradients = loss_gradients(layers.model, batches, [name for paths in names.values() for name in paths.values()])
     return {index: {path: gradients[name] for path, name in paths.items()} for index, paths in names.items()}
@@ -110,13 +112,17 @@ def score_states(
     gradients: Callable[[], dict[int, dict[str, Tensor]]],
     seed: int = 0,
 ) -> dict[int, Tensor]:
-    """Layer → score of each state by a criterion, (N,).
+    """Return layer → score of each state by a criterion, (N,).
 
     Args:
-        gradients: layer → path → gradient for that state tensor, when it is called.
+        layers: the state layers of the model.
+        statistics: layer → sums over the calibration data.
+        criterion: the name of a criterion, or a function.
+        gradients: computes layer → path → gradient for that state tensor.
+        seed: the seed of random criteria.
 
     Raises:
-        ValueError: a score is not finite, or a layer has none at all.
+        ValueError: a score is not finite, or all scores of a layer are zero.
     """
     scores = {}
     for index, mixer in layers.items():

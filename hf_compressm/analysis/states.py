@@ -1,4 +1,4 @@
-"""What an analysis of a model's states offers, and the one that an architecture asks for."""
+"""A `StateAnalysis` ranks the states of a model; `analyze_states` makes the one that its architecture asks for."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from .time_invariant import TimeInvariantAnalysis
 
 
 class StateAnalysis(Protocol):
-    """The states of a model, ranked, and the plans that keep some of them.
+    """A state analysis ranks the states of a model and makes plans that keep some of them.
 
     Attributes:
         criterion: how states are ranked: the name of a score, or "hankel" for balanced truncation.
@@ -34,18 +34,18 @@ class StateAnalysis(Protocol):
     gramians: dict[int, tuple[Tensor, Tensor]] | None
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
-        """Layer → σ, (N,), descending."""
+        """Return layer → σ, (N,), descending."""
         ...
 
     def plan(self, sizes: dict[int, int]) -> Plan:
-        """What becomes of each layer at these sizes."""
+        """Return what becomes of each layer at these sizes."""
         ...
 
 
 def analyze_states(
     layers: StateLayers, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
 ) -> StateAnalysis:
-    """The analysis that the architecture asks for, of a model in eval mode."""
+    """Make the analysis that the architecture asks for, of a model in eval mode."""
     if layers.family.needs_data:
         return SelectiveAnalysis(layers, batches, config, held_out)
     return TimeInvariantAnalysis(layers, config)

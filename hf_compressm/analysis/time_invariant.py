@@ -1,4 +1,4 @@
-"""Time-invariant models: Hankel singular values from the weights alone, and balanced truncation."""
+"""Time-invariant models are analysed from their weights alone and reduced by balanced truncation."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from ..theory.plan import Plan, PlanEntry, Projection, Selection
 
 
 class TimeInvariantAnalysis:
-    """The balanced form of every layer; a plan keeps some of the balanced states and makes the result diagonal again.
+    """A time-invariant analysis balances every layer; its plans keep some balanced states and are diagonal again.
 
     It needs no data, and is exact for the complex system (λ, γB, C), whose σ these are. The layer gives the real part
-    of that system's output, so the error bound holds for it too. Asked for more states than can be told from
-    round-off, a layer gets idle ones in their place.
+    of that system's output, so the error bound holds for it too. A layer that is asked for more states than can be
+    told from round-off gets idle ones in their place.
 
     Attributes:
         scores: layer → Hankel singular values, (N,), descending: the scores of the balanced states.
@@ -36,18 +36,18 @@ class TimeInvariantAnalysis:
         self.scores = {index: balancing.sigma for index, balancing in self._balancing.items()}
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
-        """Layer → σ, (N,), descending."""
+        """Return layer → σ, (N,), descending."""
         return self.scores
 
     def plan(self, sizes: dict[int, int]) -> Plan:
-        """What becomes of each layer at these sizes; a layer that keeps its size stays as it is.
+        """Return what becomes of each layer at these sizes; a layer that keeps its size stays as it is.
 
         Raises:
             ValueError: a truncated layer has no diagonal form that floating point could hold.
         """
-        return {index: self._truncated(index, size) for index, size in sizes.items()}
+        return {index: self._truncate(index, size) for index, size in sizes.items()}
 
-    def _truncated(self, index: int, size: int) -> PlanEntry:
+    def _truncate(self, index: int, size: int) -> PlanEntry:
         sigma, right, left, _ = self._balancing[index]
         if size == len(sigma):
             return Selection(torch.arange(size))
