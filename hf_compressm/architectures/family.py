@@ -369,7 +369,7 @@ class TimeInvariantFamily(Family):
     def tensors_of(self, mixer: nn.Module, eigenvalues: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
         """Return the state tensors, float64, by path, of a layer that has this system: the inverse of `system`."""
 
-    def reduce(self, entry: PlanEntry, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    def reduce(self, entry: Projection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         """Copy the tensors of the smaller system into `new`."""
         for path in entry.tensors:
             new[path].copy_(entry.tensors[path])

@@ -17,10 +17,7 @@ from ..kernels.cpp_scan import step as cpp_step
 from ..kernels.dispatch import mamba_ssm_serves, requested_scan, scan_name
 from ..kernels.scan import selective_scan
 from ..private_api import check_private_names
-
-# An observer runs a scan: it takes (u, time_step, A, B, C, D, gate, time_step_bias, softplus) and returns
-# (y, last_state).
-Observer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+from .family import Observer
 
 _originals: dict[str, Callable] = {}  # what install_scan replaced; empty when it is not installed
 _observer: Observer | None = None
