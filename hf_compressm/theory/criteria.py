@@ -71,12 +71,6 @@ def mean(layer: LayerStates) -> Tensor:
 
 
 @_criterion(power=1)
-def magnitude(layer: LayerStates) -> Tensor:
-    """Return ‖row n of B‖ ‖row n of C‖, the usual baseline of pruning, which needs weights alone and no data."""
-    return (layer.B_rows.double().norm(dim=1) * layer.C_rows.double().norm(dim=1)).to(layer.statistics.tokens.device)
-
-
-@_criterion(power=1)
 def ghost(layer: LayerStates) -> Tensor:
     """Return sqrt(E Σ_d (C_n h_dn)²), what state n adds to the scan's output before the gate and out_proj.
 
@@ -119,6 +113,12 @@ def taylor(layer: LayerStates) -> Tensor:
     """
     B_gradient, C_gradient = layer.gradients()
     return (B_gradient.double() * layer.B_rows + C_gradient.double() * layer.C_rows).sum(1).abs()
+
+
+@_criterion(power=1)
+def magnitude(layer: LayerStates) -> Tensor:
+    """Return ‖row n of B‖ ‖row n of C‖, the usual baseline of pruning, which needs weights alone and no data."""
+    return (layer.B_rows.double().norm(dim=1) * layer.C_rows.double().norm(dim=1)).to(layer.statistics.tokens.device)
 
 
 @_criterion(power=1)
