@@ -116,8 +116,8 @@ class StateReport:
         headings = ["layer", "N before", "N after", "score discarded"]
         if self.loss_before is not None:
             headings.append("single-layer loss change")
-            for row, change in zip(rows, self.single_layer_loss_change.values(), strict=True):
-                row.append(f"{change:+.4f} nats")
+            for row, index in zip(rows, self.state_sizes_before, strict=True):
+                row.append(f"{self.single_layer_loss_change[index]:+.4f} nats")
         return Table(headings, rows)
 
     def __str__(self) -> str:

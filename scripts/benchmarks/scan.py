@@ -16,17 +16,7 @@ from hf_compressm.kernels import selective_scan
 from hf_compressm.kernels.dispatch import mamba_ssm_serves
 
 from .arguments import Arguments
-from .measuring import (
-    SHARE,
-    Limits,
-    added_peak,
-    mebibytes,
-    median,
-    ratio_quartiles,
-    show,
-    table,
-    time_in_turn,
-)
+from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quartiles, show, table, time_in_turn
 
 TRANSFORMERS_SCAN = inspect.unwrap(modeling_mamba.mamba_selective_scan)  # the PyTorch one, even beside mamba-ssm
 LOOP, MAMBAPY, MAMBA_SSM = "Transformers' loop", "mambapy", "mamba-ssm"

@@ -12,18 +12,7 @@ from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, param
 from hf_compressm.kernels.dispatch import VARIABLE, mamba_ssm_serves
 
 from .arguments import Arguments
-from .measuring import (
-    SHARE,
-    Limits,
-    added_peak,
-    mebibytes,
-    median,
-    ratio_quartiles,
-    show,
-    table,
-    time_in_turn,
-    timed,
-)
+from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quartiles, show, table, time_in_turn, timed
 from .scan import FLOPS, least_bytes
 
 MAMBAPY = "mambapy"

@@ -28,16 +28,7 @@ from statistics import mean
 
 from transformers import set_seed
 
-from .arms import (
-    as_long_as,
-    cut_at,
-    difficulty_run,
-    from_scratch,
-    grown_to,
-    rate_run,
-    refitted,
-    throughout,
-)
+from .arms import as_long_as, cut_at, difficulty_run, from_scratch, grown_to, rate_run, refitted, throughout
 from .language_results import clock_of, report, seconds_of, steps_of
 from .running import all_results, by_arm, carry_out_all, name_of
 from .tasks import AssociativeRecall, SelectiveCopying
