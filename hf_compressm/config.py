@@ -159,6 +159,18 @@ class CompreSSMConfig:
         return cls(**content)
 
     @property
+    def decided_by_loss(self) -> list[str]:
+        """Return the options, as they were given, by which a measured loss decides what is cut."""
+        taylor = criterion_name(self.criterion) == "taylor" if self.criterion is not None else False
+        decisions = {
+            f"loss_budget = {self.loss_budget}": self.loss_budget is not None,
+            "allocation = 'global'": self.allocation == "global",
+            "criterion = 'taylor'": taylor,
+            "refit = True": self.refit,
+        }
+        return [option for option, is_given in decisions.items() if is_given]
+
+    @property
     def goal(self) -> dict[str, float]:
         """Return the one goal that is given, by its name."""
         return {name: getattr(self, name) for name in GOALS if getattr(self, name) is not None}

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .analysis.allocation import choose_sizes
 from .analysis.calibration import undisturbed
-from .analysis.checks import allocation_of, check_config, split_batches
+from .analysis.checks import allocation_of, can_measure_losses, check_config, split_batches
 from .analysis.losses import LossMeter
 from .analysis.masking import masked_parameters
+from .analysis.objective import Loss, Objective
 from .analysis.recall import RecallProbe
 from .analysis.states import StateAnalysis, analyze_states
 from .architectures import state_layers
@@ -29,7 +30,9 @@ from .theory.criteria import squared_errors
 from .theory.plan import plan_fingerprint
 
 
-def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig) -> StateReport:
+def analyze(
+    model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMConfig, loss: Loss | None = None
+) -> StateReport:
     """Measure what each state does and plan which to keep, without changing weights, mode or random states.
 
     A Mamba is analysed on data: every other calibration batch feeds the statistics, losses are measured on the rest.
@@ -43,10 +46,13 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         batches: dicts of tensors (`input_ids` or `input_values`, optional `attention_mask`, `labels`); the first
             `config.calibration_batches` are read. A DataLoader will do. None will do for an LRU without losses.
         config: what to keep.
+        loss: the loss that the model is trained for, if it is not the model's own loss of a batch with `labels`: a
+            function of the model and a batch that returns the mean loss, a scalar tensor, and the number of terms that
+            it is the mean of. It runs the model that it is given, under which parameters are exchanged meanwhile.
 
     Raises:
-        ValueError: the model is not supported, the configuration does not fit it, there is too little data, a value is
-            NaN or Inf, or the target is above the present size.
+        ValueError: the model is not supported, the configuration does not fit it, there is too little data, a loss has
+            to decide and is not known, a value is NaN or Inf, or the target is above the present size.
     """
     started = time.perf_counter()
     model, config_of_first = unwrap(model), from_first_process(config.to_dict())
@@ -59,13 +65,13 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         check_state_tensors(layers)
         check_config(config, layers)
         sizes = layers.sizes
-        statistics_batches, held_out, loss_batches = split_batches(layers, batches, config)
-        if config.loss_budget is not None and not loss_batches:
-            raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
+        objective = Objective(model, loss)
+        statistics_batches, held_out, others = split_batches(layers, batches, config, objective)
+        loss_batches = others if can_measure_losses(config, objective, others) else []
 
     with undisturbed(model), scan_installed():
-        analysis = analyze_states(layers, statistics_batches, config, held_out)
-        losses = LossMeter(layers, loss_batches) if loss_batches else None
+        analysis = analyze_states(layers, statistics_batches, config, objective, held_out)
+        losses = LossMeter(layers, loss_batches, objective) if loss_batches else None
         allocation = allocation_of(config, layers)
         chosen = choose_sizes(
             config,

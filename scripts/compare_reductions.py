@@ -35,6 +35,7 @@ from hf_compressm import CompreSSMConfig, analyze, install_scan
 from hf_compressm.analysis.calibration import undisturbed
 from hf_compressm.analysis.losses import mean_loss
 from hf_compressm.analysis.masking import masked_parameters
+from hf_compressm.analysis.objective import Objective
 from hf_compressm.analysis.recall import RecallProbe
 from hf_compressm.analysis.selective import SelectiveAnalysis
 from hf_compressm.architectures import state_layers
@@ -167,14 +168,14 @@ def measured(args: Arguments, subject: Subject) -> dict:
     quarter, thirds = subject.state_size // 4, thirds_of(calibration, args.batches)
     with undisturbed(model):
         masked = partial(masked_parameters, state_layers(model))
-        loss, probe = mean_loss(model, validation, {}), RecallProbe(model, PAIRS, masked)
+        loss, probe = mean_loss(Objective(model), validation, {}), RecallProbe(model, PAIRS, masked)
         recall = probe.measure({}).loss
 
         def rise(config: CompreSSMConfig, thirds, size: int) -> dict:
             started = time.perf_counter()
             plan = plan_of(model, config, thirds, size)
             seconds = time.perf_counter() - started
-            risen = mean_loss(model, validation, masked(plan)) - loss
+            risen = mean_loss(Objective(model), validation, masked(plan)) - loss
             return {"rise": risen, "recall": probe.measure(plan).loss - recall, "seconds": seconds}
 
         rises, curve = [], []
@@ -212,7 +213,7 @@ def thirds_of(batches: list[dict], count: int) -> tuple[list[dict], list[dict]]:
 
 def plan_of(model, config: CompreSSMConfig, thirds: tuple[list[dict], list[dict]], size: int):
     layers = state_layers(model)
-    return SelectiveAnalysis(layers, thirds[0], config, thirds[1]).plan(dict.fromkeys(layers, size))
+    return SelectiveAnalysis(layers, thirds[0], config, Objective(model), thirds[1]).plan(dict.fromkeys(layers, size))
 
 
 def predictions(model, state_size: int, calibration: list[dict], validation: list[dict], loss: float) -> list[dict]:
@@ -221,12 +222,12 @@ def predictions(model, state_size: int, calibration: list[dict], validation: lis
     for divisor in DIVISORS:
         report = analyze(model, calibration, CompreSSMConfig(target_state_size=state_size // divisor))
         cuts = {index: {index: entry} for index, entry in report.plan.items()}
-        found = {i: mean_loss(model, validation, masked(cut)) - loss for i, cut in cuts.items()}
+        found = {i: mean_loss(Objective(model), validation, masked(cut)) - loss for i, cut in cuts.items()}
         points += [
             {"divisor": divisor, "layer": index, "predicted": change, "measured": found[index]}
             for index, change in report.single_layer_loss_change.items()
         ]
-        total = mean_loss(model, validation, masked(report.plan)) - loss
+        total = mean_loss(Objective(model), validation, masked(report.plan)) - loss
         points.append(
             {
                 "divisor": divisor,

@@ -10,7 +10,7 @@ from ..engines import full_tensor, is_sharded
 from ..kernels import effective_time_step, sampled_scan, selective_scan
 from ..theory.selective import LayerInputs, Statistics
 from .calibration import Batch
-from .losses import forward
+from .objective import Objective
 
 Observe = Callable[..., tuple[Tensor, Tensor]]  # (layer, attention mask, *arguments of a scan) → y, h_L
 
@@ -19,7 +19,7 @@ class _StopForward(Exception):  # noqa: N818
     """It ends a forward pass whose later layers are not needed."""
 
 
-def collect_statistics(layers: StateLayers, batches: list[Batch]) -> dict[int, Statistics]:
+def collect_statistics(layers: StateLayers, batches: list[Batch], objective: Objective) -> dict[int, Statistics]:
     """Return layer → `Statistics` over the batches, from forward passes of a model in eval mode."""
     family, statistics, weights = layers.family, {}, {}
     for index, mixer in layers.items():
@@ -33,12 +33,12 @@ def collect_statistics(layers: StateLayers, batches: list[Batch]) -> dict[int, S
         statistics[index].accumulate(**sample, channel_weight=weights[index], mask=counted)
         return y, last_state
 
-    observe_layers(layers, batches, {}, observe)
+    observe_layers(layers, batches, objective, {}, observe)
     return statistics
 
 
 def layer_inputs(
-    layers: StateLayers, batches: list[Batch], index: int, overrides: dict[str, Tensor]
+    layers: StateLayers, batches: list[Batch], objective: Objective, index: int, overrides: dict[str, Tensor]
 ) -> list[LayerInputs]:
     """Return what the scan of one layer is given, by batch, in a model with some parameters overridden.
 
@@ -54,11 +54,13 @@ def layer_inputs(
         options = {"return_last_state": True}
         return selective_scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, **options)
 
-    observe_layers(layers, batches, overrides, observe)
+    observe_layers(layers, batches, objective, overrides, observe)
     return inputs
 
 
-def observe_layers(layers: StateLayers, batches: list[Batch], overrides: dict[str, Tensor], observe: Observe) -> None:
+def observe_layers(
+    layers: StateLayers, batches: list[Batch], objective: Objective, overrides: dict[str, Tensor], observe: Observe
+) -> None:
     """Run forward passes in which `observe` takes the place of every scan."""
     running: list[int] = []  # the layer whose scan comes next
     handles = [
@@ -71,7 +73,7 @@ def observe_layers(layers: StateLayers, batches: list[Batch], overrides: dict[st
             for batch in batches:
                 mask = batch.get("attention_mask")
                 with suppress(_StopForward):
-                    forward(layers.model, batch, overrides)
+                    objective.forward(batch, overrides)
     finally:
         for handle in handles:
             handle.remove()

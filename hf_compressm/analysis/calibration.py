@@ -17,23 +17,19 @@ SEQUENCES = ("input_ids", "input_values")
 MODEL_INPUTS = (*SEQUENCES, "attention_mask", "labels")
 
 
-def take_batches(
-    batches: Iterable[dict], count: int, own_labels: bool = True, devices: Iterable[torch.device] = ()
-) -> list[Batch]:
-    """Return the first `count` batches, each with `labels`.
+def take_batches(batches: Iterable[dict], count: int, devices: Iterable[torch.device] = ()) -> list[Batch]:
+    """Return the first `count` batches.
 
     Args:
         batches: what is read; a DataLoader will do.
         count: how many batches are needed.
-        own_labels: whether a batch without labels gets its own tokens as labels, but for padding, as it suits a
-            language model.
         devices: where the data may draw random numbers, besides the CPU; their random states are restored.
 
     Raises:
-        ValueError: there are fewer batches than asked for, or a batch has no sequence or nothing to predict.
+        ValueError: there are fewer batches than asked for, or a batch has nothing to predict.
     """
     with preserved_random_state(devices):  # a DataLoader draws a seed when it starts
-        taken = [_check_batch(batch, i, own_labels) for i, batch in enumerate(islice(iter(batches), count))]
+        taken = [_check_batch(batch, i) for i, batch in enumerate(islice(iter(batches), count))]
     if len(taken) < count:
         raise ValueError(
             f"the calibration data ended after {len(taken)} batches, {count} are needed: give more data (the callback "
@@ -79,7 +75,7 @@ def draw_batches(
     else:
         numbers = _random_batches(len(dataset), batch_size, seed, step, process, processes)
         drawn = (collate_fn([dataset[number] for number in batch]) for batch in numbers)
-    return take_batches((batch for batch in drawn if _is_usable(batch)), count, devices=devices)
+    return take_batches((batch for batch in drawn if _has_predictions(batch)), count, devices=devices)
 
 
 def _random_batches(
@@ -105,8 +101,13 @@ def predictions(batch: Batch) -> Tensor:
 
 
 def prediction_count(batch: Batch) -> int:
-    """Return the number of predictions that the loss of this batch averages over."""
+    """Return the number of predictions that the loss of a batch with labels averages over."""
     return int(predictions(batch).sum())
+
+
+def sequence_count(batch: Batch) -> int:
+    """Return the number of sequences in a batch."""
+    return len(batch[next((name for name in (*SEQUENCES, "labels") if name in batch), next(iter(batch)))])
 
 
 @contextmanager
@@ -116,6 +117,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Afterwards modes, config and every random state that the model may have used are as before.
     """
     training, config = {module: module.training for module in model.modules()}, dict(vars(model.config))
+    model.config.use_cache = False  # an analysis decodes nothing, and a cache of every layer would be built
     try:
         with preserved_random_state({parameter.device for parameter in model.parameters()}), torch.no_grad():
             model.eval()
@@ -123,7 +125,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-        vars(model.config).update(config)  # a loss may have written the kind of its labels there
+        vars(model.config).clear()  # a loss may have written the kind of its labels there
+        vars(model.config).update(config)
 
 
 @contextmanager
@@ -144,26 +147,12 @@ def preserved_random_state(devices: Iterable[torch.device] = ()) -> Iterator[Non
         np.random.set_state(numpy_state)
 
 
-def _check_batch(given: dict, position: int, own_labels: bool) -> Batch:
-    batch = {name: given[name] for name in MODEL_INPUTS if given.get(name) is not None}
-    batch = _add_labels(batch) if own_labels else batch
-    if "labels" not in batch or not any(name in batch for name in SEQUENCES):
-        wanted = "input_ids (and may have labels)" if own_labels else "input_ids or input_values, and labels"
-        raise ValueError(f"calibration batch {position} has {sorted(given)}; it needs {wanted}.")
-    if prediction_count(batch) == 0:
+def _check_batch(given: dict, position: int) -> Batch:
+    batch = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if not _has_predictions(batch):
         raise ValueError(f"calibration batch {position} has no token to predict: all its labels are -100.")
     return batch
 
 
-def _is_usable(batch: dict) -> bool:
-    batch = _add_labels(batch)
+def _has_predictions(batch: dict) -> bool:
     return "labels" not in batch or prediction_count(batch) > 0
-
-
-def _add_labels(batch: dict) -> dict:
-    """Return the batch with labels; where it has none, its tokens become them, but for padding."""
-    if batch.get("labels") is not None or "input_ids" not in batch:
-        return batch
-    mask = batch.get("attention_mask")
-    labels = batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
-    return {**batch, "labels": labels}

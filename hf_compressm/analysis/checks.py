@@ -1,14 +1,18 @@
 """Check that a configuration fits a model, and give an analysis its batches."""
 
-import inspect
 from collections.abc import Iterable
+
+from transformers.utils import logging
 
 from ..architectures import StateLayers
 from ..config import CompreSSMConfig
 from ..theory.criteria import criterion_name, taylor
 from .calibration import Batch, take_batches
 from .losses import check_gradients
+from .objective import Objective
 from .recall import check_recall
+
+logger = logging.get_logger(__name__)
 
 
 def allocation_of(config: CompreSSMConfig, layers: StateLayers) -> str:
@@ -57,27 +61,45 @@ def reducible_size(config: CompreSSMConfig, layers: StateLayers) -> int:
 
 
 def split_batches(
-    layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig
+    layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig, objective: Objective
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """Return the batches for statistics, those that decide on refits, and those for losses, on the model's device.
 
     Raises:
-        ValueError: batches are missing or too few, or the model has no loss to measure on them.
+        ValueError: batches are missing, too few, or of another kind.
     """
     model, needs_data = layers.model, layers.family.needs_data
     if batches is None:
         if needs_data:
             raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
         return [], [], []
-    if "labels" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"{type(model).__name__} has no loss to measure: give batches = None, or a model with a head."
-        )
     device = next(model.parameters()).device
     taken = [
         {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches, layers.family.is_language_model, [device])
+        for batch in take_batches(batches, config.calibration_batches, [device])
     ]
+    for position, batch in enumerate(taken):
+        objective.check(batch, position)
     if not needs_data:
         return [], [], taken
     return (taken[0::3], taken[1::3], taken[2::3]) if config.refit else (taken[0::2], [], taken[1::2])
+
+
+def can_measure_losses(config: CompreSSMConfig, objective: Objective, batches: list[Batch]) -> bool:
+    """Return whether the loss that the model is trained for is known on these batches, and warn where it is not.
+
+    Raises:
+        ValueError: it is not known, and by the configuration a loss decides what is cut.
+    """
+    reason = objective.unknown_on(batches) if batches else "batches = None"
+    if reason is None:
+        return True
+    if config.decided_by_loss:
+        raise ValueError(
+            f"{' and '.join(config.decided_by_loss)} needs the loss that the model is trained for, and {reason}: give "
+            "batches with the labels that training uses, or the loss: analyze(…, loss=…); in Trainer call "
+            "callback.attach(trainer), which asks Trainer for it."
+        )
+    if batches:
+        logger.warning_once(f"No loss is measured, since {reason}. States are ranked without it.")
+    return False

@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import StateLayers
-from ..engines import forward_with, from_first_process, is_sharded, raise_in_all_processes, sum_over_processes
+from ..engines import from_first_process, is_sharded, raise_in_all_processes, sum_over_processes
 from ..theory.plan import Plan
-from .calibration import Batch, prediction_count, predictions
+from .calibration import Batch, predictions, sequence_count
 from .masking import masked_parameters
-
-HALVES = (torch.float16, torch.bfloat16)
+from .objective import HALVES, Objective
 
 
 class LossMeter:
     """A loss meter measures, on held-out batches of all processes, the loss of a model as a plan would leave it."""
 
-    def __init__(self, layers: StateLayers, batches: list[Batch]):
-        self.layers, self.batches, self.seconds = layers, batches, 0.0
+    def __init__(self, layers: StateLayers, batches: list[Batch], objective: Objective):
+        self.layers, self.batches, self.objective, self.seconds = layers, batches, objective, 0.0
         self._measured: dict[tuple[int, ...], float] = {}
         self._of_sample: float | None = None
 
@@ -48,57 +47,70 @@ class LossMeter:
 
     def _mean_loss(self, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
         started = time.perf_counter()
-        loss = mean_loss(self.layers.model, batches, overrides)
+        loss = mean_loss(self.objective, batches, overrides)
         self.seconds += time.perf_counter() - started
         return loss
 
 
-def mean_loss(model: nn.Module, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
-    """Return the mean loss over these batches in all processes, nats per prediction, with overridden parameters.
+def mean_loss(objective: Objective, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
+    """Return the mean loss over these batches in all processes, with overridden parameters.
 
     Raises:
         ValueError: the loss is not finite.
     """
     with raise_in_all_processes():
-        losses = [forward(model, batch, overrides).loss.item() for batch in batches]
+        losses, counts = [], []
+        for batch in batches:
+            loss, count = objective.loss(batch, overrides)
+            losses.append(loss.item())
+            counts.append(count)
         if not all(math.isfinite(loss) for loss in losses):
             raise ValueError(
                 "the loss on the calibration batches is NaN or Inf: training has diverged. Nothing was changed."
             )
-    counts = [prediction_count(batch) for batch in batches]
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
-    sums = torch.tensor([total, sum(counts)], dtype=torch.float64, device=next(model.parameters()).device)
+    device = next(objective.model.parameters()).device
+    sums = torch.tensor([total, sum(counts)], dtype=torch.float64, device=device)
     sum_over_processes([sums])
     return from_first_process(float(sums[0] / sums[1]))  # all have to go on with the very same number
 
 
 def _every_other_sequence(batch: Batch, stride: int) -> Batch:
     """Return one in `stride` of the sequences with predictions, so that several processes sample what one would."""
-    predicted = predictions(batch)
-    rows = predicted.reshape(len(predicted), -1).any(1).nonzero().squeeze(1)[::stride]
-    return {name: value[rows] for name, value in batch.items()}
+    count = sequence_count(batch)
+    if "labels" in batch:
+        predicted = predictions(batch)
+        rows = predicted.reshape(len(predicted), -1).any(1).nonzero().squeeze(1)[::stride]
+    else:
+        rows = torch.arange(0, count, stride)
+    return {
+        name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+        for name, value in batch.items()
+    }
 
 
-def loss_gradients(model: nn.Module, batches: list[Batch], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return parameter name → gradient of the mean loss over the predictions in all processes, float64.
+def loss_gradients(objective: Objective, batches: list[Batch], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return parameter name → gradient of the mean loss over these batches in all processes, float64.
 
     No gradient stays behind in the model.
 
     Raises:
         ValueError: the model is sharded.
     """
-    check_gradients(model)
-    weights = {name: model.get_parameter(name).detach() for name in names}
+    check_gradients(objective.model)
+    weights = {name: objective.model.get_parameter(name).detach() for name in names}
     leaves = {name: (w.float() if w.dtype in HALVES else w).requires_grad_() for name, w in weights.items()}
     gradients = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
-    count = next(iter(gradients.values())).new_tensor(sum(map(prediction_count, batches)))
+    terms = next(iter(gradients.values())).new_zeros(())
     with raise_in_all_processes(), torch.enable_grad():
         for batch in batches:
-            total = forward(model, batch, leaves).loss * prediction_count(batch)  # a sum does not underflow in half
+            loss, count = objective.loss(batch, leaves)
+            terms += count
+            total = loss * count  # a sum does not underflow in half
             for name, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):
                 gradients[name] += gradient
-    sum_over_processes([*gradients.values(), count])
-    return {name: gradient / count for name, gradient in gradients.items()}
+    sum_over_processes([*gradients.values(), terms])
+    return {name: gradient / terms for name, gradient in gradients.items()}
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -112,10 +124,3 @@ def check_gradients(model: nn.Module) -> None:
             "a criterion that needs gradients, such as 'taylor', cannot have them under FSDP2. Use another criterion, "
             "DistributedDataParallel or one process."
         )
-
-
-def forward(model: nn.Module, batch: Batch, overrides: dict[str, Tensor]):
-    """Run one forward pass with some parameters overridden; half-precision weights are taken in float32."""
-    halves = {name: parameter.float() for name, parameter in model.named_parameters() if parameter.dtype in HALVES}
-    overrides = halves | {name: value.float() if name in halves else value for name, value in overrides.items()}
-    return forward_with(model, {**batch, "use_cache": False}, overrides)

@@ -17,7 +17,7 @@ from ..architectures.mamba_scan import scan_installed
 from ..engines import from_first_process, raise_in_all_processes, unwrap
 from ..theory.plan import Plan
 from .calibration import Batch, undisturbed
-from .losses import forward
+from .objective import model_outputs, output_of, run
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -73,10 +73,10 @@ class RecallProbe:
         """Return what the model recalls as the plan would leave it; every process measures the same sequences."""
         overrides, labels = self.overrides(plan), self.batch["labels"][:, 1:]
         with raise_in_all_processes():
-            outputs = forward(self.model, self.batch, overrides)
+            outputs = run(self.model, lambda: model_outputs(self.model, self.batch), overrides)
             asked = labels != -100
-            right = outputs.logits[:, :-1].argmax(-1)[asked] == labels[asked]
-            result = RecallResult(outputs.loss.item(), right.double().mean().item())
+            right = output_of(outputs, "logits")[:, :-1].argmax(-1)[asked] == labels[asked]
+            result = RecallResult(output_of(outputs, "loss").item(), right.double().mean().item())
         return from_first_process(result)
 
 

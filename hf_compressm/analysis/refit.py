@@ -14,11 +14,17 @@ from .activations import layer_inputs
 from .calibration import Batch
 from .losses import mean_loss
 from .masking import cut_layers, masked_parameters
+from .objective import Objective
 from .output_fit import OutputError, fit_states
 
 
 def refitted(
-    layers: StateLayers, plan: Plan, covariances: dict[int, Tensor], data: list[Batch], held_out: list[Batch]
+    layers: StateLayers,
+    plan: Plan,
+    covariances: dict[int, Tensor],
+    objective: Objective,
+    data: list[Batch],
+    held_out: list[Batch],
 ) -> Plan:
     """Return the plan with its cut layers refitted, or the plan as it is where that did not lower the loss.
 
@@ -30,6 +36,7 @@ def refitted(
         layers: the state layers of the model.
         plan: what becomes of each layer.
         covariances: layer → Π of its states, (N, N).
+        objective: the loss that the model is trained for.
         data: batches to fit to.
         held_out: batches that decide.
     """
@@ -38,7 +45,7 @@ def refitted(
         earlier = masked_parameters(layers, {i: entry for i, entry in result.items() if i < index})
         whole, output = whole_maps(layers, index), layers.family.layer_output(layers[index])
         with raise_in_all_processes():
-            inputs = [layer_inputs(layers, batches, index, earlier) for batches in (data, held_out)]
+            inputs = [layer_inputs(layers, batches, objective, index, earlier) for batches in (data, held_out)]
         error, held_out_error = (OutputError(whole, output, some, sum_over_processes) for some in inputs)
         kept, start = plan[index].kept_states, plan[index].maps_after_cut(whole)
         fitted = fit_states(error, held_out_error, start, covariances[index][kept][:, kept])
@@ -47,7 +54,7 @@ def refitted(
             result[index] = replace(plan[index], refit=added)
     if all(entry.refit is None for entry in result.values()):
         return plan
-    before, after = (mean_loss(layers.model, held_out, masked_parameters(layers, some)) for some in (plan, result))
+    before, after = (mean_loss(objective, held_out, masked_parameters(layers, some)) for some in (plan, result))
     return result if after < before else plan
 
 

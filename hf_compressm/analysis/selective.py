@@ -24,6 +24,7 @@ from ..theory.selective import Statistics, compensation, layer_hankel_singular_v
 from .activations import collect_statistics
 from .calibration import Batch
 from .losses import loss_gradients
+from .objective import Objective
 from .refit import refitted
 
 DEFAULT_CRITERION = "output"
@@ -36,6 +37,7 @@ class SelectiveAnalysis:
         layers: the state layers of a model in eval mode.
         batches: batches for statistics, which refits are fitted to, too.
         config: what to keep, and how states are scored.
+        objective: the loss that the model is trained for.
         held_out: batches that decide whether refits are kept; needed for these only.
 
     Attributes:
@@ -50,15 +52,21 @@ class SelectiveAnalysis:
     gramians = None  # a selective layer has no Gramians of its own, only surrogates
 
     def __init__(
-        self, layers: StateLayers, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
+        self,
+        layers: StateLayers,
+        batches: list[Batch],
+        config: CompreSSMConfig,
+        objective: Objective,
+        held_out: list[Batch] | None = None,
     ):
-        self.layers, self.config, self.batches, self.held_out = layers, config, batches, held_out
+        self.layers, self.config, self.objective = layers, config, objective
+        self.batches, self.held_out = batches, held_out
         self._plans: dict[tuple[int, ...], Plan] = {}
         criterion = config.criterion or DEFAULT_CRITERION
         self.criterion, self.score_power = criterion_name(criterion), score_power(criterion)
         self.compensate = config.compensate
         with raise_in_all_processes():
-            self.statistics = collect_statistics(layers, batches)
+            self.statistics = collect_statistics(layers, batches, objective)
         for statistics in self.statistics.values():
             sum_over_processes(vars(statistics).values())
         self.tokens = int(next(iter(self.statistics.values())).tokens)
@@ -68,7 +76,9 @@ class SelectiveAnalysis:
                     f"the calibration sequences are too short: states are sampled every {CHUNK} positions, and all of "
                     "these are padding. Give longer sequences, or pad on the left."
                 )
-        gradients = cache(lambda: state_gradients(layers, batches))  # computed for all layers when first asked for
+        gradients = cache(
+            lambda: state_gradients(layers, batches, objective)
+        )  # computed for all layers when first asked for
         self.scores = score_states(layers, self.statistics, criterion, gradients, config.calibration_seed)
         self.covariances = {index: statistics.gated_covariance for index, statistics in self.statistics.items()}
 
@@ -83,7 +93,7 @@ class SelectiveAnalysis:
         if key not in self._plans:
             plan = self._select(sizes)
             if self.config.refit and self.held_out:
-                plan = refitted(self.layers, plan, self.covariances, self.batches, self.held_out)
+                plan = refitted(self.layers, plan, self.covariances, self.objective, self.batches, self.held_out)
             self._plans[key] = plan
         return self._plans[key]
 
@@ -98,10 +108,17 @@ class SelectiveAnalysis:
         return plan
 
 
-def state_gradients(layers: StateLayers, batches: list[Batch]) -> dict[int, dict[str, Tensor]]:
-    """Return layer → path → gradient of the mean loss over all predictions for that state tensor, float64."""
+def state_gradients(layers: StateLayers, batches: list[Batch], objective: Objective) -> dict[int, dict[str, Tensor]]:
+    """Return layer → path → gradient of the mean loss for that state tensor, float64.
+
+    Raises:
+        ValueError: the loss is not known.
+    """
+    reason = objective.unknown_on(batches)
+    if reason is not None:
+        raise ValueError(f"the criterion asks for the gradients of the loss, and {reason}: give analyze(…, loss=…).")
     names = {index: {path: layers.parameter_name(index, path) for path in layers.family.tensors} for index in layers}
-    gradients = loss_gradients(layers.model, batches, [name for paths in names.values() for name in paths.values()])
+    gradients = loss_gradients(objective, batches, [name for paths in names.values() for name in paths.values()])
     return {index: {path: gradients[name] for path, name in paths.items()} for index, paths in names.items()}
 
 

@@ -8,6 +8,7 @@ from ..architectures import StateLayers
 from ..config import CompreSSMConfig
 from ..theory.plan import Plan
 from .calibration import Batch
+from .objective import Objective
 from .selective import SelectiveAnalysis
 from .time_invariant import TimeInvariantAnalysis
 
@@ -43,9 +44,13 @@ class StateAnalysis(Protocol):
 
 
 def analyze_states(
-    layers: StateLayers, batches: list[Batch], config: CompreSSMConfig, held_out: list[Batch] | None = None
+    layers: StateLayers,
+    batches: list[Batch],
+    config: CompreSSMConfig,
+    objective: Objective,
+    held_out: list[Batch] | None = None,
 ) -> StateAnalysis:
     """Make the analysis that the architecture asks for, of a model in eval mode."""
     if layers.family.needs_data:
-        return SelectiveAnalysis(layers, batches, config, held_out)
+        return SelectiveAnalysis(layers, batches, config, objective, held_out)
     return TimeInvariantAnalysis(layers, config)

@@ -66,7 +66,7 @@ def token_batches(
         unit: what is one text in a .txt file, as for `load_text_files`.
 
     Returns:
-        `count` batches, {"input_ids": (batch_size, length)}.
+        `count` batches, {"input_ids": (batch_size, length), "labels": the same}.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -84,7 +84,7 @@ def token_batches(
             f"{text} holds {len(stream):,} tokens; {count} batches of {batch_size} × {length} need {wanted:,}: give "
             "more text, or shorter or fewer batches."
         )
-    return [{"input_ids": batch} for batch in stream.view(count, batch_size, length)]
+    return [{"input_ids": batch, "labels": batch} for batch in stream.view(count, batch_size, length)]
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

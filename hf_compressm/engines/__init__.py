@@ -3,7 +3,7 @@
 All that distinguishes them is here, and nothing else.
 """
 
-from .engine import Engine, forward_with, new_parameter_like
+from .engine import Engine, new_parameter_like, run_with
 from .processes import (
     all_processes,
     from_first_process,
@@ -22,7 +22,6 @@ __all__ = [
     "change_class",
     "check_engine",
     "check_training_arguments",
-    "forward_with",
     "from_first_process",
     "fsdp_is_asked",
     "full_tensor",
@@ -33,6 +32,7 @@ __all__ = [
     "process_count",
     "process_index",
     "raise_in_all_processes",
+    "run_with",
     "shard_like",
     "sum_over_processes",
     "to_local",

@@ -1,13 +1,15 @@
 """One small interface covers all ways in which a model's parameters are held while it trains."""
 
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .data_parallel import data_parallel_wrapper, rebuild
-from .sharded import forward_sharded, is_sharded, replace_sharded
+from .sharded import is_sharded, replace_sharded, run_sharded
 from .wrappers import unwrap
 
 
@@ -53,10 +55,12 @@ def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
     return new
 
 
-def forward_with(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
-    """Run an unwrapped model forward once, with some parameters, by name, overridden, and return its outputs."""
-    run = forward_sharded if is_sharded(model) else _forward_whole
-    return run(model, inputs, overrides)
+def run_with(model: nn.Module, function: Callable[[], Any], overrides: Mapping[str, Tensor]) -> Any:
+    """Call a function that runs an unwrapped model forward, with some of its parameters, by name, overridden."""
+    if is_sharded(model):
+        return run_sharded(model, function, overrides)
+    caller = _Caller(model, function)
+    return functional_call(caller, {f"model.{name}": value for name, value in overrides.items()}, ())
 
 
 def forget_compiled_code() -> None:
@@ -65,5 +69,12 @@ def forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-def _forward_whole(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
-    return functional_call(model, overrides, kwargs=inputs)
+class _Caller(nn.Module):
+    """A caller holds a model and calls a function that runs it, so that parameters can be overridden meanwhile."""
+
+    def __init__(self, model: nn.Module, function: Callable[[], Any]):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self) -> Any:
+        return self.function()

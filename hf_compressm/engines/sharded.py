@@ -3,8 +3,9 @@
 A parameter can be replaced in place only through private classes of torch, so a torch that was not tested is refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,14 +131,14 @@ def change_class(module: nn.Module, new: type) -> None:
     module.__class__ = new
 
 
-def forward_sharded(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
-    """Run a model forward once, with some parameters overridden by full tensors, each while its module runs."""
+def run_sharded(model: nn.Module, function: Callable[[], Any], overrides: Mapping[str, Tensor]) -> Any:
+    """Call a function that runs a model; full tensors override some parameters, each while its module runs."""
     handles = []
     for name, value in overrides.items():
         path, _, attribute = name.rpartition(".")
         handles += _substitute(model.get_submodule(path), attribute, value)
     try:
-        return model(**inputs)
+        return function()
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..analysis.calibration import undisturbed
 from ..analysis.checks import split_batches
+from ..analysis.objective import Loss, Objective
 from ..analysis.states import StateAnalysis, analyze_states
 from ..architectures import StateLayers
 from ..architectures.mamba_scan import scan_installed
@@ -33,7 +34,13 @@ class StateMonitor:
         self._last_gramians: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def observe(
-        self, layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig, step: int, draws: int = 0
+        self,
+        layers: StateLayers,
+        batches: Iterable[dict] | None,
+        config: CompreSSMConfig,
+        step: int,
+        draws: int = 0,
+        loss: Loss | None = None,
     ) -> Observation:
         """Measure the spectrum of every layer, and where it is asked for the scores.
 
@@ -43,15 +50,17 @@ class StateMonitor:
             step: the number of optimizer steps done.
             draws: the number of disjoint draws to take the scores of: 0, 1 to compare later ones with, or 2 for the
                 noise. The second draw is that on which `analyze` measures losses.
+            loss: as for `analyze`.
         """
         started = time.perf_counter()
-        statistics_batches, _, other_batches = split_batches(layers, batches, config)
+        objective = Objective(layers.model, loss)
+        statistics_batches, _, other_batches = split_batches(layers, batches, config, objective)
         with undisturbed(layers.model), scan_installed():
-            analysis = analyze_states(layers, statistics_batches, config)
+            analysis = analyze_states(layers, statistics_batches, config, objective)
             spectra = [spectrum.cpu() for spectrum in analysis.hankel_singular_values().values()]
             gramians = analysis.gramians
             scores = _shared_scores(analysis) if draws else None
-            other = _shared_scores(analyze_states(layers, other_batches, config)) if draws == 2 else None
+            other = _shared_scores(analyze_states(layers, other_batches, config, objective)) if draws == 2 else None
         noise = list(map(compare_rankings, scores, other)) if other is not None else None
         sizes = layers.sizes
         comparable = self._last is not None and self._last.by_layer("state_sizes") == sizes

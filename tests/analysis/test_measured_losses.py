@@ -8,6 +8,7 @@ from conftest import build_lru
 
 from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.analysis.losses import LossMeter
+from hf_compressm.analysis.objective import Objective
 from hf_compressm.analysis.time_invariant import TimeInvariantAnalysis
 from hf_compressm.architectures import state_layers
 
@@ -52,9 +53,9 @@ def test_plans_with_the_same_largest_size_are_measured_each(lru, lru_batches):
     analysis = TimeInvariantAnalysis(state_layers(lru), CompreSSMConfig(tolerance=0.1))
     plans = [analysis.plan({0: first, 1: second}) for first, second in ((N, 3), (3, N), (3, 3), (N, N))]
     with torch.no_grad():
-        meter = LossMeter(state_layers(lru), lru_batches[:2])
+        meter = LossMeter(state_layers(lru), lru_batches[:2], Objective(lru))
         losses = [meter.loss(plan) for plan in plans]
-        assert losses == [LossMeter(state_layers(lru), lru_batches[:2]).loss(plan) for plan in plans]
+        assert losses == [LossMeter(state_layers(lru), lru_batches[:2], Objective(lru)).loss(plan) for plan in plans]
     assert len(set(losses)) == 4 and losses[3] == pytest.approx(mean_loss(lru, lru_batches[:2]), abs=1e-6)
 
 
@@ -64,6 +65,7 @@ def test_labels_may_stand_in_a_column(lru, lru_batches):
     assert losses[0] == losses[1]
 
 
-def test_losses_of_a_model_without_a_head_are_refused(lru_batches):
-    with pytest.raises(ValueError, match="batches"):
-        analyze(build_lru().model, lru_batches, CompreSSMConfig(tolerance=0.1))
+def test_a_model_without_a_head_has_no_loss_that_could_decide(lru_batches):
+    assert analyze(build_lru().model, lru_batches, CompreSSMConfig(tolerance=0.1)).loss_before is None
+    with pytest.raises(ValueError, match="LRUModel computes none"):
+        analyze(build_lru().model, lru_batches, CompreSSMConfig(loss_budget=0.1))

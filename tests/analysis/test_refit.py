@@ -13,6 +13,7 @@ from hf_compressm.analysis.activations import collect_statistics, layer_inputs
 from hf_compressm.analysis.calibration import undisturbed
 from hf_compressm.analysis.losses import mean_loss
 from hf_compressm.analysis.masking import masked_parameters
+from hf_compressm.analysis.objective import Objective
 from hf_compressm.analysis.output_fit import OutputError, fit_states
 from hf_compressm.analysis.refit import refitted
 from hf_compressm.architectures import state_layers
@@ -69,7 +70,7 @@ def test_the_error_is_that_of_the_layers_output(model, batches):
     with undisturbed(model):
         plan = analyze(model, with_labels(batches), replace(CONFIG, refit=False)).plan
         whole = layers.family.maps(layers.whole_tensors(1), mixer)
-        (inputs,) = layer_inputs(layers, [batch], 1, {})
+        (inputs,) = layer_inputs(layers, [batch], Objective(layers.model), 1, {})
         error = OutputError(whole, layers.family.layer_output(mixer), [inputs], sum_over_processes)
 
         seen = {}
@@ -118,13 +119,15 @@ def test_a_layer_is_fitted_behind_those_before_it_as_they_will_be(model, batches
     plan = {index: replace(entry, refit=None) for index, entry in report.plan.items()}
     with undisturbed(model):
         before = masked_parameters(layers, {0: report.plan[0]})
-        inputs = [layer_inputs(layers, some, 1, before) for some in (batches[0:6:3], batches[1:6:3])]
+        inputs = [
+            layer_inputs(layers, some, Objective(layers.model), 1, before) for some in (batches[0:6:3], batches[1:6:3])
+        ]
         whole = layers.family.maps(layers.whole_tensors(1), mixer)
         error, judge = (
             OutputError(whole, layers.family.layer_output(mixer), some, sum_over_processes) for some in inputs
         )
         keep, start = plan[1].kept_states, plan[1].maps_after_cut(whole)
-        covariance = collect_statistics(layers, batches[0:6:3])[1].gated_covariance
+        covariance = collect_statistics(layers, batches[0:6:3], Objective(layers.model))[1].gated_covariance
         fitted = fit_states(error, judge, start, covariance[keep][:, keep])
     for added, new, old in zip(report.plan[1].refit, fitted, start, strict=True):
         torch.testing.assert_close(added, new - old, rtol=1e-3, atol=1e-5)
@@ -137,7 +140,8 @@ def test_it_lowers_the_loss_and_the_cut_model_has_the_loss_that_was_measured(mod
     held_out = with_labels(batches[6:])
     with undisturbed(model):
         losses = [
-            mean_loss(model, held_out, masked_parameters(state_layers(model), some.plan)) for some in (plain, report)
+            mean_loss(Objective(model), held_out, masked_parameters(state_layers(model), some.plan))
+            for some in (plain, report)
         ]
     event = compress(model, report)
     model.eval()
@@ -167,7 +171,7 @@ def test_what_is_judged_by_other_data_stops_elsewhere(model, batches):
         return [entry.refit and entry.refit.C_rows for entry in analyze(model, given, CONFIG).plan.values()]
 
     monotonous = {"input_ids": batches[1]["input_ids"][:1, :1].repeat(8, 32)}  # one token for ever
-    usual, other = rows_judged_by(batches[1]), rows_judged_by(monotonous)
+    usual, other = rows_judged_by(batches[1]), rows_judged_by(*with_labels([monotonous]))
     assert all(rows is not None for rows in usual)
     assert any(rows is not None and not torch.equal(rows, left) for rows, left in zip(other, usual, strict=True))
 
@@ -177,9 +181,11 @@ def test_what_does_not_help_on_held_out_data_is_not_kept(model, batches):
     plan = analyze(model, batches, config).plan
     covariances = {index: torch.eye(16, dtype=torch.float64) for index in plan}
     narrow = [{"input_ids": torch.full((1, 2), 7), "labels": torch.full((1, 2), 7)}]  # nothing to learn the rest from
+    objective = Objective(model)
     with undisturbed(model):
-        assert refitted(state_layers(model), plan, covariances, narrow, with_labels(batches[:2])) == plan
-        helped = refitted(state_layers(model), plan, covariances, with_labels(batches[:2]), with_labels(batches[2:4]))
+        assert refitted(state_layers(model), plan, covariances, objective, narrow, with_labels(batches[:2])) == plan
+        data = with_labels(batches[:2]), with_labels(batches[2:4])
+        helped = refitted(state_layers(model), plan, covariances, objective, *data)
     assert helped != plan and all(entry.refit is not None for entry in helped.values())
 
 

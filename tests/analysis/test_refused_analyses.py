@@ -24,7 +24,7 @@ def test_a_target_above_the_state_size_is_refused(tmp_path, dataset, batches):
         ([], "ended after 0 batches, 4 are needed"),
         ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}] * 3, "ended after 3 batches"),
         ([{"pixel_values": torch.ones(2, 8)}] * 8, "it needs input_ids"),
-        ([{"input_ids": torch.ones(2, 1, dtype=torch.long)}] * 8, "no token to predict"),
+        ([{"input_ids": torch.ones(2, 1), "labels": torch.ones(2, 1)}] * 8, "no token to predict"),
         (
             [{"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.full((2, 8), -100)}] * 8,
             "no token to predict",
@@ -76,7 +76,7 @@ def test_a_report_is_applied_once_and_to_its_own_sizes(batches):
         ({"tolerance": 0.1, "skip_layers": [2]}, r"skip_layers = \[2\]; allowed: some of the layers \[0, 1\]"),
         ({"tolerance": 0.1, "skip_layers": [-1]}, r"skip_layers = \[-1\]"),
         ({"tolerance": 0.1, "skip_layers": [0, 1]}, r"skip_layers = \[0, 1\]"),
-        ({"loss_budget": 0.1}, "batches = None; a loss budget needs batches"),
+        ({"loss_budget": 0.1}, "loss_budget = 0.1 needs the loss .*, and batches = None"),
     ],
 )
 def test_a_configuration_that_does_not_fit_an_lru_is_refused(goal, message):
@@ -103,8 +103,8 @@ def test_weights_that_diverged_and_reports_of_another_model_are_refused(lru, lru
     compress(lru, report)
     with pytest.raises(ValueError, match="applied already"):
         compress(lru, report)
-    with pytest.raises(ValueError, match="calibration batch 0 has .*labels"):
-        analyze(lru, [{"input_ids": batch["input_ids"]} for batch in lru_batches], CompreSSMConfig(tolerance=0.1))
+    with pytest.raises(ValueError, match="loss_budget = 0.1 needs .*, and the calibration batches have no labels"):
+        analyze(lru, [{"input_ids": batch["input_ids"]} for batch in lru_batches], CompreSSMConfig(loss_budget=0.1))
     with pytest.raises(ValueError, match=r"layer 0 nu_log is trained in torch\.bfloat16"):
         half = build_lru().bfloat16()
         report = analyze(half, None, CompreSSMConfig(target_state_size=6))

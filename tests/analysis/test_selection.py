@@ -10,7 +10,7 @@ from conftest import assert_identical, build_model, weights_of
 from torch.utils.data import DataLoader
 
 from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress
-from hf_compressm.analysis.losses import forward
+from hf_compressm.analysis.objective import Objective
 from hf_compressm.theory.criteria import CRITERIA, LayerStates
 from hf_compressm.theory.hankel import truncation_rank
 
@@ -90,7 +90,7 @@ def test_taylor_is_how_fast_the_loss_changes_as_a_state_fades(learned, batches):
             changed[[2 + n, 2 + 16 + n]] *= scale
             overrides = {"backbone.layers.1.mixer.x_proj.weight": changed}
             with torch.no_grad():
-                losses.append(forward(model.eval(), joined, overrides).loss.item())
+                losses.append(Objective(model.eval()).loss(joined, overrides)[0].item())
         slope = abs(losses[0] - losses[1]) / (2 * step)
         assert report.scores[1][n].item() == pytest.approx(slope, rel=0.02)
 
@@ -130,7 +130,7 @@ def loss_of(model, batches) -> float:
     """On the half of the calibration batches that is held out for losses."""
     model.eval()
     with torch.no_grad():
-        return sum(forward(model, batch, {}).loss.item() for batch in batches[1:4:2]) / 2
+        return sum(Objective(model).loss(batch, {})[0].item() for batch in batches[1:4:2]) / 2
 
 
 @pytest.mark.parametrize("multiple_of", [1, 3])
