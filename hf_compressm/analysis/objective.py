@@ -91,10 +91,7 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 def model_outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Run a model forward on what it takes of a batch, and return its outputs: a mapping, or a tuple."""
-    arguments = _arguments(model)
-    takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
-    inputs = {n: value for n, value in batch.items() if n in arguments or (takes_any and n in MODEL_INPUTS)}
-    return model(**inputs)
+    return model(**{name: value for name, value in batch.items() if name in _arguments(model)})
 
 
 def output_of(outputs: Any, name: str) -> Tensor | None:
@@ -119,5 +116,8 @@ def _is_shifted(batch: Batch) -> bool:
     return bool(counted.any() and of_next.all() and not of_same.all())
 
 
-def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
+def _arguments(model: nn.Module) -> set[str]:
+    """Return what a forward pass of the model takes by name; where it takes anything, the inputs of all models."""
+    arguments = inspect.signature(model.forward).parameters
+    takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+    return set(arguments) | set(MODEL_INPUTS if takes_any else ())

@@ -71,11 +71,7 @@ class SelectiveAnalysis:
             sum_over_processes(vars(statistics).values())
         self.tokens = int(next(iter(self.statistics.values())).tokens)
         with raise_in_all_processes():
-            if self.tokens == 0:
-                raise ValueError(
-                    f"the calibration sequences are too short: states are sampled every {CHUNK} positions, and all of "
-                    "these are padding. Give longer sequences, or pad on the left."
-                )
+            check_tokens(self.tokens)
         gradients = cache(
             lambda: state_gradients(layers, batches, objective)
         )  # computed for all layers when first asked for
@@ -106,6 +102,19 @@ class SelectiveAnalysis:
             compensated = self.compensate and size < whole
             plan[index] = Selection(kept, compensation(self.covariances[index], kept) if compensated else None)
         return plan
+
+
+def check_tokens(count: int) -> None:
+    """Refuse statistics over nothing.
+
+    Raises:
+        ValueError: states were sampled at no position.
+    """
+    if count == 0:
+        raise ValueError(
+            f"the calibration sequences are too short: states are sampled every {CHUNK} positions, and all of these "
+            "are padding. Give longer sequences, or pad on the left."
+        )
 
 
 def state_gradients(layers: StateLayers, batches: list[Batch], objective: Objective) -> dict[int, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import nn
@@ -10,12 +10,17 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
+from ..analysis.calibration import Batch
 from ..analysis.checks import check_config
+from ..analysis.objective import Loss
+from ..analysis.trial import try_analysis
 from ..architectures import StateLayers, family_of, state_layers
 from ..config import CompreSSMConfig
 from ..engines import Engine, raise_in_all_processes, unwrap, unwrap_optimizer
 from ..reduction import analyze, compress
+from ..report import StateReport
 from ..sharing.model_card import CardDetails
 from ..storage.history import History, save_history
 from ..surgery.adopt_sizes import adopt_checkpoint_sizes
@@ -28,6 +33,7 @@ from .rollback import Rollback, build_rollback
 from .schedule import CompreSSMSchedule
 from .start_checks import (
     check_companions,
+    check_loss_options,
     check_not_rebuilt,
     check_trainer,
     warn_of_a_slow_scan,
@@ -36,7 +42,10 @@ from .start_checks import (
     warn_of_many_observations,
     warn_of_missed_cuts,
 )
+from .trainer_loss import another_loss, loss_of_trainer
 from .trigger import DueEvent, Trigger, check_trigger
+
+logger = logging.get_logger(__name__)
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):
@@ -136,6 +145,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._rollback = build_rollback(self.schedule, args, state, *events, train_dataloader, self.companions)
         if self._rollback is not None:
             self._rollback.find_snapshots(self.history, state.log_history)
+        self._try_analysis(args)
         self._monitor = StateMonitor(self.history.observations[-1] if self.history.observations else None)
         self._warn(state)
 
@@ -240,7 +250,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         with raise_in_all_processes():
             batches = self._calibration.draw(step=0) if self._layers.family.needs_data else None
         draws = 0 if self._is_stopped else self._trigger.draws(self._layers, self.history, state.global_step)
-        observation = self._monitor.observe(self._layers, batches, self.config, state.global_step, draws)
+        loss = self._loss(batches) if batches else None
+        observation = self._monitor.observe(self._layers, batches, self.config, state.global_step, draws, loss)
         self._trigger.compare(observation, self.history)
         self.history.observations.append(observation)
         self._announce(observed_text(observation, state), observed_numbers(observation), state)
@@ -250,7 +261,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         with raise_in_all_processes():
             batches = self._calibration.draw(state.global_step)
         model = self._as_wrapped(model)
-        report = analyze(model, batches, due.config)
+        report = analyze(model, batches, due.config, self._loss(batches))
+        report = self._without_another_loss(report, batches, state)
         if self._rollback is not None and report.is_cut:
             self._rollback.take_snapshot(state, self.history, model, optimizer, report)
         event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
@@ -258,6 +270,37 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         event.seconds = time.perf_counter() - started
         self.history.events.append(event)
         self._announce(cut_text(report, state, due.reasons), event_numbers(event), state)
+
+    def _try_analysis(self, args: TrainingArguments) -> None:
+        """Refuse, before training, what an analysis could not do, or could not know without asking Trainer."""
+        with raise_in_all_processes():
+            check_loss_options(self.config, args, self.trainer)
+            batches = self._calibration.draw(step=0)
+        try_analysis(self._layers, batches, self.config, self._loss(batches))
+
+    def _loss(self, batches: list[Batch]) -> Loss | None:
+        """Return the loss that is trained, if it is not the model's own loss of batches with labels."""
+        return loss_of_trainer(self.trainer, batches[0], is_training_data=self.calibration_loader is None)
+
+    def _without_another_loss(self, report: StateReport, batches: list[Batch], state: TrainerState) -> StateReport:
+        """Refuse a plan that was made by a loss that is not trained, and strike out losses that are only shown.
+
+        Raises:
+            ValueError: such a loss decided.
+        """
+        if self.calibration_loader is not None or self._loss(batches) is not None:
+            return report
+        reason = another_loss(report.loss_before, state)
+        if reason is None:
+            return report
+        if self.config.decided_by_loss:
+            raise ValueError(
+                f"{' and '.join(self.config.decided_by_loss)} needs the loss that the model is trained for, but "
+                f"{reason}. Nothing was changed: call callback.attach(trainer), with a Trainer whose compute_loss "
+                "returns the loss that it trains by."
+            )
+        logger.warning_once(f"No loss is shown, since {reason}.")
+        return replace(report, loss_before=None, loss_after=None, single_layer_loss_change={})
 
     def _announce(self, text: str, numbers: dict[str, float], state: TrainerState) -> None:
         """Print what happened, and let the trainer log it."""

@@ -38,6 +38,19 @@ def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module
         raise ValueError("the callback is attached to another trainer: make one for each.")
 
 
+def check_loss_options(config: CompreSSMConfig, args: TrainingArguments, trainer: Trainer | None) -> None:
+    """Refuse to decide by a loss that only the Trainer knows, where the callback does not know the Trainer.
+
+    Raises:
+        ValueError: labels are smoothed, a loss has to decide, and the callback is not attached.
+    """
+    if trainer is None and args.label_smoothing_factor and config.decided_by_loss:
+        raise ValueError(
+            f"{' and '.join(config.decided_by_loss)} with label_smoothing_factor = {args.label_smoothing_factor}, "
+            "which Trainer puts into its loss: call callback.attach(trainer), so that Trainer is asked for it."
+        )
+
+
 def check_companions(companions: Sequence[nn.Module], args: TrainingArguments, layers: StateLayers) -> None:
     """Refuse companions that could not follow the model.
 

@@ -15,7 +15,7 @@ from hf_compressm.storage.history import load_history
 
 SCRIPT = str(ROOT / "tests" / "training" / "killed_training.py")
 MOMENTS = {
-    "analysis": "collect_statistics:2",  # of the second cut
+    "analysis": "collect_statistics:3",  # of the second cut; the first is the trial at the start
     "surgery": "swap_parameter:2",  # one tensor of the first cut is new, the others are not
     "saving": "_save_rng_state:8",  # weights and optimizer of step 8 are written, the rest is not
 }

@@ -1,0 +1,70 @@
+"""A trial runs the model once as an analysis will, before a training depends on it."""
+
+import torch
+
+from ..architectures import StateLayers
+from ..architectures.mamba_scan import scan_installed
+from ..config import CompreSSMConfig
+from ..engines import raise_in_all_processes, sum_over_processes
+from .activations import collect_statistics
+from .calibration import Batch, undisturbed
+from .checks import can_measure_losses, split_batches
+from .losses import mean_loss
+from .objective import Loss, Objective
+from .selective import check_tokens
+
+
+def try_analysis(layers: StateLayers, batches: list[Batch], config: CompreSSMConfig, loss: Loss | None = None) -> None:
+    """Run forward passes as an analysis does, on as few batches as will do, and leave no trace.
+
+    Args:
+        batches: as for `analyze`.
+        loss: as for `analyze`.
+
+    Raises:
+        ValueError: the model cannot be run so, or a layer not observed; a loss has to decide, and it is not known or
+            not finite; the sequences are too short.
+    """
+    objective = Objective(layers.model, loss)
+    with raise_in_all_processes():
+        statistics_batches, _, others = split_batches(layers, batches, config, objective)
+        measures = can_measure_losses(config, objective, others)
+    with undisturbed(layers.model), scan_installed():
+        tokens = torch.zeros((), dtype=torch.float64, device=next(layers.model.parameters()).device)
+        for batch in statistics_batches:
+            with raise_in_all_processes():
+                tokens += _observed_tokens(layers, batch, objective)
+            sum_over_processes([tokens])  # all processes have to run forward as often
+            if tokens > 0:
+                break
+        if statistics_batches:
+            check_tokens(int(tokens))
+        if measures:
+            mean_loss(objective, others[:1], {})
+
+
+def _observed_tokens(layers: StateLayers, batch: Batch, objective: Objective) -> int:
+    """Return at how many positions states were sampled.
+
+    Raises:
+        ValueError: the forward pass failed, or passed a layer by.
+    """
+    try:
+        statistics = collect_statistics(layers, [batch], objective)
+    except ValueError:
+        raise
+    except Exception as error:
+        shapes = {name: tuple(value.shape) for name, value in batch.items()}
+        raise ValueError(
+            f"{type(layers.model).__name__} cannot be analysed: its forward pass on a calibration batch of {shapes} "
+            f"failed with {type(error).__name__}: {error}. Give batches as the model is trained on; in Trainer a "
+            "calibration_loader, and callback.attach(trainer)."
+        ) from error
+    tokens = {index: int(each.tokens) for index, each in statistics.items()}
+    if len(set(map(bool, tokens.values()))) > 1:
+        passed = [index for index, count in tokens.items() if count == 0]
+        raise ValueError(
+            f"a forward pass of {type(layers.model).__name__} does not run the scans of the layers {passed}: only "
+            "models that run all their layers can be analysed."
+        )
+    return next(iter(tokens.values()))
