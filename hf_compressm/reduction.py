@@ -40,8 +40,9 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
     Args:
         model: a supported Transformers model, any floating dtype. Weights are taken in float32 at least; forward
             passes run as the model's own do, so in autocast inside Trainer(bf16=True).
-        batches: dicts of tensors (`input_ids` or `input_values`, optional `attention_mask`, `labels`); the first
-            `config.calibration_batches` are read. A DataLoader will do. None will do for an LRU without losses.
+        batches: dicts of tensors, arrays or lists (`input_ids` or `input_values`, optional `attention_mask`,
+            `labels`), of which the first `config.calibration_batches` are read. A DataLoader will do, and so will the
+            tokenised rows of a data set, each a batch of one. None will do for an LRU without losses.
         config: what to keep.
 
     Raises:
@@ -59,9 +60,9 @@ def analyze(model: nn.Module, batches: Iterable[dict] | None, config: CompreSSMC
         check_state_tensors(layers)
         check_config(config, layers)
         sizes = layers.sizes
-        statistics_batches, held_out, loss_batches = split_batches(layers, batches, config)
-        if config.loss_budget is not None and not loss_batches:
-            raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
+    statistics_batches, held_out, loss_batches = split_batches(layers, batches, config)
+    if config.loss_budget is not None and not loss_batches:
+        raise ValueError("batches = None; a loss budget needs batches to measure losses on.")
 
     with undisturbed(model), scan_installed():
         analysis = analyze_states(layers, statistics_batches, config, held_out)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from ..architectures import StateLayers
 from ..config import CompreSSMConfig
+from ..engines import raise_in_all_processes, smallest_over_processes
 from ..theory.criteria import criterion_name, taylor
 from .calibration import Batch, take_batches
 from .losses import check_gradients
@@ -61,23 +62,29 @@ def split_batches(
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """Return the batches for statistics, those that decide on refits, and those for losses, on the model's device.
 
+    All processes call this together and get equally many: under FSDP2 each forward pass waits for those of the others.
+
     Raises:
         ValueError: batches are missing or too few, or the model has no loss to measure on them.
     """
-    model, needs_data = layers.model, layers.family.needs_data
+    with raise_in_all_processes():
+        taken = _checked_batches(layers, batches, config)
+    taken = taken[: smallest_over_processes(len(taken))]
+    if not layers.family.needs_data:
+        return [], [], taken
+    return (taken[0::3], taken[1::3], taken[2::3]) if config.refit else (taken[0::2], [], taken[1::2])
+
+
+def _checked_batches(layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig) -> list[Batch]:
+    model = layers.model
     if batches is None:
-        if needs_data:
+        if layers.family.needs_data:
             raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
-        return [], [], []
+        return []
     if "labels" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"{type(model).__name__} has no loss to measure: give batches = None, or a model with a head."
         )
-    device = next(model.parameters()).device
-    taken = [
-        {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches, layers.family.is_language_model, [device])
-    ]
-    if not needs_data:
-        return [], [], taken
-    return (taken[0::3], taken[1::3], taken[2::3]) if config.refit else (taken[0::2], [], taken[1::2])
+    device, own_labels = next(model.parameters()).device, layers.family.is_language_model
+    taken = take_batches(batches, config.calibration_batches, own_labels, [device], config.least_batches)
+    return [{name: value.to(device) for name, value in batch.items()} for batch in taken]
