@@ -3,16 +3,15 @@
 A packing buffer, an iterator that goes on where it stopped and a random generator are such states.
 """
 
-import inspect
 import logging
 import random
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from gc import get_referents
-from types import FunctionType, GeneratorType, ModuleType
+from types import CodeType, FunctionType, GeneratorType, ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -99,12 +98,15 @@ def _parts(part) -> list:
     if _is_data(part) or isinstance(part, (*ARRAYS, Generator, GeneratorType)) or _is_of_library(part):
         return []
     if isinstance(part, FunctionType):
-        names = {}
-        with suppress(ValueError):  # a variable of the closure has no value yet
-            of_closure = inspect.getclosurevars(part)
-            names = of_closure.nonlocals | of_closure.globals
-        return [*names.values(), part.__defaults__, part.__kwdefaults__]
+        named = [part.__globals__[name] for name in _names(part.__code__) if name in part.__globals__]
+        return [*named, part.__closure__, part.__defaults__, part.__kwdefaults__]
     return get_referents(part)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the names of globals and attributes that a function uses, comprehensions in it included."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def _is_of_library(part) -> bool:
