@@ -95,8 +95,8 @@ def training_data(train_dataloader: Iterable, batch_size: int) -> TrainingData:
         return TrainingData(loader.dataset, loader.collate_fn, None if gives_batches else batch_size)
     if isinstance(train_dataloader, Iterator) or not hasattr(train_dataloader, "__iter__"):
         raise ValueError(
-            f"the training batches come from a {type(train_dataloader).__name__}, which can be read only once. "
-            f"{REMEDY}"
+            f"the training batches come from a {type(train_dataloader).__name__}, from which nothing can be drawn "
+            f"that training would not miss. {REMEDY}"
         )
     return TrainingData(train_dataloader, _unchanged, None)
 

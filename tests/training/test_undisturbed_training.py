@@ -188,7 +188,7 @@ def test_a_trainer_with_batches_of_its_own_cuts(tmp_path, blocks, kind):
 
 @pytest.mark.parametrize("own", [lambda batches: (b for b in batches), lambda batches: 5], ids=["generator", "number"])
 def test_what_gives_batches_only_once_is_refused(args, blocks, own):
-    with pytest.raises(ValueError, match="can be read only once. Give the callback a calibration_loader"):
+    with pytest.raises(ValueError, match="that training would not miss. Give the callback a calibration_loader"):
         CalibrationData(CONFIG, args, own(WholeBatches(blocks).batches))
 
 
