@@ -175,6 +175,11 @@ class CompreSSMConfig:
         """Return the one goal that is given, by its name."""
         return {name: getattr(self, name) for name in GOALS if getattr(self, name) is not None}
 
+    @property
+    def least_batches(self) -> int:
+        """Return how many calibration batches are needed at least, so that some are held out."""
+        return 3 if self.refit else 2
+
     def check_target(self, state_size: int) -> None:
         """Refuse a target above the present size N; the other goals fit any size.
 

@@ -43,8 +43,9 @@ def analyze(
     Args:
         model: a supported Transformers model, any floating dtype. Weights are taken in float32 at least; forward
             passes run as the model's own do, so in autocast inside Trainer(bf16=True).
-        batches: dicts of tensors (`input_ids` or `input_values`, optional `attention_mask`, `labels`); the first
-            `config.calibration_batches` are read. A DataLoader will do. None will do for an LRU without losses.
+        batches: dicts of tensors, arrays or lists (`input_ids` or `input_values`, optional `attention_mask`,
+            `labels`), of which the first `config.calibration_batches` are read. A DataLoader will do, and so will the
+            tokenised rows of a data set, each a batch of one. None will do for an LRU without losses.
         config: what to keep.
         loss: the loss that the model is trained for, if it is not the model's own loss of a batch with `labels`: a
             function of the model and a batch that returns the mean loss, a scalar tensor, and the number of terms that
@@ -65,8 +66,9 @@ def analyze(
         check_state_tensors(layers)
         check_config(config, layers)
         sizes = layers.sizes
-        objective = Objective(model, loss)
-        statistics_batches, held_out, others = split_batches(layers, batches, config, objective)
+    objective = Objective(model, loss)
+    statistics_batches, held_out, others = split_batches(layers, batches, config)
+    with raise_in_all_processes():
         loss_batches = others if can_measure_losses(config, objective, others) else []
 
     with undisturbed(model), scan_installed():

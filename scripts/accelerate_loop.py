@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator, get_cosine_schedule_with_warmup, set_seed
 
 from hf_compressm import CompreSSMConfig, CompreSSMSchedule, analyze, compress, install_scan, parameter_groups
-from hf_compressm.analysis.calibration import draw_batches
 from hf_compressm.analysis.checks import reducible_size
+from hf_compressm.analysis.drawing import draw_batches
 from hf_compressm.architectures import state_layers
 from hf_compressm.storage.history import History, load_history, save_history
 from hf_compressm.surgery.shrink_and_grow import set_state_sizes

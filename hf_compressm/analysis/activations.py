@@ -9,7 +9,7 @@ from ..architectures import StateLayers
 from ..engines import full_tensor, is_sharded
 from ..kernels import effective_time_step, sampled_scan, selective_scan
 from ..theory.selective import LayerInputs, Statistics
-from .calibration import Batch
+from .collate import Batch
 from .objective import Objective
 
 Observe = Callable[..., tuple[Tensor, Tensor]]  # (layer, attention mask, *arguments of a scan) → y, h_L

@@ -8,89 +8,51 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from transformers.utils import logging
 
-from .permutation import permutation
+from .collate import SEQUENCES, Batch, as_batch, as_batches
+from .own_state import OwnGenerators
 
-Batch = dict[str, Tensor]
-SEQUENCES = ("input_ids", "input_values")
-MODEL_INPUTS = (*SEQUENCES, "attention_mask", "labels")
+logger = logging.get_logger(__name__)
 
 
-def take_batches(batches: Iterable[dict], count: int, devices: Iterable[torch.device] = ()) -> list[Batch]:
-    """Return the first `count` batches.
+def take_batches(
+    batches: Iterable[dict],
+    count: int,
+    devices: Iterable[torch.device] = (),
+    least: int | None = None,
+) -> list[Batch]:
+    """Return the first `count` batches; where there are fewer, all of them, with a warning.
 
     Args:
-        batches: what is read; a DataLoader will do.
-        count: how many batches are needed.
+        batches: what is read; a DataLoader will do, and so will the rows of a data set.
+        count: how many batches are wanted.
         devices: where the data may draw random numbers, besides the CPU; their random states are restored.
+        least: how many batches are needed; `count` by default.
 
     Raises:
-        ValueError: there are fewer batches than asked for, or a batch has nothing to predict.
+        ValueError: there are fewer batches than needed, or one is no batch, or has nothing to predict.
     """
-    with preserved_random_state(devices):  # a DataLoader draws a seed when it starts
-        taken = [_check_batch(batch, i) for i, batch in enumerate(islice(iter(batches), count))]
-    if len(taken) < count:
+    least = count if least is None else least
+    with preserved_random_state(devices), _own_generators(batches).preserved():  # a DataLoader draws a seed at first
+        given = islice(iter(as_batches(batches)), count)
+        taken = [_check_batch(as_batch(batch, i), i) for i, batch in enumerate(given)]
+    if len(taken) < least:
+        lower = ", or set calibration_batches lower (at least 2)" if least == count else ""
         raise ValueError(
-            f"the calibration data ended after {len(taken)} batches, {count} are needed: give more data (the callback "
-            "takes a calibration_loader), or set calibration_batches lower (at least 2)."
+            f"the calibration data ended after {len(taken)} batches, {least} are needed: give more data (the callback "
+            f"takes a calibration_loader){lower}."
+        )
+    if len(taken) < count:
+        logger.warning_once(
+            f"The calibration data hold {len(taken)} batches, calibration_batches = {count}: all of them are taken."
         )
     return taken
 
 
-def draw_batches(
-    dataset,
-    collate_fn,
-    batch_size: int,
-    count: int,
-    seed: int,
-    step: int,
-    process: int = 0,
-    processes: int = 1,
-    devices: Iterable[torch.device] = (),
-) -> list[Batch]:
-    """Draw batches that depend on nothing but (seed, step), so that resuming is exact.
-
-    Batches without a token to predict are passed over. A stream has no random access: its first batches are taken, the
-    same at every step.
-
-    Args:
-        dataset: what training reads: examples by number, or a stream of them.
-        collate_fn: list of examples → batch.
-        batch_size: examples in a batch.
-        count: how many batches each process draws.
-        seed: the seed of the draw, together with `step`.
-        step: optimizer steps done.
-        process: which of the processes this is, from 0.
-        processes: how many draw, each its own part of `processes` times as many examples.
-        devices: as for `take_batches`.
-
-    Raises:
-        ValueError: there is too little data, or it is a one-shot iterator, which training could not read again.
-    """
-    if is_stream(dataset):
-        if iter(dataset) is dataset:
-            raise ValueError("the training data can be read only once: give the callback its own calibration_loader.")
-        drawn = islice(DataLoader(dataset, batch_size, collate_fn=collate_fn), process, None, processes)
-    else:
-        numbers = _random_batches(len(dataset), batch_size, seed, step, process, processes)
-        drawn = (collate_fn([dataset[number] for number in batch]) for batch in numbers)
-    return take_batches((batch for batch in drawn if _has_predictions(batch)), count, devices=devices)
-
-
-def _random_batches(
-    examples: int, batch_size: int, seed: int, step: int, process: int, processes: int
-) -> Iterator[list[int]]:
-    """Yield numbers of examples by batch; in each round every process gets the next batch of one permutation."""
-    order = permutation(examples, torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63))
-    for _ in range(examples // (processes * batch_size)):
-        of_all = list(islice(order, processes * batch_size))
-        yield of_all[process * batch_size : (process + 1) * batch_size]
-
-
-def is_stream(dataset) -> bool:
-    """Return whether the data can only be iterated over."""
-    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+def _own_generators(batches) -> OwnGenerators:
+    """Return the random generators of what can be read again; an iterator goes on, and so do its generators."""
+    return OwnGenerators(*([] if isinstance(batches, Iterator) else [batches]))
 
 
 def predictions(batch: Batch) -> Tensor:
@@ -107,7 +69,7 @@ def prediction_count(batch: Batch) -> int:
 
 def sequence_count(batch: Batch) -> int:
     """Return the number of sequences in a batch."""
-    return len(batch[next((name for name in (*SEQUENCES, "labels") if name in batch), next(iter(batch)))])
+    return len(next(batch[name] for name in SEQUENCES if name in batch))
 
 
 @contextmanager
@@ -147,12 +109,12 @@ def preserved_random_state(devices: Iterable[torch.device] = ()) -> Iterator[Non
         np.random.set_state(numpy_state)
 
 
-def _check_batch(given: dict, position: int) -> Batch:
-    batch = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    if not _has_predictions(batch):
+def _check_batch(batch: Batch, position: int) -> Batch:
+    if not is_usable(batch):
         raise ValueError(f"calibration batch {position} has no token to predict: all its labels are -100.")
     return batch
 
 
-def _has_predictions(batch: dict) -> bool:
+def is_usable(batch: Batch) -> bool:
+    """Return whether there is something to predict in a batch, as far as can be told."""
     return "labels" not in batch or prediction_count(batch) > 0

@@ -6,8 +6,10 @@ from transformers.utils import logging
 
 from ..architectures import StateLayers
 from ..config import CompreSSMConfig
+from ..engines import raise_in_all_processes, smallest_over_processes
 from ..theory.criteria import criterion_name, taylor
-from .calibration import Batch, take_batches
+from .calibration import take_batches
+from .collate import Batch
 from .losses import check_gradients
 from .objective import Objective
 from .recall import check_recall
@@ -61,28 +63,32 @@ def reducible_size(config: CompreSSMConfig, layers: StateLayers) -> int:
 
 
 def split_batches(
-    layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig, objective: Objective
+    layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """Return the batches for statistics, those that decide on refits, and those for losses, on the model's device.
+
+    All processes call this together and get equally many: under FSDP2 each forward pass waits for those of the others.
 
     Raises:
         ValueError: batches are missing, too few, or of another kind.
     """
-    model, needs_data = layers.model, layers.family.needs_data
-    if batches is None:
-        if needs_data:
-            raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
-        return [], [], []
-    device = next(model.parameters()).device
-    taken = [
-        {name: value.to(device) for name, value in batch.items()}
-        for batch in take_batches(batches, config.calibration_batches, [device])
-    ]
-    for position, batch in enumerate(taken):
-        objective.check(batch, position)
-    if not needs_data:
+    with raise_in_all_processes():
+        taken = _checked_batches(layers, batches, config)
+    taken = taken[: smallest_over_processes(len(taken))]
+    if not layers.family.needs_data:
         return [], [], taken
     return (taken[0::3], taken[1::3], taken[2::3]) if config.refit else (taken[0::2], [], taken[1::2])
+
+
+def _checked_batches(layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig) -> list[Batch]:
+    model = layers.model
+    if batches is None:
+        if layers.family.needs_data:
+            raise ValueError(f"batches = None; a model of type '{model.config.model_type}' is analysed on batches.")
+        return []
+    device = next(model.parameters()).device
+    taken = take_batches(batches, config.calibration_batches, [device], config.least_batches)
+    return [{name: value.to(device) for name, value in batch.items()} for batch in taken]
 
 
 def can_measure_losses(config: CompreSSMConfig, objective: Objective, batches: list[Batch]) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..architectures import StateLayers
 from ..engines import from_first_process, is_sharded, raise_in_all_processes, sum_over_processes
 from ..theory.plan import Plan
-from .calibration import Batch, predictions, sequence_count
+from .calibration import predictions, sequence_count
+from .collate import Batch
 from .masking import masked_parameters
 from .objective import HALVES, Objective
 

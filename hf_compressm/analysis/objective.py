@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engines import run_with
-from .calibration import MODEL_INPUTS, SEQUENCES, Batch, prediction_count
+from .calibration import prediction_count
+from .collate import MODEL_INPUTS, Batch
 
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, float]]  # → mean loss of the batch, and how many terms it has
 HALVES = (torch.float16, torch.bfloat16)
@@ -49,18 +50,6 @@ class Objective:
             run(self.model, lambda: model_outputs(self.model, batch), overrides)
         else:
             self.loss(batch, overrides)
-
-    def check(self, batch: Batch, position: int) -> None:
-        """Refuse a batch that the model could not be run on.
-
-        Raises:
-            ValueError: it has no sequence, and only the model's own forward pass would know what to do with it.
-        """
-        if self.own and not any(name in batch for name in SEQUENCES):
-            raise ValueError(
-                f"calibration batch {position} has {sorted(batch)}; it needs {' or '.join(SEQUENCES)}, and labels "
-                "where a loss is to be measured."
-            )
 
     def unknown_on(self, batches: list[Batch]) -> str | None:
         """Return why the loss of these batches is not known; None where it is, as that of any is to a function."""

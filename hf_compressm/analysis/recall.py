@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..architectures.mamba_scan import scan_installed
 from ..engines import from_first_process, raise_in_all_processes, unwrap
 from ..theory.plan import Plan
-from .calibration import Batch, undisturbed
+from .calibration import undisturbed
+from .collate import Batch
 from .objective import model_outputs, output_of, run
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -11,7 +11,7 @@ from ..engines import raise_in_all_processes, sum_over_processes
 from ..theory.plan import Plan
 from ..theory.selective import StateMaps
 from .activations import layer_inputs
-from .calibration import Batch
+from .collate import Batch
 from .losses import mean_loss
 from .masking import cut_layers, masked_parameters
 from .objective import Objective

@@ -22,7 +22,7 @@ from ..theory.criteria import (
 from ..theory.plan import Plan, Selection
 from ..theory.selective import Statistics, compensation, layer_hankel_singular_values
 from .activations import collect_statistics
-from .calibration import Batch
+from .collate import Batch
 from .losses import loss_gradients
 from .objective import Objective
 from .refit import refitted

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..architectures import StateLayers
 from ..config import CompreSSMConfig
 from ..theory.plan import Plan
-from .calibration import Batch
+from .collate import Batch
 from .objective import Objective
 from .selective import SelectiveAnalysis
 from .time_invariant import TimeInvariantAnalysis

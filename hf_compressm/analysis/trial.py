@@ -7,8 +7,9 @@ from ..architectures.mamba_scan import scan_installed
 from ..config import CompreSSMConfig
 from ..engines import raise_in_all_processes, sum_over_processes
 from .activations import collect_statistics
-from .calibration import Batch, undisturbed
+from .calibration import undisturbed
 from .checks import can_measure_losses, split_batches
+from .collate import Batch
 from .losses import mean_loss
 from .objective import Loss, Objective
 from .selective import check_tokens
@@ -26,8 +27,8 @@ def try_analysis(layers: StateLayers, batches: list[Batch], config: CompreSSMCon
             not finite; the sequences are too short.
     """
     objective = Objective(layers.model, loss)
+    statistics_batches, _, others = split_batches(layers, batches, config)
     with raise_in_all_processes():
-        statistics_batches, _, others = split_batches(layers, batches, config, objective)
         measures = can_measure_losses(config, objective, others)
     with undisturbed(layers.model), scan_installed():
         tokens = torch.zeros((), dtype=torch.float64, device=next(layers.model.parameters()).device)

@@ -1,5 +1,6 @@
 """This module reads text for training and calibration, and makes the batches of tokens that the console needs."""
 
+import codecs
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +12,8 @@ from pyarrow import ArrowInvalid
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PLAIN = (".txt", ".json", ".jsonl")
+CHUNK, STREAM_HEAD = 2**20, 2**26  # bytes; of a stream no more than its head is checked
 TEXT_UNITS = ("paragraph", "line")
 TEXT_UNIT_HELP = "What is one text in a .txt file: a 'paragraph', which a blank line ends, or a 'line'."
 
@@ -28,7 +31,7 @@ def load_text_files(files: dict[str, str], unit: str = "paragraph", streaming: b
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file or the unit is of an unknown kind, or the files are of several kinds.
+        ValueError: a file or the unit is of an unknown kind, the files are of several kinds, or one is not UTF-8.
     """
     if unit not in TEXT_UNITS:
         raise ValueError(f"text_unit = {unit!r}; allowed: one of {', '.join(TEXT_UNITS)}.")
@@ -40,9 +43,40 @@ def load_text_files(files: dict[str, str], unit: str = "paragraph", streaming: b
     for file in files.values():
         if not Path(file).is_file():
             raise FileNotFoundError(f"{file} is not a file.")
+        if Path(file).suffix in PLAIN:
+            check_encoding(file, STREAM_HEAD if streaming else None)
     (kind,) = formats
     options = {"sample_by": unit} if kind == "text" else {}
     return load_dataset(kind, data_files=files, streaming=streaming, **options)
+
+
+def check_encoding(file: str, limit: int | None = None) -> None:
+    """Refuse a file that is not UTF-8.
+
+    Args:
+        file: the file.
+        limit: how many bytes are read, to whole MiB; None for all.
+
+    Raises:
+        ValueError: a byte does not fit; the message says which, and how to convert the file.
+    """
+    decoder, position, line = codecs.getincrementaldecoder("utf-8")(), 0, 1
+    with open(file, "rb") as source:
+        while limit is None or position < limit:
+            chunk = source.read(CHUNK)
+            waiting, _ = decoder.getstate()  # the first bytes of a character that the last chunk cut
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                start = position - len(waiting) + error.start
+                line += error.object[: error.start].count(b"\n")
+                raise ValueError(
+                    f"{file} is not UTF-8: byte {start:,} (line {line:,}) is 0x{error.object[error.start]:02x}. "
+                    f"Convert it from its encoding, say by: iconv -f WINDOWS-1252 -t UTF-8 {file} -o utf8.txt"
+                ) from error
+            if not chunk:
+                break
+            position, line = position + len(chunk), line + chunk.count(b"\n")
 
 
 def token_batches(
@@ -70,8 +104,8 @@ def token_batches(
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: there is no tokenizer or no such column, a file is damaged or of another kind, or there is too
-            little text; the message says how much there is.
+        ValueError: there is no tokenizer or no such column, a file is damaged, not UTF-8 or of another kind, or there
+            is too little text; the message says how much there is.
     """
     for name, value in (("length", length), ("batch_size", batch_size)):
         if value < 1:
@@ -110,6 +144,10 @@ def _tokens(text: str, tokenizer, column: str, unit: str) -> Iterator[int]:
 def _examples(text: str, unit: str) -> Iterator[dict]:
     try:
         yield from _dataset(text, unit)
+    except UnicodeDecodeError as error:
+        if Path(text).suffix in PLAIN:
+            check_encoding(text)
+        raise ValueError(f"{text} holds text that is not UTF-8 ({error}): write it anew, decoded rightly.") from error
     except (ArrowInvalid, DatasetsError) as error:
         raise ValueError(f"{text} is damaged ({error}); give another text.") from error
 

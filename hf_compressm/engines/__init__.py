@@ -10,6 +10,7 @@ from .processes import (
     process_count,
     process_index,
     raise_in_all_processes,
+    smallest_over_processes,
     sum_over_processes,
 )
 from .sharded import change_class, full_tensor, gathered_parameters, is_sharded, original_class, shard_like, to_local
@@ -34,6 +35,7 @@ __all__ = [
     "raise_in_all_processes",
     "run_with",
     "shard_like",
+    "smallest_over_processes",
     "sum_over_processes",
     "to_local",
     "unwrap",

@@ -28,6 +28,14 @@ def all_processes(condition: bool) -> bool:
     return all(conditions)
 
 
+def smallest_over_processes(number: int) -> int:
+    """Return the smallest of the numbers that the processes give."""
+    numbers = [number] * process_count()
+    if process_count() > 1:
+        dist.all_gather_object(numbers, number)
+    return min(numbers)
+
+
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in place."""
     if process_count() > 1:

@@ -12,8 +12,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..analysis.calibration import Batch
 from ..analysis.checks import check_config
+from ..analysis.collate import Batch
 from ..analysis.objective import Loss
 from ..analysis.trial import try_analysis
 from ..architectures import StateLayers, family_of, state_layers

@@ -54,7 +54,7 @@ class StateMonitor:
         """
         started = time.perf_counter()
         objective = Objective(layers.model, loss)
-        statistics_batches, _, other_batches = split_batches(layers, batches, config, objective)
+        statistics_batches, _, other_batches = split_batches(layers, batches, config)
         with undisturbed(layers.model), scan_installed():
             analysis = analyze_states(layers, statistics_batches, config, objective)
             spectra = [spectrum.cpu() for spectrum in analysis.hankel_singular_values().values()]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 
-from ..analysis.calibration import Batch, prediction_count, sequence_count
+from ..analysis.calibration import prediction_count, sequence_count
+from ..analysis.collate import Batch
 from ..analysis.objective import Loss
 
 DATA = ("train_dataset", "eval_dataset")

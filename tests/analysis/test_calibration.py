@@ -10,7 +10,8 @@ import torch
 from conftest import build_model
 from transformers import default_data_collator
 
-from hf_compressm.analysis.calibration import draw_batches, preserved_random_state, take_batches, undisturbed
+from hf_compressm.analysis.calibration import preserved_random_state, take_batches, undisturbed
+from hf_compressm.analysis.drawing import draw_batches
 from hf_compressm.analysis.permutation import permutation
 
 LAST_OF_ITS_KIND = 214_748_363  # torch.randperm shuffles in another way from the next size on

@@ -21,8 +21,8 @@ def test_a_target_above_the_state_size_is_refused(tmp_path, dataset, batches):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "ended after 0 batches, 4 are needed"),
-        ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}] * 3, "ended after 3 batches"),
+        ([], "ended after 0 batches, 2 are needed"),
+        ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}], "ended after 1 batches"),
         ([{"pixel_values": torch.ones(2, 8)}] * 8, "it needs input_ids"),
         ([{"input_ids": torch.ones(2, 1), "labels": torch.ones(2, 1)}] * 8, "no token to predict"),
         (

@@ -87,6 +87,12 @@ def scored_by_gradients(model, batches) -> list[float] | str:
     return torch.cat(list(report.scores.values())).tolist()
 
 
+def measured_on_fewer(model, batches, rank: int) -> list[list[float]]:
+    """Losses where one process has fewer batches than the other, and where both have those few."""
+    reports = [analyze(model, batches[:count], CONFIG) for count in (4 - rank, 3)]
+    return [[report.loss_before, report.loss_after, report.tokens] for report in reports]
+
+
 def faults(model, batches, rank: int) -> dict[str, str]:
     """What each process is told when one of them is in trouble."""
     bare, errors = getattr(model, "module", model), {}
@@ -105,7 +111,7 @@ def faults(model, batches, rank: int) -> dict[str, str]:
         attempt(name, lambda: analyze(model, batches, CONFIG))
         part.copy_(kept)
 
-    attempt("data", lambda: analyze(model, batches[: 4 - rank], CONFIG))
+    attempt("data", lambda: analyze(model, batches[: 2 - rank], CONFIG))
     other = CompreSSMConfig(target_state_size=8 - rank, calibration_batches=4)
     attempt("config", lambda: analyze(model, batches, other))
     report = analyze(model, batches, CONFIG)
@@ -160,6 +166,7 @@ def main() -> None:
     left = faults(model, batches, rank) | {
         "measured": measured(model, batches),
         "refitted": refitted(model, batches),
+        "fewer": measured_on_fewer(model, batches, rank),
         "gradients": scored_by_gradients(model, batches),
     }
     model.register_forward_hook(lambda *inputs: calls.append(inputs), with_kwargs=True)

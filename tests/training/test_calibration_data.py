@@ -13,12 +13,12 @@ EXAMPLES = [{"input_ids": [number] * 4, "labels": [number] * 4} for number in ra
 
 
 class Stream(IterableDataset):
-    """Counts how often it is begun."""
+    """Counts how often it is begun, or a copy of it."""
 
-    begun = 0
+    readings = 0
 
     def __iter__(self):
-        self.begun += 1
+        Stream.readings += 1
         return iter(EXAMPLES)
 
 
@@ -46,9 +46,9 @@ def test_every_step_has_a_draw_of_its_own_and_always_the_same(args):
 def test_a_stream_is_read_once_and_in_advance(args):
     stream = Stream()
     data = CalibrationData(CONFIG, args, loader_of(stream))
-    begun = stream.begun
+    begun = Stream.readings
     assert begun and numbers_of(data.draw(5)) == numbers_of(data.draw(10)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert stream.begun == begun
+    assert Stream.readings == begun
 
 
 def test_a_loader_of_ones_own_is_begun_anew_at_every_step_and_the_training_data_left_alone(args):
