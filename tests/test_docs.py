@@ -57,7 +57,7 @@ def model_args_dataset(folder, dataset, batches, tokenizer) -> dict:
 
 def of_trl_as_well(folder, dataset, batches, tokenizer) -> dict:
     arguments = {"max_steps": 4, "save_strategy": "no", "report_to": "none", "packing": True, "max_length": 64}
-    arguments |= {"per_device_train_batch_size": 2}
+    arguments |= {"per_device_train_batch_size": 2, "bf16": False}
     sft_args = SFTConfig(str(folder / "sft"), use_cpu=True, disable_tqdm=True, **arguments)
     texts = Dataset.from_dict({"text": (folder / "my.txt").read_text().split("\n\n")[:400]})
     own = {"sft_args": sft_args, "texts": texts, "tokenizer": tokenizer}
