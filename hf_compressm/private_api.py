@@ -81,7 +81,6 @@ PRIVATE_NAMES = (
     *_names("transformers.initialization", "The LRU initialises with it.", "copy_ lecun_normal_ normal_ zeros_"),
     *_names("transformers.PreTrainedConfig", "A config that asks for kernels is refused.", "_attn_implementation"),
     # Transformers: Trainer
-    *_names(TRAINER, "The history is saved beside the weights.", "_save"),
     *_names(TRAINER, "The model first takes the size of the best checkpoint.", "_load_best_model"),
     *_names(
         TRAINER,

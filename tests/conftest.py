@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from more; two workers share two cores
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # of TRL; read when huggingface_hub is imported
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on a CPU; read when triton is imported
 
 import numpy as np

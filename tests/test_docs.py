@@ -17,6 +17,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, build_model, build_trainer
+from datasets import Dataset
 from documentation import (
     LANGUAGES,
     PAGES,
@@ -30,6 +31,7 @@ from documentation import (
 )
 from hub_server import TOKENS, HubServer, Token
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
+from trl import SFTConfig
 
 import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
@@ -53,6 +55,15 @@ def model_args_dataset(folder, dataset, batches, tokenizer) -> dict:
     return {"model": build_model(), "args": args, "dataset": dataset, "batches": batches}
 
 
+def of_trl_as_well(folder, dataset, batches, tokenizer) -> dict:
+    arguments = {"max_steps": 4, "save_strategy": "no", "report_to": "none", "packing": True, "max_length": 64}
+    arguments |= {"per_device_train_batch_size": 2, "bf16": False}
+    sft_args = SFTConfig(str(folder / "sft"), use_cpu=True, disable_tqdm=True, **arguments)
+    texts = Dataset.from_dict({"text": (folder / "my.txt").read_text().split("\n\n")[:400]})
+    own = {"sft_args": sft_args, "texts": texts, "tokenizer": tokenizer}
+    return own | model_args_dataset(folder, dataset, batches, tokenizer)
+
+
 def a_mamba(folder, dataset, batches, tokenizer) -> dict:
     return {"mamba": build_model(), "batches": batches}
 
@@ -66,7 +77,7 @@ def a_trainer_that_pushes(folder, dataset, batches, tokenizer) -> dict:
 
 READERS_OWN = {
     "README.md": model_args_dataset,
-    "training.md": model_args_dataset,
+    "training.md": of_trl_as_well,
     "theory.md": a_mamba,
     "sharing.md": a_trainer_that_pushes,
 }

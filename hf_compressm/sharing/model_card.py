@@ -1,4 +1,4 @@
-"""This module writes the card of a reduced language model from its folder and `templates/model_card.md`."""
+"""This module writes the card of a reduced language model, in a folder or in memory, by `templates/model_card.md`."""
 
 import json
 import math
@@ -8,9 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
 from transformers.utils import CONFIG_NAME
 
+from ..architectures import state_layers
+from ..architectures.family import Family
 from ..architectures.registry import FAMILIES
+from ..engines import original_class, unwrap
 from ..report import LOSS_UNIT, cuts_table, loss_text
 from ..storage.checkpoint import check_checkpoint, state_tensor_shapes, weight_shapes
 from ..storage.files import read_json, write_aside
@@ -20,6 +24,7 @@ from .pictures import PICTURES
 
 CARD = "README.md"
 TAGS = ("compressm", "mamba", "state-space-model")
+SECTION = "The state of this model"  # our title below a card that somebody else's code wrote
 # These lines mark a card that nobody wrote by hand: ours, and Trainer's, which asks whoever completes it to go.
 WRITTEN_BY = ("<!-- written by hf_compressm", "<!-- This model card has been generated automatically according to")
 
@@ -54,31 +59,112 @@ class CardDetails:
                 setattr(self, name, [getattr(self, name)])
 
 
-def write_model_card(folder: str | Path, repo_id: str, details: CardDetails | None = None) -> ModelCard:
-    """Write `README.md` beside a reduced language model and its history.
+@dataclass(frozen=True)
+class ReducedModel:
+    """This is what a card counts of a reduced model, whether it lies in a folder or in memory.
+
+    Attributes:
+        family: the family of its architecture.
+        class_name: the name of its class.
+        config: the content of its `config.json`.
+        state_sizes: N by layer index.
+        parameters: how many parameters it has.
+        parameters_per_state: how many of them each state of a layer has, by layer index.
+        history: the history of its reduction.
+    """
+
+    family: Family
+    class_name: str
+    config: dict
+    state_sizes: dict[int, int]
+    parameters: int
+    parameters_per_state: dict[int, int]
+    history: History
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> "ReducedModel":
+        """Read the headers of a checkpoint, and the history beside it.
+
+        Raises:
+            FileNotFoundError: the folder holds no model or no history.
+            ValueError: the model is not a language model, or a file is damaged.
+        """
+        sizes, history, config = check_checkpoint(folder), load_history(folder), read_json(folder / CONFIG_NAME)
+        check_language_model(folder)
+        family = FAMILIES[config["model_type"]]
+        shapes = state_tensor_shapes(folder, family)
+        parameters = sum(math.prod(shape) for shape in weight_shapes(folder).values())
+        per_state = {index: family.parameters_per_state(shapes[index]) for index in shapes}
+        return cls(family, config["architectures"][0], config, sizes, parameters, per_state, history)
+
+    @classmethod
+    def in_memory(cls, model: nn.Module, history: History) -> "ReducedModel":
+        """Ask a model as Trainer has it; nothing is gathered."""
+        layers = state_layers(unwrap(model))
+        family, model = layers.family, layers.model
+        shapes = {index: {path: tuple(p.shape) for path, p in layers.parameters(index).items()} for index in layers}
+        parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
+        per_state = {index: family.parameters_per_state(shapes[index]) for index in shapes}
+        name = original_class(model).__name__
+        return cls(family, name, model.config.to_dict(), layers.sizes, parameters, per_state, history)
+
+
+def write_model_card(
+    folder: str | Path,
+    repo_id: str,
+    details: CardDetails | None = None,
+    model: ReducedModel | None = None,
+    below: bool = False,
+) -> ModelCard:
+    """Write the `README.md` of a reduced language model.
+
+    Where a card lies there that our own section was once put below, only that section is written anew.
+
+    Args:
+        folder: where it is written; the card shows the pictures that lie there.
+        repo_id: the model's name on the Hub.
+        details: what the card says beside the history.
+        model: what the card counts; by default it is read from the folder, where the history lies beside the weights.
+        below: whether the card that lies there, such as one of a trainer's own, stays above our section. Metadata that
+            both have are joined, or ours.
 
     Raises:
         FileNotFoundError: the folder holds no model or no history.
         ValueError: the model is not a language model, or a file is damaged.
     """
     folder, details = Path(folder), details or CardDetails()
-    sizes, history = check_checkpoint(folder), load_history(folder)
-    check_language_model(folder)
-    template = files(__package__).joinpath("templates/model_card.md").read_text(encoding="utf-8")
-    name = details.name or repo_id.rpartition("/")[2]
-    facts = _facts(folder, sizes, history) | _results(details, history) | _cuts(history)
+    model = model or ReducedModel.in_folder(folder)
+    path, name = folder / CARD, details.name or repo_id.rpartition("/")[2]
+    below = below or (path.exists() and f"\n# {SECTION}\n" in path.read_text("utf-8", "replace"))
     pictures = {f"has_{Path(picture).stem.split('_')[-1]}": (folder / picture).exists() for picture in PICTURES}
     card = ModelCard.from_template(
         _card_data(details, name),
-        template_str=template,
-        name=name,
+        template_str=files(__package__).joinpath("templates/model_card.md").read_text(encoding="utf-8"),
+        title=SECTION if below else name,
         repo_id=repo_id,
         loss_unit=LOSS_UNIT,
-        **facts,
+        **_facts(model),
+        **_results(details, model.history),
+        **_cuts(model.history),
         **pictures,
     )
-    write_aside(folder / CARD, card.save)
+    if below:
+        card = _joined(ModelCard.load(path), card)
+    write_aside(path, card.save)
     return card
+
+
+def _joined(above: ModelCard, card: ModelCard) -> ModelCard:
+    """Return the upper card with the other one below it, in the place of a section that was written before."""
+    for name, value in vars(card.data).items():
+        if name in ("tags", "datasets", "language"):
+            given = above.data.get(name) or []
+            value = list(dict.fromkeys([*([given] if isinstance(given, str) else given), *(value or [])]))
+        if value:
+            above.data[name] = value
+    own_text = above.text.partition(f"\n# {SECTION}\n")[0].rstrip()
+    above.text = f"{own_text}\n\n{card.text.lstrip()}"
+    return above
 
 
 def check_language_model(folder: Path) -> None:
@@ -120,28 +206,24 @@ def _card_data(details: CardDetails, name: str) -> ModelCardData:
     )
 
 
-def _facts(folder: Path, sizes: dict[int, int], history: History) -> dict:
+def _facts(model: ReducedModel) -> dict:
     """Return sizes, parameters and bytes of state, before and after, as texts by the template's names."""
-    config, cuts, before, live = read_json(folder / CONFIG_NAME), history.standing_cuts, sizes, sizes
+    history, sizes = model.history, model.state_sizes
+    cuts, before, live = history.standing_cuts, sizes, sizes
     if cuts:
         before, live = cuts[0].by_layer("state_sizes_before"), cuts[-1].by_layer("state_sizes_after")
-    family = FAMILIES[config["model_type"]]
-    parameters = sum(math.prod(shape) for shape in weight_shapes(folder).values())
-    removed = sum(
-        family.parameters_per_state(shapes) * (before[index] - sizes[index])
-        for index, shapes in state_tensor_shapes(folder, family).items()
-    )
-    state_bytes = 4 * family.values_per_state(config)
+    removed = sum(count * (before[index] - sizes[index]) for index, count in model.parameters_per_state.items())
+    state_bytes = 4 * model.family.values_per_state(model.config)
     return {
-        "title": family.title,
-        "limits": family.limits,
-        "plain_class": config["architectures"][0],
+        "architecture": model.family.title,
+        "limits": model.family.limits,
+        "plain_class": model.class_name,
         "sizes_before": sizes_text(before.values()),
         "sizes_after": sizes_text(live.values())
         + (f" (padded to {sizes_text(sizes.values())})" if sizes != live else ""),
         "is_uniform": len(set(sizes.values())) == 1,
-        "parameters_before": f"{(parameters + removed) / 1e6:.2f} M",
-        "parameters_after": f"{parameters / 1e6:.2f} M",
+        "parameters_before": f"{(model.parameters + removed) / 1e6:.2f} M",
+        "parameters_after": f"{model.parameters / 1e6:.2f} M",
         "state_before": _bytes_text(state_bytes * sum(before.values())),
         "state_after": _bytes_text(state_bytes * sum(sizes.values())),
         "configuration": json.dumps({"config": history.config, "schedule": history.schedule}, indent=2),

@@ -1,5 +1,6 @@
 """Trainer makes models, and loads weights of another state size, without asking callbacks; `attach` makes it ask."""
 
+import inspect
 from pathlib import Path
 
 from transformers import Trainer
@@ -13,6 +14,8 @@ from ..storage.history import History
 from ..surgery.adopt_sizes import adopt_checkpoint_sizes
 from ..surgery.shrink_and_grow import set_state_sizes
 from .publishing import Publisher
+
+RESUME = "resume_from_checkpoint"  # the argument of `train`
 
 
 def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
@@ -44,32 +47,48 @@ def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
 
 
 class _StateSizeFollower:
-    """This class comes before that of a trainer and gives its model the state size of whatever is loaded into it."""
+    """This class comes before that of a trainer and gives its model the state size of whatever is loaded into it.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    Its methods hand on all that they are given: what a trainer's own class takes, in more or fewer arguments than
+    Trainer's, it takes here as well.
+    """
+
+    def train(self, *args, **kwargs):
         """Train as Trainer does, but never from a checkpoint that was not written to its end."""
-        with raise_in_all_processes():
-            checkpoint = resume_from_checkpoint or None
-            if checkpoint is True:
-                checkpoint = last_complete_checkpoint(self.args.output_dir)
-                if checkpoint is None:
-                    raise ValueError(
-                        f"there is no whole checkpoint to resume from in {self.args.output_dir}: leave "
-                        "resume_from_checkpoint out to start anew, or give the folder of one."
-                    )
-            elif checkpoint:
-                check_complete(checkpoint)
+        call = inspect.signature(super().train).bind(*args, **kwargs)
+        given = call.arguments if RESUME in call.arguments else call.arguments.get("kwargs", {})
+        if given.get(RESUME):
+            given[RESUME] = self._whole_checkpoint(given[RESUME])
         self.check_may_push()
         handler = self.callback_handler
         handler.callbacks = list(dict.fromkeys(handler.callbacks))  # the callback may have been added once more
         try:
-            return super().train(resume_from_checkpoint=from_first_process(checkpoint), **kwargs)
+            return super().train(*call.args, **call.kwargs)
         finally:
             self.state_size_callback.stop_watching()  # evaluations after an interruption undo nothing
 
-    def call_model_init(self, trial=None):
+    def _whole_checkpoint(self, given: str | bool) -> str:
+        """Return the checkpoint to resume from; True stands for the newest whole one in the output folder.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint was not written to its end or is damaged, or there is none.
+        """
+        checkpoint = given
+        with raise_in_all_processes():
+            if given is True:
+                checkpoint = last_complete_checkpoint(self.args.output_dir)
+                if checkpoint is None:
+                    raise ValueError(
+                        f"there is no whole checkpoint to resume from in {self.args.output_dir}: leave "
+                        f"{RESUME} out to start anew, or give the folder of one."
+                    )
+            else:
+                check_complete(given)
+        return from_first_process(checkpoint)
+
+    def call_model_init(self, *args, **kwargs):
         """Build a model as Trainer does, into which weights of any state size can be loaded."""
-        model = super().call_model_init(trial)
+        model = super().call_model_init(*args, **kwargs)
         adopt_checkpoint_sizes(model)
         return model
 
@@ -82,7 +101,7 @@ class _StateSizeFollower:
             self._take_sizes_of(recorded_history(vars(self.state)), is_prepared=False)
         return super().create_optimizer(*args, **kwargs)
 
-    def _load_best_model(self):
+    def _load_best_model(self, *args, **kwargs):
         best, history = Path(self.state.best_model_checkpoint), None
         with raise_in_all_processes():
             if process_index() == 0 and best.is_dir():  # where it is gone, Trainer says so
@@ -91,7 +110,7 @@ class _StateSizeFollower:
         if history is not None:
             self._take_sizes_of(history, is_prepared=True)
             self.state_size_callback.history = history
-        super()._load_best_model()
+        super()._load_best_model(*args, **kwargs)
 
     def _take_sizes_of(self, history: History | None, is_prepared: bool) -> None:
         """Resize the model to where the history ends; without one, to its size before the first cut of the run.
