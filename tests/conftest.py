@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST_FIRST = ("test_scripts.py", "test_distributed.py", "test_studies.py", "test_kill.py")  # a worker takes a file
 VOCABULARY, LENGTH, LAYERS, STATE_SIZE = 512, 32, 2, 16
 FADING = {"r_min": 0.0, "r_max": 0.9}  # |λ| of an LRU
-pytest_plugins = ["hub_fixtures", "settling_fixtures"]  # of tests/sharing, tests/training
+pytest_plugins = ["delay_task", "hub_fixtures", "settling_fixtures"]  # of tests, tests/sharing, tests/training
 
 
 def pytest_collection_modifyitems(items):

@@ -24,7 +24,7 @@ def read(dataset, collate, count: int = 4) -> list[torch.Tensor]:
 
 
 def tensors_of(batches) -> list[torch.Tensor]:
-    return [batch["labels"] for batch in batches]
+    return [batch["input_ids"] for batch in batches]
 
 
 def are_equal(left, right) -> bool:

@@ -2,56 +2,14 @@
 
 import pytest
 import torch
-from conftest import build_model, weights_of
-from torch.nn.functional import cross_entropy
+from conftest import build_model
+from delay_task import delayed_batches, delayed_loss, true_loss
 
-from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
+from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.analysis.losses import mean_loss
 from hf_compressm.analysis.objective import Objective
 
-DELAY, SYMBOLS, LENGTH = 4, 8, 32
 BUDGET = CompreSSMConfig(loss_budget=0.02)
-
-
-def delayed_batches(count: int, seed: int = 0) -> list[dict]:
-    """Random symbols, and as targets the same, delayed; of text a model could guess, of this it has to remember."""
-    generator = torch.Generator().manual_seed(seed)
-    symbols = torch.randint(SYMBOLS, (count, 16, LENGTH), generator=generator)
-    return [{"input_ids": each, "targets": each.roll(DELAY, 1)} for each in symbols]
-
-
-def delayed_loss(model, batch):
-    """The loss of a training loop of one's own: of all positions that have a target."""
-    logits, targets = model(input_ids=batch["input_ids"]).logits[:, DELAY:], batch["targets"][:, DELAY:]
-    return cross_entropy(logits.flatten(0, 1), targets.flatten()), targets.numel()
-
-
-def build_delay_model():
-    return build_model(vocab_size=SYMBOLS, num_hidden_layers=1, state_size=16)
-
-
-@pytest.fixture(scope="module")
-def delay_weights() -> dict[str, torch.Tensor]:
-    """Weights of a model that was trained to repeat what it read four symbols ago."""
-    model = build_delay_model()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=2e-2)
-    for batch in delayed_batches(150, seed=1):
-        delayed_loss(model, batch)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return weights_of(model)
-
-
-@pytest.fixture
-def delay_model(delay_weights):
-    model = build_delay_model()
-    model.load_state_dict(delay_weights)
-    return model.eval()
-
-
-@torch.no_grad()
-def true_loss(model) -> float:
-    return sum(delayed_loss(model, batch)[0].item() for batch in delayed_batches(4, seed=2)) / 4
 
 
 def test_a_loss_budget_is_held_by_the_loss_that_is_trained(delay_model):

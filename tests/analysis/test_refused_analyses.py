@@ -24,7 +24,7 @@ def test_a_target_above_the_state_size_is_refused(tmp_path, dataset, batches):
         ([], "ended after 0 batches, 2 are needed"),
         ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}], "ended after 1 batches"),
         ([{"pixel_values": torch.ones(2, 8)}] * 8, "it needs input_ids"),
-        ([{"input_ids": torch.ones(2, 1), "labels": torch.ones(2, 1)}] * 8, "no token to predict"),
+        ([dict.fromkeys(("input_ids", "labels"), torch.ones(2, 1, dtype=torch.long))] * 8, "no token to predict"),
         (
             [{"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.full((2, 8), -100)}] * 8,
             "no token to predict",
