@@ -60,7 +60,8 @@ def of_trl_as_well(folder, dataset, batches, tokenizer) -> dict:
     arguments |= {"per_device_train_batch_size": 2, "bf16": False}
     sft_args = SFTConfig(str(folder / "sft"), use_cpu=True, disable_tqdm=True, **arguments)
     texts = Dataset.from_dict({"text": (folder / "my.txt").read_text().split("\n\n")[:400]})
-    own = {"sft_args": sft_args, "texts": texts, "tokenizer": tokenizer}
+    with_targets = [{"input_ids": batch["input_ids"], "targets": batch["labels"]} for batch in batches]
+    own = {"sft_args": sft_args, "texts": texts, "tokenizer": tokenizer, "batches_with_targets": with_targets}
     return own | model_args_dataset(folder, dataset, batches, tokenizer)
 
 
