@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..architectures import state_sizes
 from ..architectures.mamba_scan import install_scan
+from ..config import CompreSSMConfig
 from ..plotting import plot_score_map, save_figure
 from ..reduction import analyze, compress
 from ..report import StateReport
@@ -72,7 +73,7 @@ def run_analyze(options: argparse.Namespace) -> None:
     """Show what each layer's states do, as table, JSON and picture."""
     if options.output is not None and options.output.exists() and not options.output.is_dir():
         raise FileExistsError(f"{options.output} exists and is not a folder; give another.")
-    _, _, report = _analyzed(options)
+    _, report = _analyzed(options, *_checked(options))
     print(report)
     if options.output is not None:
         content = report_content(report)
@@ -85,10 +86,10 @@ def run_analyze(options: argparse.Namespace) -> None:
 def run_compress(options: argparse.Namespace) -> None:
     """Cut a trained model, and save it with its history, pictures and card."""
     check_new(options.output)
-    source, model, report = _analyzed(options)
-    print(report)
-    config = report.config
+    config, source = _checked(options)
     history = load_history(source) if (source / HISTORY_FILE).exists() else History(config.to_dict())
+    model, report = _analyzed(options, config, source)
+    print(report)
     history.events.append(compress(model, report))
     with folder_aside(options.output) as folder:
         in_one_dtype(model).save_pretrained(folder)
@@ -159,12 +160,18 @@ def _sorted_scores(report: StateReport) -> dict:
     return {index: score.sort(descending=True).values for index, score in report.scores.items()}
 
 
-def _analyzed(options: argparse.Namespace):
-    """Return (folder, model, report); progress is shown on standard error."""
+def _checked(options: argparse.Namespace) -> tuple[CompreSSMConfig, Path]:
+    """Return the configuration, and the folder of the model, which is fetched where it is on the Hub."""
     config = config_from(options)
     _check_device(options.device)
+    return config, local_folder(options.model)
+
+
+def _analyzed(
+    options: argparse.Namespace, config: CompreSSMConfig, source: Path
+) -> tuple[PreTrainedModel, StateReport]:
+    """Return the model and the report; progress is shown on standard error."""
     with tqdm(total=3, desc="reading the text", file=sys.stderr) as progress:
-        source = local_folder(options.model)
         model = load_language_model(source)
         progress.update()
         tokenizer = options.tokenizer or str(source)
@@ -175,7 +182,7 @@ def _analyzed(options: argparse.Namespace):
         progress.set_description(f"analysing {len(state_sizes(model))} layers")
         report = analyze(model.to(options.device), batches, config)
         progress.update()
-    return source, model, report
+    return model, report
 
 
 def _check_device(name: str) -> None:

@@ -351,7 +351,8 @@ def test_an_analysis_that_could_not_be_written_is_refused_before_any_work(models
     assert f"{tmp_path / 'out'}" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_source_with_a_damaged_history_is_refused(models, text, tmp_path, capsys):
+def test_a_source_with_a_damaged_history_is_refused_before_any_work(models, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "token_batches", None)
     source = copy_of(models / "uniform", tmp_path / "source")
     (source / "compressm.json").write_text("{")
     before = contents(tmp_path)
