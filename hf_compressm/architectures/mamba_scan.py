@@ -120,7 +120,7 @@ def _state_update(others: Callable) -> Callable:
         expected = (*hidden_states.shape, A.shape[-1])
         if state.shape != expected:  # the C++ kernel would read past the end of a tensor
             raise ValueError(
-                f"the cache holds states of shape {tuple(state.shape)}, a step of this layer needs {expected}, which is "
+                f"the cache holds states of shape {tuple(state.shape)}, a step of this layer needs {expected}, "
                 "(batch, channels, N): it was filled for another batch or before a cut. Start with an empty cache."
             )
         by_kernel = scan_name(state.device.type, state.dtype) == "cpp" and state.is_contiguous()
