@@ -56,8 +56,7 @@ STOCK = """
     with torch.no_grad():
         logits, hidden = model(input_ids=ids).logits, backbone(input_ids=ids).last_hidden_state
     assert torch.equal(hidden @ backbone.embeddings.weight.T, logits)
-    with torch.no_grad():  # as torch.save and processes that are spawned do
-        assert torch.equal(pickle.loads(pickle.dumps(model))(input_ids=ids).logits, logits)
+    assert type(pickle.loads(pickle.dumps(half))) is type(half)  # of the class as it is loaded first
     model.save_pretrained(folder + "/again")  # a copy of a copy is whole, too
     again = AutoModelForCausalLM.from_pretrained(folder + "/again", **trusted)
     with torch.no_grad():
