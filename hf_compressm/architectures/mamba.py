@@ -44,17 +44,23 @@ class MambaFamily(SelectiveFamily):
     )
 
     def check_mixer(self, mixer: nn.Module, index: int) -> None:
-        """Refuse what the base class refuses, and an `x_proj` that is no plain linear layer.
+        """Refuse what the base class refuses, an `x_proj` that is no plain linear layer, and a packed `out_proj`.
 
         Raises:
-            ValueError: `x_proj` is of another class, or a tensor does not have the size that the mixer states.
+            ValueError: `x_proj` is of another class, the weight of `out_proj` is no parameter, or a tensor does not
+                have the size that the mixer states.
         """
-        projection = mixer.x_proj
-        if type(projection) is not nn.Linear and type(projection).__name__ != "FSDPLinear":
-            raise ValueError(
-                f"layer {index}: x_proj.weight belongs to a {type(projection).__name__}, expected a plain nn.Linear. "
-                "Merge adapters or dequantise first."
-            )
+        is_plain = {
+            "x_proj": type(mixer.x_proj) is nn.Linear or type(mixer.x_proj).__name__ == "FSDPLinear",
+            "out_proj": isinstance(mixer.out_proj.weight, nn.Parameter),
+        }
+        for name, plain in is_plain.items():
+            if not plain:
+                given = type(getattr(mixer, name))
+                raise ValueError(
+                    f"layer {index}: {name}.weight belongs to a {given.__module__}.{given.__qualname__}, expected a "
+                    "plain nn.Linear. Merge adapters first, and quantise after the cut."
+                )
         super().check_mixer(mixer, index)
 
     def is_per_layer(self, model: nn.Module) -> bool:

@@ -117,6 +117,12 @@ def _state_update(others: Callable) -> Callable:
     """Return what stands in for `mamba_selective_state_update`, a step of generation, and has its signature."""
 
     def update(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **options):
+        expected = (*hidden_states.shape, A.shape[-1])
+        if state.shape != expected:  # the C++ kernel would read past the end of a tensor
+            raise ValueError(
+                f"the cache holds states of shape {tuple(state.shape)}, a step of this layer needs {expected}, "
+                "(batch, channels, N): it was filled for another batch or before a cut. Start with an empty cache."
+            )
         by_kernel = scan_name(state.device.type, state.dtype) == "cpp" and state.is_contiguous()
         if by_kernel and not torch.is_grad_enabled():
             return cpp_step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)

@@ -4,6 +4,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -32,7 +33,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     An FSDP2 model has no wrapper; its parameters are brought back into shards where an evaluation left them gathered.
 
     Raises:
-        ValueError: the model is spread over devices, carries adapters, or is sharded in a way that is not known.
+        ValueError: the model is spread over devices, offloaded or quantised, carries adapters, or is sharded in a way
+            that is not known.
     """
     model = strip_wrappers(model)
     if isinstance(model, DataParallel | FullyShardedDataParallel):
@@ -40,6 +42,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     if getattr(model, "peft_config", None):
         raise ValueError("the model carries PEFT adapters, and only they would be saved: merge them into it first.")
     devices = {parameter.device for parameter in model.parameters()}
+    if torch.device("meta") in devices:
+        raise ValueError(
+            "weights of the model are on device 'meta': it is offloaded (device_map, cpu_offload) or was built "
+            "without weights. Load it onto one CPU or CUDA device."
+        )
     if len(devices) > 1 or "mps" in {device.type for device in devices}:
         raise ValueError(
             f"the model is on {sorted(map(str, devices))}: use one CPU or CUDA device (float64 is needed)."
@@ -49,10 +56,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         check_sharding(model)
         return model
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta" or type(parameter.data) is not torch.Tensor:
+        if isinstance(parameter.data, DTensor):
+            raise ValueError(f"{name} is a DTensor: the model is split (tensor parallelism?). {ENGINES}")
+        if type(parameter.data) is not torch.Tensor:
             raise ValueError(
-                f"{name} is a {type(parameter.data).__name__} on device '{parameter.device.type}': the model is split "
-                f"(tensor parallelism?) or offloaded. {ENGINES}"
+                f"{name} is a {type(parameter.data).__name__}, expected a plain tensor: cut first, then quantise."
             )
     return model
 

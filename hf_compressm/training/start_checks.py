@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..architectures import StateLayers, state_sizes
+from ..architectures import StateLayers, state_layers, state_sizes
 from ..config import CompreSSMConfig
 from ..engines import check_training_arguments, unwrap
 from ..storage.history import History
@@ -25,7 +25,8 @@ def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module
         trainer: the Trainer that the callback is attached to, if any.
 
     Raises:
-        ValueError: an option of the Trainer does not go together with cuts, or another Trainer is running.
+        ValueError: an option or a callback of the Trainer does not go together with cuts, or another Trainer is
+            running.
     """
     check_training_arguments(args, model, attached=trainer is not None)
     if state.is_hyper_param_search:
@@ -36,6 +37,37 @@ def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module
         raise ValueError("push_to_hub=True: call callback.attach(trainer), so that pushes carry the history.")
     if trainer is not None and unwrap(trainer.model_wrapped) is not unwrap(model):
         raise ValueError("the callback is attached to another trainer: make one for each.")
+    if trainer is not None:
+        _check_other_callbacks(trainer, state_layers(unwrap(model)))
+
+
+def _check_other_callbacks(trainer: Trainer, layers: StateLayers) -> None:
+    """Refuse callbacks that hold copies of the weights, or the parameters themselves, which would keep their size.
+
+    What a callback makes in `on_train_begin`, after that of ours, is not seen.
+
+    Raises:
+        ValueError: a callback holds a model, or tensors in a list or dict, with shapes like those of the layers.
+    """
+    shapes = {parameter.shape for index in layers for parameter in layers.parameters(index).values()}
+    models = [layers.model, *trainer.state_size_callback.companions]
+    following = {parameter for model in models for parameter in model.parameters()}
+    for callback in trainer.callback_handler.callbacks:
+        for name, held in vars(callback).items():
+            if shapes <= {tensor.shape for tensor in _tensors_left_behind(held, following)}:
+                raise ValueError(
+                    f"{type(callback).__name__}.{name} holds a copy of the weights, or the parameters themselves, "
+                    "which a cut would leave at their size. Give a model that it holds to CompreSSMCallback as one of "
+                    "its companions, or train without that callback."
+                )
+
+
+def _tensors_left_behind(held: object, following: set[nn.Parameter]) -> list[Tensor]:
+    """Return the tensors of a list, tuple or dict, or those parameters of a module that no cut replaces."""
+    if isinstance(held, nn.Module):
+        return [parameter for parameter in held.parameters() if parameter not in following]
+    values = held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else ()
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def check_loss_options(config: CompreSSMConfig, args: TrainingArguments, trainer: Trainer | None) -> None:

@@ -32,7 +32,7 @@ RAGGED = CompreSSMConfig(cut_fraction=0.5, allocation="per_layer", skip_layers=[
 TWO_CUTS = CompreSSMSchedule(end=0.5, events=2)
 
 STOCK = """
-    import sys
+    import pickle, sys
     sys.modules["hf_compressm"] = None  # importing it would fail
     import torch
     from safetensors.torch import load_file, save_file
@@ -56,6 +56,7 @@ STOCK = """
     with torch.no_grad():
         logits, hidden = model(input_ids=ids).logits, backbone(input_ids=ids).last_hidden_state
     assert torch.equal(hidden @ backbone.embeddings.weight.T, logits)
+    assert type(pickle.loads(pickle.dumps(half))) is type(half)  # of the class as it is loaded first
     model.save_pretrained(folder + "/again")  # a copy of a copy is whole, too
     again = AutoModelForCausalLM.from_pretrained(folder + "/again", **trusted)
     with torch.no_grad():

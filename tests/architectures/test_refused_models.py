@@ -52,7 +52,7 @@ def test_an_adapter_on_the_projection_is_refused(batches):
 
     model = build_model()
     model.backbone.layers[0].mixer.x_proj = LoraLinear(64, 34, bias=False)
-    with pytest.raises(ValueError, match="belongs to a LoraLinear.*Merge adapters"):
+    with pytest.raises(ValueError, match=r"x_proj\.weight belongs to a .*LoraLinear, .*Merge adapters"):
         analyze(model, batches, TARGET)
 
 
@@ -66,3 +66,37 @@ def test_a_model_with_adapters_is_refused(batches):
 def test_wrapped_models_are_refused(batches):
     with pytest.raises(ValueError, match="wrapped in DataParallel"):
         analyze(torch.nn.DataParallel(build_model()), batches, TARGET)
+
+
+class PackedLinear(torch.nn.Module):
+    """A quantised layer whose weight is a method, as those of torch.ao."""
+
+    def weight(self):
+        """Nothing reads it."""
+
+
+@pytest.mark.parametrize("name", ["x_proj", "out_proj"])
+def test_a_packed_projection_is_refused(batches, name):
+    model = build_model()
+    setattr(model.backbone.layers[1].mixer, name, PackedLinear())
+    with pytest.raises(ValueError, match=rf"layer 1: {name}\.weight belongs to a .*PackedLinear, .* quantise after"):
+        analyze(model, batches, TARGET)
+
+
+def test_quantised_weights_are_refused(batches):
+    class Int8Tensor(torch.Tensor):
+        """A tensor of another class, as torchao puts into a plain nn.Linear."""
+
+    model = build_model()
+    projection = model.backbone.layers[0].mixer.in_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().as_subclass(Int8Tensor))
+    with pytest.raises(ValueError, match=r"in_proj\.weight is a Int8Tensor, .* cut first, then quantise"):
+        analyze(model, batches, TARGET)
+
+
+@pytest.mark.parametrize("part", ["", "backbone.layers.1"])
+def test_an_offloaded_model_is_refused(batches, part):
+    model = build_model()
+    model.get_submodule(part).to("meta")
+    with pytest.raises(ValueError, match="on device 'meta': it is offloaded .* Load it onto one CPU or CUDA device"):
+        analyze(model, batches, TARGET)

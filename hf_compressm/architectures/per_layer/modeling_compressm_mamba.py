@@ -13,7 +13,7 @@ import os
 import shutil
 
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM, MambaModel
+from transformers import GenerationMixin, MambaConfig, MambaForCausalLM, MambaModel
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaPreTrainedModel, MambaRMSNorm
 
 MODULE = "modeling_compressm_mamba"  # this file's name beside the weights
@@ -61,8 +61,11 @@ class CompreSSMMambaModel(_SavedWithItsCode, MambaModel):
         self.post_init()
 
 
-class CompreSSMMambaForCausalLM(_SavedWithItsCode, MambaForCausalLM):
-    """The language model is a `MambaForCausalLM` over a `CompreSSMMambaModel`."""
+class CompreSSMMambaForCausalLM(_SavedWithItsCode, MambaForCausalLM, GenerationMixin):
+    """The language model is a `MambaForCausalLM` over a `CompreSSMMambaModel`.
+
+    It names GenerationMixin itself: Transformers would derive another class from it, which could not be pickled.
+    """
 
     config: CompreSSMMambaConfig
     config_class = CompreSSMMambaConfig
