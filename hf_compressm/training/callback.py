@@ -35,6 +35,7 @@ from .start_checks import (
     check_companions,
     check_loss_options,
     check_not_rebuilt,
+    check_other_callbacks,
     check_trainer,
     warn_of_a_slow_scan,
     warn_of_an_early_budget,
@@ -259,6 +260,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _cut(self, state: TrainerState, model, optimizer, due: DueEvent) -> None:
         started = time.perf_counter()
         with raise_in_all_processes():
+            if self.trainer is not None:
+                check_other_callbacks(self.trainer, self._layers)
             batches = self._calibration.draw(state.global_step)
         model = self._as_wrapped(model)
         report = analyze(model, batches, due.config, self._loss(batches))

@@ -38,13 +38,13 @@ def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module
     if trainer is not None and unwrap(trainer.model_wrapped) is not unwrap(model):
         raise ValueError("the callback is attached to another trainer: make one for each.")
     if trainer is not None:
-        _check_other_callbacks(trainer, state_layers(unwrap(model)))
+        check_other_callbacks(trainer, state_layers(unwrap(model)))
 
 
-def _check_other_callbacks(trainer: Trainer, layers: StateLayers) -> None:
+def check_other_callbacks(trainer: Trainer, layers: StateLayers) -> None:
     """Refuse callbacks that hold copies of the weights, or the parameters themselves, which would keep their size.
 
-    What a callback makes in `on_train_begin`, after that of ours, is not seen.
+    What a callback makes in `on_train_begin`, after that of ours, can be seen from the first step on only.
 
     Raises:
         ValueError: a callback holds a model, or tensors in a list or dict, with shapes like those of the layers.

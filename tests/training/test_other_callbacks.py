@@ -61,3 +61,20 @@ def test_a_callback_that_holds_the_model_itself_is_no_trouble(tmp_path, dataset,
     trainer = trainer_with(tmp_path, dataset, hold)
     trainer.train()
     assert state_sizes(trainer.model) == {0: 4, 1: 4}
+
+
+class LateHolder(TrainerCallback):
+    """It makes its copy when training begins, as TRL's BEMACallback does, and so after ours was asked."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.held = copy.deepcopy(model)
+
+
+def test_a_copy_that_is_made_when_training_begins_is_refused_before_the_first_cut(tmp_path, dataset):
+    trainer = build_trainer(tmp_path, dataset)
+    callback = cutting_callback()
+    callback.attach(trainer)
+    trainer.add_callback(LateHolder())
+    with pytest.raises(ValueError, match=r"LateHolder\.held holds a copy"):
+        trainer.train()
+    assert callback.history.events == [] and state_sizes(trainer.model) == {0: 16, 1: 16}
