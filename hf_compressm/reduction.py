@@ -23,8 +23,8 @@ from .config import CompreSSMConfig
 from .engines import from_first_process, raise_in_all_processes, unwrap
 from .report import StateReport
 from .storage.records import ReductionEvent
+from .surgery.checks import check_state_tensors
 from .surgery.shrink_and_grow import shrink_state
-from .surgery.transaction import check_state_tensors
 from .theory.criteria import squared_errors
 from .theory.plan import plan_fingerprint
 

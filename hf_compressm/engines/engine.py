@@ -4,7 +4,6 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .data_parallel import data_parallel_wrapper, rebuild
 from .sharded import forward_sharded, is_sharded, replace_sharded
@@ -66,4 +65,18 @@ def forget_compiled_code() -> None:
 
 
 def _forward_whole(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):
-    return functional_call(model, overrides, kwargs=inputs)
+    # By `functional_call` of torch a module that has two names in the model would be left with the overriding tensor.
+    values = {model.get_parameter(name): value for name, value in overrides.items()}
+    overridden = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in values
+    ]
+    try:
+        for parameters, name, parameter in overridden:
+            parameters[name] = values[parameter]
+        return model(**inputs)
+    finally:
+        for parameters, name, parameter in overridden:
+            parameters[name] = parameter

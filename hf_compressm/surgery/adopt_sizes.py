@@ -50,6 +50,5 @@ def _resize_empty(layers: StateLayers, index: int, size: int) -> None:
     for path, old in layers.parameters(index).items():
         shape = list(old.shape)
         shape[layers.family.tensors[path].axis] = layers.family.axis_length(layers[index], path, size)
-        module_path, _, name = path.rpartition(".")
-        module = layers[index].get_submodule(module_path)
+        module, name = layers.place(index, path)
         module._parameters[name] = new_parameter_like(old, old.new_zeros(shape))

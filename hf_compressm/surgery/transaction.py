@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..architectures import StateLayers, state_layers
 from ..architectures.recorded_sizes import record_state_sizes
-from ..engines import Engine, full_tensor, raise_in_all_processes, shard_like, to_local, unwrap_optimizer
-from .optimizer_state import check_optimizer, gather, resized_state, swap_parameter
+from ..engines import Engine, full_tensor, raise_in_all_processes, shard_like, unwrap_optimizer
+from .checks import check_state_tensors
+from .optimizer_state import gather, resized_state, swap_parameter
 
 
 @dataclass(frozen=True)
@@ -109,32 +110,6 @@ def resize(
             target.engine.finish()
 
 
-def check_state_tensors(
-    layers: StateLayers, optimizer: torch.optim.Optimizer | None = None, is_overwritten: bool = False
-) -> None:
-    """Refuse a model or an optimizer whose state could not be resized well.
-
-    Args:
-        is_overwritten: True where other contents are about to be loaded, so that those of now may be NaN.
-
-    Raises:
-        ValueError: a weight is not finite or is trained in float16 or bfloat16, or the optimizer cannot follow.
-    """
-    parameters = {
-        f"layer {index} {path}": parameter for index in layers for path, parameter in layers.parameters(index).items()
-    }
-    for name, parameter in parameters.items():
-        if not is_overwritten and not torch.isfinite(to_local(parameter)).all():
-            raise ValueError(f"{name} holds NaN or Inf: training has diverged; go back to an earlier checkpoint.")
-        if optimizer is not None and parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} is trained in {parameter.dtype}, which ruins the decay spectrum. Keep the weights in float32 "
-                "and train with autocast: TrainingArguments(bf16=True) and a model loaded with dtype=torch.float32."
-            )
-    if optimizer is not None:
-        check_optimizer(optimizer, parameters)
-
-
 def _check_target(target: _Target, first: _Target, sizes: dict[int, int], is_overwritten: bool) -> None:
     layers, expected = target.layers, first.layers.sizes
     check_state_tensors(layers, target.optimizer, is_overwritten)
@@ -190,8 +165,7 @@ def _replacements(
                 name, shape = f"layer {index} {path}", old[path].value.shape
                 state = resized_state(target.optimizer, name, old[path].state, shape, *entries[path])
                 grad = None if old[path].grad is None else gather(old[path].grad, *entries[path])
-            module_path, _, attribute = path.rpartition(".")
-            module = mixer.get_submodule(module_path)
+            module, attribute = target.layers.place(index, path)
             label = f"layer {index}: the resized {path}"
             replacements.append(_Replacement(label, module, attribute, old[path], value, grad, state))
     return replacements
