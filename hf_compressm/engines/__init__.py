@@ -3,7 +3,8 @@
 All that distinguishes them is here, and nothing else.
 """
 
-from .engine import Engine, forward_with, new_parameter_like
+from .engine import Engine, forward_with
+from .parameters import check_replaceable, new_parameter_like
 from .processes import (
     all_processes,
     from_first_process,
@@ -21,6 +22,7 @@ __all__ = [
     "all_processes",
     "change_class",
     "check_engine",
+    "check_replaceable",
     "check_training_arguments",
     "forward_with",
     "from_first_process",

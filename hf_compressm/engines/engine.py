@@ -1,12 +1,14 @@
 """One small interface covers all ways in which a model's parameters are held while it trains."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .data_parallel import data_parallel_wrapper, rebuild
-from .sharded import forward_sharded, is_sharded, replace_sharded
+from .data_parallel import data_parallel_wrapper, rebuild, wrapper_restorer
+from .parameters import new_parameter_like
+from .sharded import forward_sharded, groups_restorer, is_sharded, replace_sharded
 from .wrappers import unwrap
 
 
@@ -44,12 +46,11 @@ class Engine:
             rebuild(self._wrapper)
         forget_compiled_code()
 
-
-def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """Return a Parameter that holds `value`, with the attributes that were set on `old`."""
-    new = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
-    return new
+    def restorer(self) -> Callable[[], None]:
+        """Return a function that undoes `replace` and `finish` once the modules have their old parameters again."""
+        if self._is_sharded:
+            return groups_restorer(self.model)
+        return wrapper_restorer(self._wrapper) if self._wrapper is not None else lambda: None
 
 
 def forward_with(model: nn.Module, inputs: dict, overrides: dict[str, Tensor]):

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import StateLayers
+from ..architectures.family import Family
 from ..engines import to_local
-from .optimizer_state import check_optimizer
+from .optimizer_parts import OptimizerParts
 
 
 def check_state_tensors(layers: StateLayers, optimizer=None, is_overwritten: bool = False) -> None:
@@ -31,7 +32,7 @@ def check_state_tensors(layers: StateLayers, optimizer=None, is_overwritten: boo
                 "and train with autocast: TrainingArguments(bf16=True) and a model loaded with dtype=torch.float32."
             )
     if optimizer is not None:
-        check_optimizer(optimizer, parameters)
+        OptimizerParts(optimizer).check(parameters)
 
 
 def state_parameters(layers: StateLayers) -> dict[str, nn.Parameter]:
@@ -40,26 +41,30 @@ def state_parameters(layers: StateLayers) -> dict[str, nn.Parameter]:
 
 
 def _check_mixers_are_distinct(layers: StateLayers) -> None:
-    """Refuse a model whose layers are fewer than they seem, since a layer is known by its mixer and its index.
+    """Refuse a model with fewer layers than it seems to have, since a layer is known by its mixer and its index.
 
     Raises:
-        ValueError: a list of layers runs one mixer twice, or two mixers have one index.
+        ValueError: two mixers have one index, or a list of layers runs one mixer twice.
     """
+    family = layers.family
     for name, module in layers.model.named_modules():
-        if layers.family.is_mixer(module) and layers[module.layer_idx] is not module:
+        if family.is_mixer(module) and layers[module.layer_idx] is not module:
+            other = layers.name(module.layer_idx)
             raise ValueError(
-                f"{name} and {layers.name(module.layer_idx)} both have layer_idx = {module.layer_idx}: give each layer "
-                "an index of its own, or save the model and load it again."
+                f"{name} and {other} both have layer_idx = {module.layer_idx}: give each layer an index of its own."
             )
         if isinstance(module, nn.ModuleList):
             first: dict[nn.Module, int] = {}
-            for position, entry in enumerate(module):
-                for mixer in layers.family.mixers_in(entry).values():
-                    if first.setdefault(mixer, position) != position:
-                        raise ValueError(
-                            f"{name}.{first[mixer]} and {name}.{position} run the same {layers.family.mixer_class}, so "
-                            "their states cannot be resized by layer: give each a copy of its own (copy.deepcopy)."
-                        )
+            for position, mixer in ((i, mixer) for i, entry in enumerate(module) for mixer in _mixers(family, entry)):
+                if first.setdefault(mixer, position) != position:
+                    raise ValueError(
+                        f"{name}.{first[mixer]} and {name}.{position} run the same {family.mixer_class}, so states "
+                        "cannot be resized by layer: give each layer a copy of its own, with its own layer_idx."
+                    )
+
+
+def _mixers(family: Family, module: nn.Module) -> list[nn.Module]:
+    return [inner for inner in module.modules() if family.is_mixer(inner)]
 
 
 def _check_nothing_is_shared(layers: StateLayers) -> None:

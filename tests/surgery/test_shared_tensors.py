@@ -1,4 +1,4 @@
-"""A state tensor belongs to one layer and is a parameter: what is shared or computed is refused, and nothing changes."""
+"""A state tensor is a parameter of one layer: what is shared or computed is refused, and nothing changes."""
 
 import copy
 
