@@ -43,7 +43,7 @@ def check_replaceable(name: str, parameter: nn.Parameter) -> None:
     """
     if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
         raise ValueError(
-            f"{name} carries gradient hooks (of a layer-wise optimizer, wandb.watch or a mask?), which may not fit the "
+            f"{name} carries gradient hooks (a layer-wise optimizer, wandb.watch, a mask?), which may not fit the "
             "new shape: remove them before a cut and set them again after it."
         )
     if type(parameter) not in (nn.Parameter, DTensor):
