@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.prune import is_pruned
 
 from ..engines import full_tensor
 from .registry import family_of
@@ -100,7 +101,7 @@ def _remedy(module: nn.Module, name: str) -> str:
     """Return the function of torch that makes a parameter again of a tensor that is computed from others."""
     if is_parametrized(module, name):
         return f"torch.nn.utils.parametrize.remove_parametrizations(…, '{name}')"
-    if f"{name}_mask" in dict(module.named_buffers(recurse=False)):
+    if is_pruned(module):
         return f"torch.nn.utils.prune.remove(…, '{name}')"
     return f"torch.nn.utils.remove_weight_norm(…, '{name}') or remove_spectral_norm(…, '{name}')"
 
