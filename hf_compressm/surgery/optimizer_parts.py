@@ -108,8 +108,7 @@ class OptimizerParts:
 
     def states(self, parameter: nn.Parameter) -> dict[str, dict]:
         """Return what is kept of a parameter: table → state, where there is one."""
-        found = {where: table[parameter] for where, table in self.tables.items() if parameter in table}
-        return {where: state if isinstance(state, dict) else {VALUE: state} for where, state in found.items()}
+        return {where: as_state(table[parameter]) for where, table in self.tables.items() if parameter in table}
 
     def swap_parameter(self, old: nn.Parameter, new: nn.Parameter, states: Mapping[str, dict]) -> None:
         """Put `new` with its states in the place of `old`, at the same position, by which checkpoints are keyed."""
@@ -118,7 +117,17 @@ class OptimizerParts:
         for where, table in self.tables.items():
             table.pop(old, None)
             if states.get(where):
-                table[new] = states[where].get(VALUE, states[where])
+                table[new] = from_state(states[where])
+
+
+def as_state(entry) -> dict:
+    """Return what a table keeps of a parameter as a state, key → value."""
+    return entry if isinstance(entry, dict) else {VALUE: entry}
+
+
+def from_state(state: dict):
+    """Return what a table keeps of a parameter, given as a state."""
+    return state.get(VALUE, state)
 
 
 def _is_optimizer(value) -> bool:

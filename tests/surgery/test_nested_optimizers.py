@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress
 from hf_compressm.architectures import state_layers
 from hf_compressm.surgery.optimizer_parts import OptimizerParts
+from hf_compressm.training.snapshot import Snapshot
 
 CONFIG = CompreSSMConfig(target_state_size=6, calibration_batches=2)
 
@@ -176,6 +177,21 @@ def test_all_that_is_kept_of_a_cut_tensor_follows_and_training_goes_on(kind, bat
     train_steps(model, Together(optimizer), batches[:3])
     assert not torch.equal(mixer.A_log, weights)
     assert not [warning for warning in recwarn if "cannot follow" in str(warning.message)]
+
+
+@pytest.mark.parametrize("kind", ["lookahead around two", "own table"])
+def test_a_snapshot_keeps_and_restores_every_table(kind, batches, tmp_path):
+    model = build_model()
+    optimizer = NESTED[kind](model.parameters())
+    train_steps(model, optimizer, batches[:3])
+    before = {name: copy.deepcopy(states_of(optimizer, p)) for name, p in model.named_parameters()}
+    snapshot = Snapshot(model, optimizer, tmp_path / "snapshot")
+    compress(model, analyze(model, batches, CONFIG), optimizer)
+    train_steps(model, optimizer, batches[:3])
+    snapshot.restore(model, optimizer)
+    after = {name: states_of(optimizer, p) for name, p in model.named_parameters()}
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    train_steps(model, optimizer, batches[:3])
 
 
 def test_tensors_that_a_truncation_replaces_start_afresh_in_every_table(lru_batches):
