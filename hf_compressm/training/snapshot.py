@@ -120,7 +120,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _kept_states(model: nn.Module, table: dict) -> dict[str, dict]:
-    """Return parameter name → key → (value, whether it lies on the CPU, as its parameter may not), where there is any."""
+    """Return parameter name → key → (value, whether it lies on the CPU, as its parameter may not)."""
     return {
         name: {
             key: (_kept(value), value.device.type == "cpu") if isinstance(value, Tensor) else (value, True)
