@@ -115,7 +115,11 @@ PRIVATE_NAMES = (
         "A parameter is replaced, and a wrapper rebuilt, with what hangs on it.",
         "_parameters _forward_hooks _forward_pre_hooks _backward_hooks _register_load_state_dict_pre_hook",
     ),
-    *_names("torch.Tensor", "A layer-wise optimizer is recognised and refused.", "_post_accumulate_grad_hooks"),
+    *_names(
+        "torch.Tensor",
+        "Hooks on the gradient of a parameter that is to be replaced are refused.",
+        "_backward_hooks _post_accumulate_grad_hooks",
+    ),
     *_names("torch._dynamo.eval_frame.OptimizedModule", "The model behind torch.compile is found.", "_orig_mod"),
     *_names("torch", "Whether anything was compiled is seen from the module that is loaded then.", "_dynamo"),
     # torch: DistributedDataParallel

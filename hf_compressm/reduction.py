@@ -24,8 +24,8 @@ from .config import CompreSSMConfig
 from .engines import from_first_process, raise_in_all_processes, unwrap
 from .report import StateReport
 from .storage.records import ReductionEvent
+from .surgery.checks import check_state_tensors
 from .surgery.shrink_and_grow import shrink_state
-from .surgery.transaction import check_state_tensors
 from .theory.criteria import squared_errors
 from .theory.plan import plan_fingerprint
 
@@ -134,7 +134,8 @@ def compress(
     Args:
         model: the model that was analysed; its sizes must be the same since.
         report: the plan; it can be applied once.
-        optimizer: the optimizer that trains the model, if one does; its state is cut with the model.
+        optimizer: the optimizer that trains the model, if one does, or a list of several; their state is cut with the
+            model, and so is that of optimizers inside, as Lookahead and SAM have them.
         step: optimizer steps done so far, for the record.
         companions: models of the same shape that are cut too, say a `torch.optim.swa_utils.AveragedModel` of this one.
 
@@ -145,7 +146,8 @@ def compress(
         ValueError: the report was applied before or made for other sizes, or `shrink_state` refuses the cut.
     """
     started = time.perf_counter()
-    sizes, fingerprint = state_layers(unwrap(model)).sizes, from_first_process(plan_fingerprint(report.plan))
+    layers, fingerprint = state_layers(unwrap(model)), from_first_process(plan_fingerprint(report.plan))
+    sizes = layers.sizes
     with raise_in_all_processes():
         if report.applied:
             raise ValueError("this report has been applied already; call analyze again.")
@@ -156,9 +158,13 @@ def compress(
             )
         if plan_fingerprint(report.plan) != fingerprint:
             raise ValueError("this process was given another plan than the first; let all call analyze together.")
-    if report.is_cut:
-        shrink_state(model, report.plan, optimizer, companions)
-    report.applied = True
+    try:
+        report.applied = True
+        if report.is_cut:
+            shrink_state(model, report.plan, optimizer, companions)
+    except BaseException:
+        report.applied = layers.sizes != sizes  # an interrupt may come just after the cut
+        raise
     return ReductionEvent(
         step=step,
         layers=list(sizes),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..engines import full_tensor
 from ..theory.plan import PlanEntry, Projection, Selection
@@ -89,9 +90,12 @@ class Family(ABC):
 
     def mixers_in(self, model: nn.Module) -> dict[int, nn.Module]:
         """Return the mixers of a model by layer index, ascending, whatever sizes they have."""
-        names = self.mixer_class, f"FSDP{self.mixer_class}"  # FSDP2 derives a class from that of every module it wraps
-        mixers = {module.layer_idx: module for module in model.modules() if type(module).__name__ in names}
+        mixers = {module.layer_idx: module for module in model.modules() if self.is_mixer(module)}
         return dict(sorted(mixers.items()))
+
+    def is_mixer(self, module: nn.Module) -> bool:
+        """Return whether a module is a mixer, by its class, from which FSDP2 and a parametrization derive others."""
+        return type_before_parametrizations(module).__name__ in (self.mixer_class, f"FSDP{self.mixer_class}")
 
     def state_size(self, mixer: nn.Module) -> int:
         """Return N of one layer."""

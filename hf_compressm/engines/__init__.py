@@ -3,7 +3,8 @@
 All that distinguishes them is here, and nothing else.
 """
 
-from .engine import Engine, new_parameter_like, run_with
+from .engine import Engine, run_with
+from .parameters import check_replaceable, new_parameter_like
 from .processes import (
     all_processes,
     from_first_process,
@@ -22,6 +23,7 @@ __all__ = [
     "all_processes",
     "change_class",
     "check_engine",
+    "check_replaceable",
     "check_training_arguments",
     "from_first_process",
     "fsdp_is_asked",

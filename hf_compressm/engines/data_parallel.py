@@ -1,6 +1,8 @@
 """DistributedDataParallel wraps a model; this module finds the wrapper and rebuilds it around new parameters."""
 
 import gc
+import weakref
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -61,8 +63,11 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
     )
     module, training, communication_hooks = wrapper.module, wrapper.training, list(wrapper._comm_hooks)
     module_hooks = {n: v for n, v in wrapper.__dict__.items() if "_hooks" in n and n != "_comm_hooks"}
-    wrapper.reducer._remove_autograd_hooks()  # dynamo may keep the old reducer alive
-    del wrapper.__dict__["reducer"], wrapper.__dict__["logger"]  # the logger shares the reducer's ownership
+    reducer = wrapper.__dict__.pop("reducer", None)
+    wrapper.__dict__.pop("logger", None)  # it shares the reducer's ownership
+    if reducer is not None:
+        reducer._remove_autograd_hooks()  # dynamo may keep the old reducer alive
+        del reducer
     DistributedDataParallel.__init__(wrapper, module, **options)  # checks that shapes agree between the processes
     wrapper.training = training
     wrapper.__dict__.update(module_hooks)
@@ -70,6 +75,24 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
         for memory in POWER_SGD_MEMORIES:  # by bucket, of the old sizes
             getattr(state, memory, {}).clear()
         wrapper.register_comm_hook(state, hook)
+
+
+def wrapper_restorer(wrapper: DistributedDataParallel) -> Callable[[], None]:
+    """Return a function that builds the wrapper anew, as it is now, if `rebuild` was begun; the module comes first.
+
+    The old reducer holds memory for all gradients, so it is not kept until it is known that nothing failed.
+    """
+    old = weakref.ref(wrapper.reducer)
+    attributes = {name: value for name, value in vars(wrapper).items() if name not in ("reducer", "logger")}
+
+    def restore() -> None:
+        if old() is None or vars(wrapper).get("reducer") is not old():
+            if old() is not None:
+                old()._remove_autograd_hooks()
+            vars(wrapper).update(attributes)
+            rebuild(wrapper)
+
+    return restore
 
 
 def _checked_wrapper(wrapper: DistributedDataParallel) -> DistributedDataParallel:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .data_parallel import data_parallel_wrapper, rebuild
-from .sharded import is_sharded, replace_sharded, run_sharded
+from .data_parallel import data_parallel_wrapper, rebuild, wrapper_restorer
+from .parameters import new_parameter_like
+from .sharded import groups_restorer, is_sharded, replace_sharded, run_sharded
 from .wrappers import unwrap
 
 
@@ -47,20 +47,17 @@ class Engine:
             rebuild(self._wrapper)
         forget_compiled_code()
 
-
-def new_parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """Return a Parameter that holds `value`, with the attributes that were set on `old`."""
-    new = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
-    return new
+    def restorer(self) -> Callable[[], None]:
+        """Return a function that undoes `replace` and `finish` once the modules have their old parameters again."""
+        if self._is_sharded:
+            return groups_restorer(self.model)
+        return wrapper_restorer(self._wrapper) if self._wrapper is not None else lambda: None
 
 
 def run_with(model: nn.Module, function: Callable[[], Any], overrides: Mapping[str, Tensor]) -> Any:
     """Call a function that runs an unwrapped model forward, with some of its parameters, by name, overridden."""
-    if is_sharded(model):
-        return run_sharded(model, function, overrides)
-    caller = _Caller(model, function)
-    return functional_call(caller, {f"model.{name}": value for name, value in overrides.items()}, ())
+    run = run_sharded if is_sharded(model) else _run_whole
+    return run(model, function, overrides)
 
 
 def forget_compiled_code() -> None:
@@ -69,12 +66,19 @@ def forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-class _Caller(nn.Module):
-    """A caller holds a model and calls a function that runs it, so that parameters can be overridden meanwhile."""
-
-    def __init__(self, model: nn.Module, function: Callable[[], Any]):
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self) -> Any:
-        return self.function()
+def _run_whole(model: nn.Module, function: Callable[[], Any], overrides: Mapping[str, Tensor]) -> Any:
+    # By `functional_call` of torch a module that has two names in the model would be left with the overriding tensor.
+    values = {model.get_parameter(name): value for name, value in overrides.items()}
+    overridden = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in values
+    ]
+    try:
+        for parameters, name, parameter in overridden:
+            parameters[name] = values[parameter]
+        return function()
+    finally:
+        for parameters, name, parameter in overridden:
+            parameters[name] = parameter

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..private_api import check_private_names, installed, is_tested, remedy
+from .parameters import carry_over
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -115,8 +116,19 @@ def replace_sharded(model: nn.Module, old: nn.Parameter, value: Tensor) -> nn.Pa
                 new._param_fqn = held._param_fqn
                 new.init_dtype_attrs(group.mp_policy)
                 group.fsdp_params[position] = new
-                return new.sharded_param
+                return carry_over(old, new.sharded_param)
     raise ValueError("FSDP2 does not hold the parameter that is to be replaced; nothing was changed.")
+
+
+def groups_restorer(model: nn.Module) -> Callable[[], None]:
+    """Return a function that lets FSDP2 hold what it holds now, once the modules have these parameters again."""
+    held = [(group.fsdp_params, list(group.fsdp_params)) for group in _groups(model)]
+
+    def restore() -> None:
+        for parameters, before in held:
+            parameters[:] = before
+
+    return restore
 
 
 def original_class(module: nn.Module) -> type:

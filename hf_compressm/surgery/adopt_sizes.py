@@ -9,7 +9,9 @@ from torch import nn
 
 from ..architectures import StateLayers, state_layers
 from ..architectures.recorded_sizes import record_state_sizes
-from ..engines import new_parameter_like, unwrap
+from ..engines import Engine, check_replaceable, new_parameter_like, unwrap
+from .checks import state_parameters
+from .undo import Undo
 
 
 def adopt_checkpoint_sizes(model: nn.Module):
@@ -38,10 +40,13 @@ def _adopt_sizes(model: nn.Module, state_dict: dict, prefix: str, *args) -> None
                 size = layers.family.size_at(mixer, path, weights.shape[tensor.axis])
                 if size != layers.family.state_size(mixer):
                     sizes[index] = size
-    for index, size in sizes.items():
-        _resize_empty(layers, index, size)
     if sizes:
-        record_state_sizes(layers, sizes)
+        for name, parameter in state_parameters(layers).items():
+            check_replaceable(name, parameter)
+        with Undo([Engine(model, trains=False)]):
+            for index, size in sizes.items():
+                _resize_empty(layers, index, size)
+            record_state_sizes(layers, sizes)
 
 
 @torch.no_grad()
@@ -50,6 +55,5 @@ def _resize_empty(layers: StateLayers, index: int, size: int) -> None:
     for path, old in layers.parameters(index).items():
         shape = list(old.shape)
         shape[layers.family.tensors[path].axis] = layers.family.axis_length(layers[index], path, size)
-        module_path, _, name = path.rpartition(".")
-        module = layers[index].get_submodule(module_path)
+        module, name = layers.place(index, path)
         module._parameters[name] = new_parameter_like(old, old.new_zeros(shape))

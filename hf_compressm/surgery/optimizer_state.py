@@ -9,7 +9,6 @@ from ..architectures.registry import FAMILIES
 
 # Factored second moments (Adafactor of Transformers and of torch): which axis of the parameter each one keeps.
 FACTORED = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1, "row_var": 0, "col_var": 1}
-REFUSED = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo", "LBFGS")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -39,29 +38,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-    """Refuse an optimizer that could not follow a resize of these parameters.
-
-    Raises:
-        ValueError: the optimizer is layer-wise, keeps one flat state, or does not hold a trainable parameter.
-    """
-    if type(optimizer).__name__ in REFUSED:
-        raise ValueError(
-            f"{type(optimizer).__name__} keeps state that is tied to whole parameters or to the order of all of them; "
-            "use AdamW, SGD, Adafactor or another optimizer with a state per parameter."
-        )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in parameters.items():
-        if parameter.requires_grad and id(parameter) not in held:
-            raise ValueError(
-                f"the optimizer does not hold {name}, so it would silently stop learning. The optimizer was built for "
-                "other parameters, or before a checkpoint changed the state size: build it after loading, or let "
-                "Trainer build it (it may be overridden in create_optimizer, but not passed ready-made)."
-            )
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise ValueError(f"{name} carries gradient hooks (a layer-wise optimizer?), which a resize would lose.")
-
-
 def gather(tensor: Tensor, axis: int, source: Tensor) -> Tensor:
     """Return the entries `source` of a tensor along an axis, zero where `source` is -1."""
     source = source.to(tensor.device)
@@ -71,16 +47,14 @@ def gather(tensor: Tensor, axis: int, source: Tensor) -> Tensor:
     return torch.where((source >= 0).view(shape), gathered, torch.zeros_like(gathered))
 
 
-def resized_state(
-    optimizer: torch.optim.Optimizer, name: str, state: dict, shape: torch.Size, axis: int, source: Tensor
-) -> dict:
+def resized_state(where: str, name: str, state: dict, shape: torch.Size, axis: int, source: Tensor) -> dict:
     """Return what an optimizer's `state` of a parameter becomes once the entries along `axis` are taken from `source`.
 
     Tensors of the parameter's own shape and Adafactor's factors follow; scalars stay. State of another kind (8-bit
     blocks, projections) cannot be sliced: it is dropped with a warning, and starts afresh for that parameter.
 
     Args:
-        name: the parameter, for the warning.
+        where, name: where the state is kept, and the parameter, for the warning.
         state: the optimizer's state of the parameter, as whole tensors.
         shape: the parameter's shape before.
         axis: the state axis.
@@ -98,18 +72,9 @@ def resized_state(
             resized[key] = value
         else:
             warnings.warn(
-                f"hf_compressm: the state '{key}' that {type(optimizer).__name__} keeps for {name} cannot follow the "
-                "resize; its state for this parameter starts afresh.",
+                f"hf_compressm: the state '{key}' that {where} keeps for {name} cannot follow the resize; its state "
+                "for this parameter starts afresh.",
                 stacklevel=2,
             )
             return {}
     return resized
-
-
-def swap_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, state: dict) -> None:
-    """Put `new` with its `state` in the place of `old`, at the same position, by which checkpoints are keyed."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-    optimizer.state.pop(old, None)
-    if state:
-        optimizer.state[new] = state

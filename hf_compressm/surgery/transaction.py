@@ -1,7 +1,8 @@
 """A resize checks, gathers and computes all new parameters, and only then puts them in the place of the old.
 
-Nothing is changed before every process knows that all is right: a resize happens as a whole or not at all. A resized
-tensor is a new Parameter, since `param.data = …` would keep autograd metadata of the old shape.
+Nothing is changed before every process knows that all is right, and an exception while things change is undone: a
+resize happens as a whole or not at all. A resized tensor is a new Parameter, since `param.data = …` would keep
+autograd metadata of the old shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,31 +13,35 @@ from torch import Tensor, nn
 
 from ..architectures import StateLayers, state_layers
 from ..architectures.recorded_sizes import record_state_sizes
-from ..engines import Engine, full_tensor, raise_in_all_processes, shard_like, to_local, unwrap_optimizer
-from .optimizer_state import check_optimizer, gather, resized_state, swap_parameter
+from ..engines import Engine, check_replaceable, full_tensor, raise_in_all_processes, shard_like
+from .checks import check_state_tensors, state_parameters
+from .optimizer_parts import OptimizerParts
+from .optimizer_state import gather, resized_state
+from .undo import Undo
 
 
 @dataclass(frozen=True)
 class _Target:
-    """A target is a model that is resized, as its engine holds it, with the optimizer that trains it, if one does."""
+    """A target is a model that is resized, as its engine holds it, with what trains it, if anything does."""
 
     engine: Engine
     layers: StateLayers
-    optimizer: torch.optim.Optimizer | None
+    optimizer: object
+    parts: OptimizerParts
 
     @classmethod
     def from_engine(cls, engine: Engine, optimizer=None) -> "_Target":
-        return cls(engine, state_layers(engine.model), unwrap_optimizer(optimizer))
+        return cls(engine, state_layers(engine.model), optimizer, OptimizerParts(optimizer))
 
 
 @dataclass(frozen=True)
 class _WholeParameter:
-    """This record keeps a parameter as whole tensors: its value, its gradient and its optimizer state."""
+    """This record keeps a parameter as whole tensors: its value, its gradient and what optimizers keep, by table."""
 
     parameter: nn.Parameter
     value: Tensor
     grad: Tensor | None
-    state: dict
+    states: dict[str, dict]
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class _Replacement:
     Attributes:
         label: what an error calls the new tensor.
         old: the parameter that is replaced.
-        value, grad, state: what the new parameter gets, as whole tensors; `grad` may be None and `state` empty.
+        value, grad, states: what the new parameter gets, as whole tensors; `grad` may be None and `states` empty.
     """
 
     label: str
@@ -55,7 +60,7 @@ class _Replacement:
     old: _WholeParameter
     value: Tensor
     grad: Tensor | None
-    state: dict
+    states: dict[str, dict]
 
 
 # An edit finishes the new values of a layer's tensors in place: edit(layer index, mixer, old, new), tensors by path.
@@ -78,7 +83,7 @@ def resize(
     Args:
         model: the model as its engine holds it.
         sources: by layer index, for each state after the resize the one that it comes from, or -1, (N',).
-        optimizer: the one that trains the model, or None.
+        optimizer: what trains the model, or None.
         edit: what finishes the new values of a layer.
         afresh: the indices of the layers that start without gradients and without optimizer state.
         companions: models of the same sizes that follow, without an optimizer.
@@ -102,42 +107,21 @@ def resize(
         ]
         if not is_overwritten:
             _check_finite(replacements)
-    for target, replaced in zip(targets, replacements, strict=True):
-        _carry_out(target, replaced)
-        record_state_sizes(target.layers, sizes)
-        if replaced:
-            target.engine.finish()
-
-
-def check_state_tensors(
-    layers: StateLayers, optimizer: torch.optim.Optimizer | None = None, is_overwritten: bool = False
-) -> None:
-    """Refuse a model or an optimizer whose state could not be resized well.
-
-    Args:
-        is_overwritten: True where other contents are about to be loaded, so that those of now may be NaN.
-
-    Raises:
-        ValueError: a weight is not finite or is trained in float16 or bfloat16, or the optimizer cannot follow.
-    """
-    parameters = {
-        f"layer {index} {path}": parameter for index in layers for path, parameter in layers.parameters(index).items()
-    }
-    for name, parameter in parameters.items():
-        if not is_overwritten and not torch.isfinite(to_local(parameter)).all():
-            raise ValueError(f"{name} holds NaN or Inf: training has diverged; go back to an earlier checkpoint.")
-        if optimizer is not None and parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} is trained in {parameter.dtype}, which ruins the decay spectrum. Keep the weights in float32 "
-                "and train with autocast: TrainingArguments(bf16=True) and a model loaded with dtype=torch.float32."
-            )
-    if optimizer is not None:
-        check_optimizer(optimizer, parameters)
+    with Undo((target.engine for target in targets), (target.parts for target in targets)):
+        with raise_in_all_processes():
+            for target, replaced in zip(targets, replacements, strict=True):
+                _carry_out(target, replaced)
+                record_state_sizes(target.layers, sizes)
+        for target, replaced in zip(targets, replacements, strict=True):
+            if replaced:
+                target.engine.finish()
 
 
 def _check_target(target: _Target, first: _Target, sizes: dict[int, int], is_overwritten: bool) -> None:
     layers, expected = target.layers, first.layers.sizes
     check_state_tensors(layers, target.optimizer, is_overwritten)
+    for name, parameter in state_parameters(layers).items():
+        check_replaceable(name, parameter)
     if len(set(sizes.values())) > 1:
         layers.family.check_per_layer(layers.model)
     if layers.sizes != expected:
@@ -159,10 +143,12 @@ def _whole_tensors(target: _Target, indices: list[int]) -> dict[int, dict[str, _
     """Gather the state parameters of these layers from all processes, by layer index and path."""
 
     def whole(parameter: nn.Parameter) -> _WholeParameter:
-        held = target.optimizer.state.get(parameter, {}) if target.optimizer is not None else {}
-        state = {key: full_tensor(value) for key, value in held.items()}
+        states = {
+            table: {key: full_tensor(value) for key, value in state.items()}
+            for table, state in target.parts.states(parameter).items()
+        }
         grad = None if parameter.grad is None else full_tensor(parameter.grad)
-        return _WholeParameter(parameter, full_tensor(parameter.detach()), grad, state)
+        return _WholeParameter(parameter, full_tensor(parameter.detach()), grad, states)
 
     return {i: {path: whole(old) for path, old in target.layers.parameters(i).items()} for i in indices}
 
@@ -185,15 +171,17 @@ def _replacements(
         new = {path: gather(old[path].value, *entries[path]) for path in entries}
         edit(index, mixer, {path: old[path].value for path in entries}, new)
         for path, value in new.items():
-            grad, state = None, {}
+            grad, states = None, {}
             if index not in afresh:
                 name, shape = f"layer {index} {path}", old[path].value.shape
-                state = resized_state(target.optimizer, name, old[path].state, shape, *entries[path])
+                states = {
+                    table: resized_state(table.removesuffix(".state"), name, state, shape, *entries[path])
+                    for table, state in old[path].states.items()
+                }
                 grad = None if old[path].grad is None else gather(old[path].grad, *entries[path])
-            module_path, _, attribute = path.rpartition(".")
-            module = mixer.get_submodule(module_path)
+            module, attribute = target.layers.place(index, path)
             label = f"layer {index}: the resized {path}"
-            replacements.append(_Replacement(label, module, attribute, old[path], value, grad, state))
+            replacements.append(_Replacement(label, module, attribute, old[path], value, grad, states))
     return replacements
 
 
@@ -204,12 +192,14 @@ def _check_finite(replacements: list[list[_Replacement]]) -> None:
 
 
 def _carry_out(target: _Target, replacements: list[_Replacement]) -> None:
-    optimizer = target.optimizer
     for replacement in replacements:
         old = replacement.old.parameter
-        state = {key: shard_like(value, optimizer.state[old][key]) for key, value in replacement.state.items()}
+        before = target.parts.states(old)
+        states = {
+            table: {key: shard_like(value, before[table][key]) for key, value in state.items()}
+            for table, state in replacement.states.items()
+        }
         new = target.engine.replace(replacement.module, replacement.name, replacement.value)
         if replacement.grad is not None:
             new.grad = shard_like(replacement.grad, old.grad)
-        if optimizer is not None:
-            swap_parameter(optimizer, old, new, state)
+        target.parts.swap_parameter(old, new, states)

@@ -24,7 +24,7 @@ from ..report import StateReport
 from ..sharing.model_card import CardDetails
 from ..storage.history import History, save_history
 from ..surgery.adopt_sizes import adopt_checkpoint_sizes
-from ..surgery.transaction import check_state_tensors
+from ..surgery.checks import check_state_tensors
 from .attach import attach
 from .calibration_data import CalibrationData, check_loader
 from .messages import cut_text, event_numbers, observed_numbers, observed_text, undone_numbers, undone_text

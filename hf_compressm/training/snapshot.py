@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..architectures import state_sizes
-from ..engines import process_count, process_index, raise_in_all_processes, to_local, unwrap, unwrap_optimizer
+from ..engines import process_count, process_index, raise_in_all_processes, to_local, unwrap
 from ..storage.files import write_aside
+from ..surgery.optimizer_parts import OptimizerParts, as_state, from_state
 from ..surgery.shrink_and_grow import set_state_sizes
 
 
@@ -39,13 +40,12 @@ class Snapshot:
         companions: Sequence[nn.Module] = (),
         mark: str = "",
     ):
-        optimizer = unwrap_optimizer(optimizer)
         bare = unwrap(model)
         self.folder = folder
         self._content = {
             "state_sizes": state_sizes(bare),
             "tensors": _tensors_of(bare),
-            "optimizer": _optimizer_state(bare, optimizer),
+            "optimizer": {name: _kept_states(bare, table) for name, table in OptimizerParts(optimizer).tables.items()},
             "companions": [_tensors_of(companion) for companion in companions],
             "mark": mark,
         }
@@ -78,11 +78,12 @@ class Snapshot:
                     f"the snapshot holds {len(content['companions'])} companions; given are {len(companions)}."
                 )
         set_state_sizes(model, content["state_sizes"], optimizer, companions)
-        bare, optimizer = unwrap(model), unwrap_optimizer(optimizer)
+        bare = unwrap(model)
         _fill(bare, content["tensors"])
-        if optimizer is not None:
+        for table_name, table in OptimizerParts(optimizer).tables.items():
+            states = content["optimizer"].get(table_name, {})
             for name, parameter in bare.named_parameters():
-                _set_state(optimizer, parameter, content["optimizer"][name])
+                _set_state(table, parameter, states.get(name))
         for companion, tensors in zip(companions, content["companions"], strict=True):
             _fill(companion, tensors)
 
@@ -118,25 +119,27 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         tensor.grad = None
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict]:
+def _kept_states(model: nn.Module, table: dict) -> dict[str, dict]:
     """Return parameter name → key → (value, whether it lies on the CPU, as its parameter may not)."""
-    states = {}
-    for name, parameter in model.named_parameters():
-        held = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        states[name] = {
+    return {
+        name: {
             key: (_kept(value), value.device.type == "cpu") if isinstance(value, Tensor) else (value, True)
-            for key, value in held.items()
+            for key, value in as_state(table[parameter]).items()
         }
-    return states
+        for name, parameter in model.named_parameters()
+        if parameter in table
+    }
 
 
-def _set_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict) -> None:
-    optimizer.state.pop(parameter, None)
+def _set_state(table: dict, parameter: nn.Parameter, state: dict | None) -> None:
+    table.pop(parameter, None)
     if state:
-        optimizer.state[parameter] = {
-            key: _placed(value, on_cpu, parameter) if isinstance(value, Tensor) else value
-            for key, (value, on_cpu) in state.items()
-        }
+        table[parameter] = from_state(
+            {
+                key: _placed(value, on_cpu, parameter) if isinstance(value, Tensor) else value
+                for key, (value, on_cpu) in state.items()
+            }
+        )
 
 
 def _placed(value: Tensor, on_cpu: bool, parameter: nn.Parameter) -> Tensor:
