@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def collect_statistics(layers: StateLayers, batches: list[Batch], objective: Obj
     """Return layer → `Statistics` over the batches, from forward passes of a model in eval mode."""
     family, statistics, weights = layers.family, {}, {}
     for index, mixer in layers.items():
-        decay, output_projection = (mixer.get_parameter(path) for path in (family.decay, family.output_projection))
+        decay, output_projection = attrgetter(family.decay, family.output_projection)(mixer)  # it may be parametrized
         statistics[index] = Statistics.empty(*decay.shape, device=decay.device)
         weights[index] = full_tensor(output_projection.detach()).double().square().sum(0)
 
