@@ -132,7 +132,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         with raise_in_all_processes():
             self._check_run(args, state, model, optimizer, train_dataloader)
             self._restore_history(state, self._layers.sizes)
-            events = self.history, self._trigger.steps
+            events = self.history, self._trigger.steps_left(self._layers, self.history)
             self._rollback = build_rollback(self.schedule, args, state, *events, train_dataloader, self.companions)
         if self._rollback is not None:
             self._rollback.find_snapshots(self.history, state.log_history)
@@ -231,7 +231,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 f"{sizes}: trainer_state.json and the weights do not belong together. Resume from another one."
             )
         if not self._is_stopped:
-            due = self._trigger.steps_due(state.global_step, self.history)
+            due = self._trigger.steps_due(self._layers, self.history, state.global_step)
             warn_of_missed_cuts(state.global_step, due, self.history.steps)
         state.stateful_callbacks[name] = self.state()
 
