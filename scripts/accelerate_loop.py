@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if done:
         accelerator.load_state(args.resume_from_checkpoint)
 
-    event_steps = schedule.event_steps(args.max_steps)
+    event_steps = schedule.event_steps(args.max_steps)[len(history.events) :]  # what was done counts
     model.train()
     for step, batch in zip(range(done + 1, args.max_steps + 1), batches_from(done, loader, accelerator), strict=False):
         loss = model(**batch).loss

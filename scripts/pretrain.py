@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     print("    from transformers import AutoModelForCausalLM")
     if model.config.is_heterogeneous:
         print("    import hf_compressm  # layers have sizes of their own; or, without it, trust_remote_code=True")
-    print(f"    model = AutoModelForCausalLM.from_pretrained('{training_args.output_dir}')")
+    print(f"    model = AutoModelForCausalLM.from_pretrained({training_args.output_dir!r})")
 
 
 def size_of(model) -> str:

@@ -5,7 +5,9 @@ import json
 import os
 import random
 import shutil
+from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from more; two workers share two cores
@@ -21,6 +23,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -44,6 +47,10 @@ from hf_compressm.storage.history import History, save_history
 ROOT = Path(__file__).parent.parent
 LONGEST_FIRST = ("test_scripts.py", "test_distributed.py", "test_studies.py", "test_kill.py")  # a worker takes a file
 VOCABULARY, LENGTH, LAYERS, STATE_SIZE = 512, 32, 2, 16
+# Where the models of the tests come from. Users load theirs, and a config that was loaded has attributes that a fresh
+# one has not. "loaded": saved, then `from_pretrained`; "built"; "bf16": saved in bfloat16, loaded in float32 to train.
+MODEL_ORIGIN = os.environ.get("MODEL_ORIGIN", "loaded")
+SAVED_MODELS = TemporaryDirectory()  # of this process
 FADING = {"r_min": 0.0, "r_max": 0.9}  # |λ| of an LRU
 pytest_plugins = ["delay_task", "hub_fixtures", "settling_fixtures"]  # of tests, tests/sharing, tests/training
 
@@ -89,12 +96,36 @@ def batches(blocks) -> list[dict]:
     return [{"input_ids": blocks[8 * i : 8 * i + 8], "labels": blocks[8 * i : 8 * i + 8]} for i in range(10)]
 
 
+def from_origin(build):
+    """Let a builder give its model as `MODEL_ORIGIN` says; the random numbers go on as after the building."""
+    saved = {}
+
+    @wraps(build)
+    def give(seed: int = 0, **changes) -> PreTrainedModel:
+        if MODEL_ORIGIN == "built":
+            return build(seed, **changes)
+        key = repr((seed, changes))
+        if key not in saved:
+            model, folder = build(seed, **changes), Path(SAVED_MODELS.name, f"{build.__name__}-{len(saved)}")
+            (model.bfloat16() if MODEL_ORIGIN == "bf16" else model).save_pretrained(folder)
+            saved[key] = type(model), folder, torch.get_rng_state()
+        kind, folder, random_numbers = saved[key]
+        set_seed(seed)
+        model = kind.from_pretrained(folder, dtype=torch.float32)
+        torch.set_rng_state(random_numbers)
+        return model
+
+    return give
+
+
+@from_origin
 def build_model(seed: int = 0, **changes) -> MambaForCausalLM:
     set_seed(seed)
     sizes = dict(vocab_size=VOCABULARY, hidden_size=32, state_size=STATE_SIZE, num_hidden_layers=LAYERS)
     return MambaForCausalLM(MambaConfig(**(sizes | changes)))
 
 
+@from_origin
 def build_lru(seed: int = 0, **changes) -> LRUForSequenceClassification:
     """A small model of tokens; nothing in it is still at a neutral value of the initialiser."""
     set_seed(seed)
@@ -196,6 +227,8 @@ def models(tmp_path_factory, verses, blocks) -> Path:
         if options is not None:
             config = CompreSSMConfig(calibration_batches=4, **options)
             save_history(History({}, events=[compress(model, analyze(model, batches, config))]), folder / name)
+        if MODEL_ORIGIN == "bf16":
+            model.bfloat16()
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder

@@ -201,11 +201,13 @@ def _check_ids(batches: list[dict], tokenizer: str, model: PreTrainedModel) -> N
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("hf-compressm", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    # An abbreviation that means one option today may mean another, or none, in the next release.
+    how = {"formatter_class": raw, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("hf-compressm", description=DESCRIPTION, epilog=EXAMPLES, **how)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable, **texts) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, formatter_class=raw, help=run.__doc__, **texts)
+        added = commands.add_parser(name, help=run.__doc__, **how, **texts)
         added.set_defaults(run=run)
         return added
 

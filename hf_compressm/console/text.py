@@ -1,6 +1,8 @@
 """This module reads text for training and calibration, and makes the batches of tokens that the console needs."""
 
 import codecs
+import glob
+import os
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -31,7 +33,8 @@ def load_text_files(files: dict[str, str], unit: str = "paragraph", streaming: b
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file or the unit is of an unknown kind, the files are of several kinds, or one is not UTF-8.
+        ValueError: a file or the unit is of an unknown kind, the files are of several kinds, one is not UTF-8, or the
+            path of one cannot be said to `datasets`.
     """
     if unit not in TEXT_UNITS:
         raise ValueError(f"text_unit = {unit!r}; allowed: one of {', '.join(TEXT_UNITS)}.")
@@ -47,7 +50,23 @@ def load_text_files(files: dict[str, str], unit: str = "paragraph", streaming: b
             check_encoding(file, STREAM_HEAD if streaming else None)
     (kind,) = formats
     options = {"sample_by": unit} if kind == "text" else {}
-    return load_dataset(kind, data_files=files, streaming=streaming, **options)
+    patterns = {split: _pattern_of(file) for split, file in files.items()}
+    return load_dataset(kind, data_files=patterns, streaming=streaming, **options)
+
+
+def _pattern_of(file: str) -> str:
+    """Return the pattern by which `datasets` finds this file and no other.
+
+    Raises:
+        ValueError: there is none: `datasets` takes `::` for a chain of archives, and fills in environment variables.
+    """
+    path = str(Path(file).parent.resolve() / Path(file).name)
+    if "::" in path or os.path.expandvars(path) != path:
+        raise ValueError(
+            f"{path} cannot be read under this name, in which datasets takes '::' for an archive and '$NAME' for an "
+            "environment variable: rename it."
+        )
+    return glob.escape(path)
 
 
 def check_encoding(file: str, limit: int | None = None) -> None:

@@ -30,7 +30,8 @@ def plot_accuracy(results: list[dict]) -> "Figure":
         series = [result for result in results if result["arm"] == arm]
         accuracies = [[100 * accuracy for accuracy in result["accuracy"]] for result in series]
         spreads = [stdev(seeds) if len(seeds) > 1 else math.nan for seeds in accuracies]
-        style = {"color": color, "marker": marker, "linestyle": "-" if len(series) > 1 else "none", "label": arm}
+        label = arm.replace("$", r"\$")  # no mathematics: a name is shown as it is
+        style = {"color": color, "marker": marker, "linestyle": "-" if len(series) > 1 else "none", "label": label}
         sizes = [result["state_size"] for result in series]
         aside = 2 ** ((i - (len(arms) - 1) / 2) / 24)  # arms of one size stand side by side on the logarithmic axis
         style["transform"] = load_matplotlib().transforms.Affine2D().scale(aside, 1) + axes.transData

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -140,8 +142,9 @@ def write_model_card(
     card = ModelCard.from_template(
         _card_data(details, name),
         template_str=files(__package__).joinpath("templates/model_card.md").read_text(encoding="utf-8"),
-        title=SECTION if below else name,
-        repo_id=repo_id,
+        title=SECTION if below else _as_markdown(name),
+        repo_in_python=json.dumps(repo_id, ensure_ascii=False),
+        repo_in_shell=shlex.quote(repo_id),
         loss_unit=LOSS_UNIT,
         **_facts(model),
         **_results(details, model.history),
@@ -190,6 +193,11 @@ def check_details(details: CardDetails) -> None:
 def may_be_written(path: Path) -> bool:
     """Say whether a card may be written anew: there is none, or we or Trainer wrote it."""
     return not path.exists() or any(mark in path.read_text("utf-8", "replace") for mark in WRITTEN_BY)
+
+
+def _as_markdown(text: str) -> str:
+    """Return Markdown that shows this text as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)
 
 
 def _card_data(details: CardDetails, name: str) -> ModelCardData:

@@ -27,6 +27,9 @@ class CalibrationData:
         train_dataloader: the loader with the training data and what makes batches of it, or an iterable of batches.
         loader: an iterable of batches that is read from its beginning at every event, in place of the training data.
 
+    Attributes:
+        first_batches: the batches of step 0.
+
     Raises:
         ValueError: there is too little data, or it can be read only once, or not without disturbing training.
     """
@@ -43,18 +46,18 @@ class CalibrationData:
         self._stream_batches: list[Batch] | None = None
         if loader is not None:
             self._generators = OwnGenerators(loader)
-            self.draw(step=0)
+            self.first_batches = self.draw(step=0)
             return
         self._training_data = training_data(train_dataloader, args.per_device_train_batch_size)
-        batches = self._draw_the_first_time()
-        if not _are_equal(self.draw(step=0), batches):
+        self.first_batches = self._draw_the_first_time()
+        if not _are_equal(self.draw(step=0), self.first_batches):
             raise ValueError(
                 "the training data give other calibration batches when these are drawn once more: the data set or its "
                 "collator keeps a state that cannot be copied (a generator function's, a closure's, a file's), or "
                 f"draws random numbers without a seed. Calibration would disturb training. {REMEDY}"
             )
         if self._training_data.is_stream:
-            self._stream_batches = batches
+            self._stream_batches = self.first_batches
 
     def draw(self, step: int) -> list[Batch]:
         """Return this process's batches for what happens after `step`; the same step draws the same."""

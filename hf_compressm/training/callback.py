@@ -142,7 +142,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         with raise_in_all_processes():
             self._check_run(args, state, model, optimizer, train_dataloader)
             self._restore_history(state, self._layers.sizes)
-            events = self.history, self._trigger.steps
+            events = self.history, self._trigger.steps_left(self._layers, self.history)
             self._rollback = build_rollback(self.schedule, args, state, *events, train_dataloader, self.companions)
         if self._rollback is not None:
             self._rollback.find_snapshots(self.history, state.log_history)
@@ -242,7 +242,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 f"{sizes}: trainer_state.json and the weights do not belong together. Resume from another one."
             )
         if not self._is_stopped:
-            due = self._trigger.steps_due(state.global_step, self.history)
+            due = self._trigger.steps_due(self._layers, self.history, state.global_step)
             warn_of_missed_cuts(state.global_step, due, self.history.steps)
         state.stateful_callbacks[name] = self.state()
 
@@ -278,7 +278,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Refuse, before training, what an analysis could not do, or could not know without asking Trainer."""
         with raise_in_all_processes():
             check_loss_options(self.config, args, self.trainer)
-            batches = self._calibration.draw(step=0)
+        batches = self._calibration.first_batches
         try_analysis(self._layers, batches, self.config, self._loss(batches))
 
     def _loss(self, batches: list[Batch]) -> Loss | None:

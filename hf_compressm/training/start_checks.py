@@ -146,7 +146,10 @@ def warn_of_a_slow_scan(layers: StateLayers) -> None:
 def warn_of_another_schedule(recorded: History, history: History) -> None:
     """Warn where a run goes on by other rules than the checkpoint that it resumes from."""
     if (recorded.config, recorded.schedule) != (history.config, history.schedule):
-        logger.warning("The run is resumed with another configuration or schedule than its checkpoint has.")
+        logger.warning(
+            "The run is resumed with another configuration or schedule than its checkpoint has. The cuts so far, "
+            f"{len(recorded.events)}, count among those of the schedule."
+        )
 
 
 def warn_of_missed_cuts(step: int, due: list[int], done: list[int]) -> None:

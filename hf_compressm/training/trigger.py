@@ -76,11 +76,23 @@ class Trigger:
         self._steps = frozenset(self.steps)
         self._settling_steps = schedule.settling_steps(max_steps)
 
-    def steps_due(self, step: int, history: History) -> list[int]:
+    def steps_left(self, layers: StateLayers, history: History) -> list[int]:
+        """Return the steps after which cuts are due, or may be, when those of the history are done.
+
+        What was done counts, wherever it was done: a run that is resumed with more steps, or fewer, has its schedule
+        at other steps, and makes no more cuts than that says. A cut that a rollback took back has had its turn, too;
+        layers that wait to settle wait anew.
+        """
+        if self.waits:
+            return self.steps if self._waiting(layers, history) else []
+        return self.steps[len(history.events) :]
+
+    def steps_due(self, layers: StateLayers, history: History, step: int) -> list[int]:
         """Return the steps of the events that a history up to this step should have."""
-        if not self.waits:
-            return [due for due in self.steps if due <= step]
-        return history.steps or [due for due in self.steps[-1:] if due <= step]
+        left = self.steps_left(layers, history)
+        if self.waits:  # the last moment for all that wait; a rollback after it may have left some
+            left = [end for end in left[-1:] if end not in history.steps]
+        return history.steps + [due for due in left if due <= step]
 
     def may_cut_after(self, step: int) -> bool:
         """Say whether a cut may be due after this step at all; no model is needed to know."""
@@ -92,9 +104,11 @@ class Trigger:
             return None
         if self.waits:
             return self._due_when_settled(layers, history, step)
+        ahead = [due for due in self.steps_left(layers, history) if due >= step]
+        if step not in ahead:
+            return None
         size = reducible_size(self.config, layers)
-        events_left = len(self.steps) - self.steps.index(step)
-        return DueEvent(self.config.for_event(size, events_left, history.loss_spent, history.rollbacks))
+        return DueEvent(self.config.for_event(size, len(ahead), history.loss_spent, history.rollbacks))
 
     def draws(self, layers: StateLayers, history: History, step: int) -> int:
         """Return the number of draws that an observation takes the scores of: 0, 1 to be compared later, or 2."""

@@ -1,8 +1,17 @@
-"""What the library promises for each family, with one case a family, on a model that was built and on a loaded one."""
+"""What the library promises for each family, with one case a family."""
 
 import pytest
 import torch
-from conftest import assert_identical, build_lru, build_model, build_trainer, losses_of, train_steps, weights_of
+from conftest import (
+    assert_identical,
+    build_lru,
+    build_model,
+    build_trainer,
+    from_origin,
+    losses_of,
+    train_steps,
+    weights_of,
+)
 from toy_family import toy_registered  # noqa: F401, a fixture
 from toy_ssm import ToyConfig, ToyForCausalLM
 from transformers import set_seed
@@ -13,16 +22,18 @@ from hf_compressm.architectures.per_layer import CompreSSMMambaConfig, CompreSSM
 from hf_compressm.storage.checkpoint import check_checkpoint
 
 
-def build_per_layer() -> CompreSSMMambaForCausalLM:
-    set_seed(0)
+@from_origin
+def build_per_layer(seed: int) -> CompreSSMMambaForCausalLM:
+    set_seed(seed)
     sizes = {"per_layer_config": {0: {"state_size": 16}, 1: {"state_size": 12}}, "state_size": 16}
     return CompreSSMMambaForCausalLM(
         CompreSSMMambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, **sizes)
     )
 
 
-def build_toy() -> ToyForCausalLM:
-    set_seed(0)
+@from_origin
+def build_toy(seed: int) -> ToyForCausalLM:
+    set_seed(seed)
     return ToyForCausalLM(ToyConfig())
 
 
@@ -32,13 +43,13 @@ pytestmark = pytest.mark.usefixtures("toy_registered")
 CASES = {"mamba": build_model, "compressm_mamba": build_per_layer, "lru": build_lru, "toy_ssm": build_toy}
 
 
-@pytest.fixture(params=["built", "loaded"])
-def model(request, model_type, tmp_path):
-    model = CASES[model_type]()
-    if request.param == "built":
-        return model
-    model.save_pretrained(tmp_path / "loaded")
-    return type(model).from_pretrained(tmp_path / "loaded")
+# Models are trained in float32, and may be reduced in bfloat16 afterwards.
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+
+
+@pytest.fixture
+def model(model_type):
+    return CASES[model_type]()
 
 
 @pytest.fixture
@@ -86,22 +97,29 @@ def test_a_cut_computes_what_was_measured_and_the_optimizer_goes_on(model, data)
             assert not torch.equal(before[layers.parameter_name(index, path)], parameter), path
 
 
+@DTYPES
 @pytest.mark.parametrize("model_type", CASES)
-def test_a_cut_model_is_saved_checked_and_loaded(model, data, tmp_path):
+def test_a_cut_model_is_saved_checked_and_loaded(model, dtype, data, tmp_path):
+    model.to(dtype).save_pretrained(tmp_path / "whole")
+    model = type(model).from_pretrained(tmp_path / "whole")
     compress(model, analyze(model, data, CompreSSMConfig(target_state_size=5)))
     model.save_pretrained(tmp_path / "cut")
     loaded = type(model).from_pretrained(tmp_path / "cut")
     assert check_checkpoint(tmp_path / "cut") == state_sizes(model) == state_sizes(loaded)
+    assert loaded.dtype == dtype
     assert_identical(weights_of(loaded), weights_of(model))
     ids = data[0]["input_ids"]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
+@DTYPES
 @pytest.mark.parametrize("model_type", ["mamba", "compressm_mamba", "lru"])
-def test_layers_of_different_sizes_are_recorded(model, data, tmp_path):
+def test_layers_of_different_sizes_are_recorded(model, dtype, data, tmp_path):
     """A config that was loaded says its model type by an attribute of its own, and has to give it up."""
     config = CompreSSMConfig(cut_fraction=0.5, allocation="per_layer", skip_layers=[1])
+    model.to(dtype).save_pretrained(tmp_path / "whole")
+    model = type(model).from_pretrained(tmp_path / "whole")
     before = state_sizes(model)
     compress(model, analyze(model, data, config))
     assert state_sizes(model) == {0: 8, 1: before[1]}

@@ -248,6 +248,9 @@ def test_accuracies_are_means_over_seeds_with_their_deviation():
     (axes,) = plot_accuracy(RESULTS).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("final state size $N$", "accuracy (%)")
     assert legend_of(axes) == ["reduced", "from scratch"]
+    named = plot_accuracy([RESULTS[0] | {"arm": "$5 \\frac and $6"}])  # no mathematics
+    assert legend_of(*named.axes) == [r"\$5 \frac and \$6"]
+    named.canvas.draw()
     reduced, scratch = axes.containers
     assert list(reduced.lines[0].get_xdata()) == [14, 57.3, 256]
     assert list(reduced.lines[0].get_ydata()) == pytest.approx([82, 92, 95])

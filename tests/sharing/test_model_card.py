@@ -1,7 +1,10 @@
 """The card on the Hub: it tells what there is, stays where it is one's own, and bears odd names and numbers."""
 
+import ast
 import copy
 import json
+import re
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -103,10 +106,31 @@ def test_a_card_in_another_encoding_stays(hub, folder):
     assert files_in(folder)[CARD] == before
 
 
-@pytest.mark.parametrize("name", ["a: b #c", "Mämbä – 5 {{ x }} {% if %}", "- [x] *y* 'z' \"", "yes", "12e3"])
-def test_names_with_odd_characters(hub, folder, name):
-    assert f"\n# {name}\n" in card_of(folder, CardDetails(name=name, tags=[name], license="mit"))
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a: b #c", "a: b #c"),
+        ("Mämbä – 5 {{ x }} {% if %}", "Mämbä – 5 {{ x }} {% if %}"),
+        ("- [x] *y* 'z' \"", "- \\[x\\] \\*y\\* 'z' \""),
+        ("a|b <c> `d` \\1", "a\\|b \\<c\\> \\`d\\` \\\\1"),
+        ("yes", "yes"),
+        ("12e3", "12e3"),
+    ],
+)
+def test_names_with_odd_characters(hub, folder, name, shown):
+    assert f"\n# {shown}\n" in card_of(folder, CardDetails(name=name, tags=[name], license="mit"))
     assert name in ModelCard.load(folder / CARD).data.tags
+
+
+@pytest.mark.parametrize("kind", ["uniform", "per_layer"])
+def test_the_lines_to_copy_name_a_folder_with_odd_characters(hub, reduced, tmp_path, kind):
+    name = 'it\'s "my" model\\{{ 1 }}'
+    card = card_of(saved(*reduced[kind], tmp_path / "folder"), name=name)
+    (call,) = (line for line in card.splitlines() if line.startswith("model = "))
+    (argument,) = ast.parse(call).body[0].value.args
+    assert argument.value == name
+    commands = re.findall(r"`(hf-compressm export .*?)`", card)
+    assert commands and all(shlex.split(command)[2] == name for command in commands)
 
 
 def test_one_name_may_be_given_as_a_string(hub, folder):
