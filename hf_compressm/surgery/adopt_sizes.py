@@ -4,6 +4,8 @@ A reduced checkpoint loads by itself with `from_pretrained`. Resuming is what ne
 at its original size, and Trainer copies the smaller weights into it.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -11,23 +13,29 @@ from ..architectures import StateLayers, state_layers
 from ..architectures.recorded_sizes import record_state_sizes
 from ..engines import Engine, check_replaceable, new_parameter_like, unwrap
 from .checks import state_parameters
+from .optimizer_parts import OptimizerParts
 from .undo import Undo
 
 
-def adopt_checkpoint_sizes(model: nn.Module):
+def adopt_checkpoint_sizes(model: nn.Module, optimizer=None):
     """Let every layer take the state size of the weights that are loaded into it, just before they are copied.
 
     This is for `load_state_dict` on a model built at another size, as Trainer does when it resumes. The resized
-    tensors are new Parameters, so an optimizer has to be built afterwards.
+    tensors are new Parameters: an optimizer is either built afterwards or given here.
+
+    Args:
+        model: the model that weights will be loaded into.
+        optimizer: the optimizer that was built for the model, if one was, as for `Accelerator.load_state`. It holds
+            the new Parameters then, without state, since its own state is about to be loaded, too.
 
     Returns:
         A handle; its `.remove()` removes the hook.
     """
     state_layers(unwrap(model))
-    return unwrap(model).register_load_state_dict_pre_hook(_adopt_sizes)
+    return unwrap(model).register_load_state_dict_pre_hook(partial(_adopt_sizes, optimizer))
 
 
-def _adopt_sizes(model: nn.Module, state_dict: dict, prefix: str, *args) -> None:
+def _adopt_sizes(optimizer, model: nn.Module, state_dict: dict, prefix: str, *args) -> None:
     """Resize the layers whose weights in `state_dict` have another size.
 
     Weights may come in several parts, and those of one layer in different ones.
@@ -41,19 +49,23 @@ def _adopt_sizes(model: nn.Module, state_dict: dict, prefix: str, *args) -> None
                 if size != layers.family.state_size(mixer):
                     sizes[index] = size
     if sizes:
+        parts = OptimizerParts(optimizer)
+        if optimizer is not None:
+            parts.check(state_parameters(layers))
         for name, parameter in state_parameters(layers).items():
             check_replaceable(name, parameter)
-        with Undo([Engine(model, trains=False)]):
+        with Undo([Engine(model, trains=False)], [parts]):
             for index, size in sizes.items():
-                _resize_empty(layers, index, size)
+                _resize_empty(layers, index, size, parts)
             record_state_sizes(layers, sizes)
 
 
 @torch.no_grad()
-def _resize_empty(layers: StateLayers, index: int, size: int) -> None:
+def _resize_empty(layers: StateLayers, index: int, size: int, parts: OptimizerParts) -> None:
     """Put new Parameters of the right shape in the place of the old; they are about to be overwritten."""
     for path, old in layers.parameters(index).items():
         shape = list(old.shape)
         shape[layers.family.tensors[path].axis] = layers.family.axis_length(layers[index], path, size)
         module, name = layers.place(index, path)
-        module._parameters[name] = new_parameter_like(old, old.new_zeros(shape))
+        module._parameters[name] = new = new_parameter_like(old, old.new_zeros(shape))
+        parts.swap_parameter(old, new, {})

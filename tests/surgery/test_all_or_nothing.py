@@ -220,7 +220,7 @@ CHANGES = {
     "pad_state": lambda run: pad_state(run.model, 6),
     "grow_state": lambda run: grow_state(run.model, 6, run.optimizer, torch.Generator().manual_seed(0)),
     "set_state_sizes": lambda run: set_state_sizes(run.model, {0: 3, 1: 2}, run.optimizer),
-    "_adopt_sizes": lambda run: _adopt_sizes(run.model, run.smaller, ""),
+    "_adopt_sizes": lambda run: _adopt_sizes(run.optimizer, run.model, run.smaller, ""),
 }
 
 
