@@ -118,6 +118,8 @@ PRIVATE_NAMES = (
     ),
     *_names("torch.Tensor", "A layer-wise optimizer is recognised and refused.", "_post_accumulate_grad_hooks"),
     *_names("torch._dynamo.eval_frame.OptimizedModule", "The model behind torch.compile is found.", "_orig_mod"),
+    *_names("torch.autograd.forward_ad", "A scan is told that torch differentiates forwards.", "_current_level"),
+    *_names("torch._C", "A scan is told of a transform of torch.func.", "_are_functorch_transforms_active"),
     *_names("torch", "Whether anything was compiled is seen from the module that is loaded then.", "_dynamo"),
     # torch: DistributedDataParallel
     *_names(

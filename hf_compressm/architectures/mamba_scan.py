@@ -16,6 +16,7 @@ from transformers.models.mamba import modeling_mamba
 from ..kernels.cpp_scan import step as cpp_step
 from ..kernels.dispatch import mamba_ssm_serves, requested_scan, scan_name
 from ..kernels.scan import selective_scan
+from ..kernels.torch_scan import torch_transforms
 from ..private_api import check_private_names
 from .family import Observer
 
@@ -118,7 +119,7 @@ def _state_update(others: Callable) -> Callable:
 
     def update(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **options):
         by_kernel = scan_name(state.device.type, state.dtype) == "cpp" and state.is_contiguous()
-        if by_kernel and not torch.is_grad_enabled():
+        if by_kernel and not torch.is_grad_enabled() and not torch_transforms():
             return cpp_step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
         bias = {"dt_bias": dt_bias, "dt_softplus": dt_softplus}
         return others(state, hidden_states, dt, A, B, C, D=D, z=z, **bias, **options)
