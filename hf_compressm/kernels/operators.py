@@ -30,7 +30,7 @@ Scan = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def define_scan(name: str, forward: Scan, backward: Callable) -> Scan:
-    """Define the operator `hf_compressm::<name>_scan`. It is differentiable once: a gradient of its gradient raises."""
+    """Define the operator `hf_compressm::<name>_scan`, differentiable once: a gradient of its gradient raises."""
 
     @torch.library.custom_op(f"hf_compressm::{name}_scan", mutates_args=())
     def scan(
