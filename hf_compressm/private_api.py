@@ -78,6 +78,7 @@ PRIVATE_NAMES = (
         "_upload_modified_files",
     ),
     *_names("transformers.modeling_layers", "The LRU's blocks are such layers.", "GradientCheckpointingLayer"),
+    *_names("transformers.utils", "The LRU's models return a tuple where it is asked for.", "can_return_tuple"),
     *_names("transformers.initialization", "The LRU initialises with it.", "copy_ lecun_normal_ normal_ zeros_"),
     *_names("transformers.PreTrainedConfig", "A config that asks for kernels is refused.", "_attn_implementation"),
     # Transformers: Trainer

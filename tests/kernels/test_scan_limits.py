@@ -181,9 +181,9 @@ def test_a_decay_rate_of_minus_infinity_forgets_everything(implementation):
 
 
 @pytest.mark.parametrize("softplus", [False, True])
-@pytest.mark.parametrize("length", [8, 11, 16, 17])
+@pytest.mark.parametrize("length", [11, 16])
 def test_the_bias_gathers_the_gradients_of_the_time_steps_and_no_others(implementation, length, softplus):
-    inputs = scan_inputs(2, 3, 4, length, torch.float32) | {"softplus": softplus}
+    inputs = scan_inputs(1, 3, 4, length, torch.float32) | {"softplus": softplus}
     inputs |= {name: inputs[name].abs() for name in ("time_step", "time_step_bias")}  # Δ > 0 without softplus, too
     inputs = require_gradients(inputs)
     _, last_state = selective_scan(**inputs, return_last_state=True, implementation=implementation)
