@@ -1,6 +1,6 @@
 """These functions put the scans of this package into Transformers' Mamba, and let an observer see a scan's arguments.
 
-Transformers' `modeling_mamba` calls functions of its module. These call kernels of the Hub where a model asked for them,
+Transformers' `modeling_mamba` calls functions of its own. These call kernels of the Hub where a model asked for them,
 those of mamba-ssm and causal-conv1d where these packages are installed, else a reference in PyTorch. `install_scan`
 puts ours in their place. Then `kernels.dispatch` decides what runs; CPU tensors never reach a CUDA kernel.
 """
