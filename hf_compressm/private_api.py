@@ -62,6 +62,11 @@ PRIVATE_NAMES = (
         "mamba_selective_scan mamba_inner_fn mamba_selective_state_update causal_conv1d_fn causal_conv1d_update",
     ),
     *_names(
+        "transformers.integrations.hub_kernels",
+        "Whose kernel a function of Mamba calls is seen in what this leaves of it.",
+        "use_kernel_func_from_hub_with_fallback",
+    ),
+    *_names(
         MAMBA,
         "A model with a state size per layer is built of these classes; resizing looks for the block.",
         "MambaBlock MambaPreTrainedModel MambaRMSNorm",
@@ -78,6 +83,7 @@ PRIVATE_NAMES = (
         "_upload_modified_files",
     ),
     *_names("transformers.modeling_layers", "The LRU's blocks are such layers.", "GradientCheckpointingLayer"),
+    *_names("transformers.utils", "The LRU's models return a tuple where it is asked for.", "can_return_tuple"),
     *_names("transformers.initialization", "The LRU initialises with it.", "copy_ lecun_normal_ normal_ zeros_"),
     *_names("transformers.PreTrainedConfig", "A config that asks for kernels is refused.", "_attn_implementation"),
     # Transformers: Trainer
@@ -121,6 +127,9 @@ PRIVATE_NAMES = (
         "_backward_hooks _post_accumulate_grad_hooks",
     ),
     *_names("torch._dynamo.eval_frame.OptimizedModule", "The model behind torch.compile is found.", "_orig_mod"),
+    *_names("torch.autograd.forward_ad", "A scan is told that torch differentiates forwards.", "_current_level"),
+    *_names("torch", "A scan is told of a transform of torch.func.", "_C"),
+    *_names("torch._C", "A scan is told of a transform of torch.func.", "_are_functorch_transforms_active"),
     *_names("torch", "Whether anything was compiled is seen from the module that is loaded then.", "_dynamo"),
     # torch: DistributedDataParallel
     *_names(

@@ -1,30 +1,33 @@
 """These functions put the scans of this package into Transformers' Mamba, and let an observer see a scan's arguments.
 
-Transformers' `modeling_mamba` calls module-level functions: the mamba-ssm and causal-conv1d kernels where those
-packages are installed, else a reference in PyTorch. `install_scan` puts ours in their place. Then `kernels.dispatch`
-decides what runs; CPU tensors never reach a CUDA kernel.
+Transformers' `modeling_mamba` calls functions of its own. These call kernels of the Hub where a model asked for them,
+those of mamba-ssm and causal-conv1d where these packages are installed, else a reference in PyTorch. `install_scan`
+puts ours in their place. Then `kernels.dispatch` decides what runs; CPU tensors never reach a CUDA kernel.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers.integrations import hub_kernels
 from transformers.models.mamba import modeling_mamba
 
 from ..kernels.cpp_scan import step as cpp_step
-from ..kernels.dispatch import mamba_ssm_serves, requested_scan, scan_name
+from ..kernels.dispatch import FOREIGN, requested_scan, scan_name
 from ..kernels.scan import selective_scan
+from ..kernels.torch_scan import torch_transforms
 from ..private_api import check_private_names
 from .family import Observer
+from .mamba_kernels import can_take_kernels, kernel_of, reference_of
 
 _originals: dict[str, Callable] = {}  # what install_scan replaced; empty when it is not installed
 _observer: Observer | None = None
 
 
 def install_scan() -> None:
-    """Let every `transformers` Mamba model in this process run this package's scan where mamba-ssm does not serve.
+    """Let every `transformers` Mamba model in this process run this package's scan where no CUDA kernel serves.
+
+    A kernel serves that came from the Hub (`use_kernels=True`) or with mamba-ssm; then the scan is left to it.
 
     It holds for the whole process until `uninstall_scan` is called; a second call changes nothing.
 
@@ -34,13 +37,13 @@ def install_scan() -> None:
     requested_scan()
     if _originals:
         return
-    check_private_names(modeling_mamba.__name__)
+    check_private_names(modeling_mamba.__name__, hub_kernels.__name__)
     replacements = {
         "mamba_selective_scan": _scan,
         "mamba_inner_fn": _fused_block,
-        "mamba_selective_state_update": _state_update(_cuda_kernel_or_reference("mamba_selective_state_update")),
-        "causal_conv1d_fn": _cuda_kernel_or_reference("causal_conv1d_fn"),
-        "causal_conv1d_update": _cuda_kernel_or_reference("causal_conv1d_update"),
+        "mamba_selective_state_update": _state_update(_kernel_or_reference("mamba_selective_state_update")),
+        "causal_conv1d_fn": _kernel_or_reference("causal_conv1d_fn"),
+        "causal_conv1d_update": _kernel_or_reference("causal_conv1d_update"),
     }
     for name, replacement in replacements.items():
         _originals[name] = getattr(modeling_mamba, name)
@@ -59,16 +62,26 @@ def scan_is_installed() -> bool:
     return bool(_originals)
 
 
+@torch.compiler.assume_constant_result
+def kernel_in_force(device_type: str, name: str = "mamba_selective_scan") -> str | None:
+    """Return whose kernel this function of Mamba has on this kind of device, "hub" or "mamba_ssm", or None."""
+    return kernel_of(_original(name), device_type)
+
+
 def reference_loop_would_run(device_type: str) -> bool:
     """Return whether a Mamba on this kind of device would train with Transformers' loop, quadratic in L."""
-    return not scan_is_installed() and not mamba_ssm_serves(device_type)
+    return not scan_is_installed() and kernel_in_force(device_type) is None
 
 
 def scan_in_force(device_type: str) -> str:
     """Return the name of the scan that a Mamba on this kind of device runs now, as a text for the user."""
+    name = _serving("mamba_selective_scan", device_type)
     if reference_loop_would_run(device_type):
-        return f"Transformers' loop (call install_scan() for '{scan_name(device_type)}')"
-    return scan_name(device_type) if scan_is_installed() else "mamba_ssm"
+        name = f"Transformers' loop (call install_scan() for '{name}')"
+    elif not scan_is_installed():
+        name = kernel_in_force(device_type)
+    may_change = device_type != "cpu" and name != "hub" and can_take_kernels(_original("mamba_selective_scan"))
+    return f"{name}, or a kernel of the Hub for a model with use_kernels=True" if may_change else name
 
 
 @contextmanager
@@ -100,7 +113,7 @@ def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
     if _observer is not None:
         y, last_state = _observer(u, dt, A, B, C, D, z, delta_bias, delta_softplus)
         return (y, last_state) if return_last_state else y
-    if scan_name(u.device.type) == "mamba_ssm":
+    if _serving("mamba_selective_scan", u.device.type) in FOREIGN:
         original = _originals["mamba_selective_scan"]
         return original(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
     return selective_scan(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=return_last_state)
@@ -108,7 +121,7 @@ def _scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
 
 def _fused_block(xz, *args, **kwargs):
     """Stand in for `mamba_inner_fn`, which returns None where the layer has to call the single functions instead."""
-    if scan_name(xz.device.type) != "mamba_ssm":
+    if _serving("mamba_inner_fn", xz.device.type) not in FOREIGN:
         return None
     return _originals["mamba_inner_fn"](xz, *args, **kwargs)
 
@@ -124,7 +137,7 @@ def _state_update(others: Callable) -> Callable:
                 "(batch, channels, N): it was filled for another batch or before a cut. Start with an empty cache."
             )
         by_kernel = scan_name(state.device.type, state.dtype) == "cpp" and state.is_contiguous()
-        if by_kernel and not torch.is_grad_enabled():
+        if by_kernel and not torch.is_grad_enabled() and not torch_transforms():
             return cpp_step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
         bias = {"dt_bias": dt_bias, "dt_softplus": dt_softplus}
         return others(state, hidden_states, dt, A, B, C, D=D, z=z, **bias, **options)
@@ -132,12 +145,23 @@ def _state_update(others: Callable) -> Callable:
     return update
 
 
-def _cuda_kernel_or_reference(name: str) -> Callable:
+def _kernel_or_reference(name: str) -> Callable:
     original = getattr(modeling_mamba, name)
+    reference = reference_of(original)
 
-    @functools.wraps(original)
     def dispatch(tensor, *args, **kwargs):
-        function = original if tensor.is_cuda else inspect.unwrap(original)
+        function = reference if kernel_in_force(tensor.device.type, name) is None else original
         return function(tensor, *args, **kwargs)
 
     return dispatch
+
+
+@torch.compiler.assume_constant_result
+def _serving(name: str, device_type: str) -> str:
+    """Return the name of the scan that serves where Mamba calls this function on this kind of device."""
+    return scan_name(device_type, other=kernel_in_force(device_type, name))
+
+
+def _original(name: str) -> Callable:
+    """Return the function of Transformers, whether the scan is installed or not."""
+    return _originals.get(name) or getattr(modeling_mamba, name)

@@ -10,7 +10,7 @@ from ..architectures.mamba_scan import scan_in_force
 
 PACKAGES = (
     "hf_compressm torch transformers accelerate datasets safetensors huggingface_hub numpy matplotlib mamba-ssm "
-    "causal-conv1d"
+    "causal-conv1d kernels"
 ).split()
 
 

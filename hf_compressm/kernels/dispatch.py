@@ -1,12 +1,11 @@
 """This is the one place that decides which scan serves a tensor.
 
-It goes by the device and by what is there: mamba-ssm, then Triton serve on CUDA; on a CPU the kernel that is compiled
-on first use; elsewhere PyTorch. `HF_COMPRESSM_SCAN` names one to be taken wherever it can serve: torch, cpp, triton or
-mamba_ssm.
+It goes by the device and by what is there: on a GPU a kernel of the Hub or of mamba-ssm that the layer has, then
+Triton; on a CPU the kernel that is compiled on first use; elsewhere PyTorch. `HF_COMPRESSM_SCAN` names one to be taken
+wherever it can serve: torch, cpp, triton, mamba_ssm or hub.
 """
 
 import os
-import sys
 from importlib.util import find_spec
 
 import torch
@@ -17,22 +16,24 @@ from .operators import Scan
 from .torch_scan import scan as torch_scan
 
 VARIABLE = "HF_COMPRESSM_SCAN"
-NAMES = ("torch", "cpp", "triton", "mamba_ssm")
-PREFERENCE = {"cuda": ("mamba_ssm", "triton", "torch"), "cpu": ("cpp", "torch")}
+FOREIGN = ("hub", "mamba_ssm")  # reached through Transformers only
+NAMES = ("torch", "cpp", "triton", *reversed(FOREIGN))
+PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 
 
 @torch.compiler.assume_constant_result
-def scan_name(device_type: str, dtype: torch.dtype = torch.float32, own: bool = False) -> str:
+def scan_name(device_type: str, dtype: torch.dtype = torch.float32, other: str | None = None) -> str:
     """Return the implementation for this kind of device and dtype of the states: one of `NAMES`.
 
     Args:
-        own: True leaves out mamba-ssm, which is reached through Transformers only.
+        other: one of `FOREIGN`, where the layer that asks has a kernel of that kind for this device. It goes first,
+            but after what the environment names.
 
     Raises:
         ValueError: the environment names a scan that does not exist.
     """
-    names = [*requested_scan(), *PREFERENCE.get(device_type, ()), "torch"]
-    return next(name for name in names if _serves(name, device_type, dtype) and not (own and name == "mamba_ssm"))
+    names = [*requested_scan(), other, *PREFERENCE.get(device_type, ()), "torch"]
+    return next(name for name in names if name and (name == other or _serves(name, device_type, dtype)))
 
 
 def requested_scan() -> list[str]:
@@ -44,13 +45,13 @@ def requested_scan() -> list[str]:
 
 
 def choose_scan(device_type: str, dtype: torch.dtype, implementation: str | None = None) -> Scan:
-    """Return the operator for this kind of device and dtype of the states, or the one that is asked for by name.
+    """Return our operator for this kind of device and dtype of the states, or the one that is asked for by name.
 
     Raises:
         ValueError: the one that is asked for does not exist, or cannot serve here.
     """
-    name = implementation or scan_name(device_type, dtype, own=True)
-    if implementation and (name not in NAMES or name == "mamba_ssm" or not _serves(name, device_type, dtype)):
+    name = implementation or scan_name(device_type, dtype)
+    if implementation and (name not in NAMES or not _serves(name, device_type, dtype)):
         raise ValueError(f"implementation = {name!r} does not compute on {device_type} in {dtype}; leave it out.")
     if name == "triton":
         from .triton_scan import scan as triton_scan
@@ -59,18 +60,11 @@ def choose_scan(device_type: str, dtype: torch.dtype, implementation: str | None
     return cpp_scan if name == "cpp" else torch_scan
 
 
-def mamba_ssm_serves(device_type: str) -> bool:
-    """Return whether mamba-ssm computes: Transformers takes it wherever it could be imported, but it needs CUDA."""
-    return device_type == "cuda" and sys.modules.get("mamba_ssm") is not None
-
-
 def _serves(name: str, device_type: str, dtype: torch.dtype) -> bool:
     if name == "torch":
         return True
-    if dtype != torch.float32:
+    if dtype != torch.float32 or name in FOREIGN:
         return False
-    if name == "mamba_ssm":
-        return mamba_ssm_serves(device_type)
     if name == "triton":
         interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
         adds_in_any_order = not torch.are_deterministic_algorithms_enabled()

@@ -20,13 +20,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+ONCE = (
+    "The scan of hf_compressm can be differentiated once. For second derivatives call hf_compressm.uninstall_scan(), "
+    "or use torch.func, whose transforms take a plain loop in its place."
+)
 CHUNK = 16  # positions between two states that the backward pass finds saved
 
 Scan = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def define_scan(name: str, forward: Scan, backward: Callable) -> Scan:
-    """Define the operator `hf_compressm::<name>_scan`. It is differentiable once: its gradient has no gradient."""
+    """Define the operator `hf_compressm::<name>_scan`, differentiable once: a gradient of its gradient raises."""
 
     @torch.library.custom_op(f"hf_compressm::{name}_scan", mutates_args=())
     def scan(
@@ -101,7 +105,11 @@ def define_scan(name: str, forward: Scan, backward: Callable) -> Scan:
         given = [None if value is None else gradient for gradient, value in zip(gradients, tensors, strict=True)]
         return *given, None, of_state if ctx.has_initial_state else None, None
 
+    def refuse_second_derivatives(ctx, *_):
+        raise RuntimeError(ONCE)
+
     scan.register_autograd(differentiate, setup_context=setup_context)
+    scan_backward.register_autograd(refuse_second_derivatives)
     return scan
 
 

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from .dispatch import choose_scan
 from .operators import CHUNK
-from .torch_scan import effective_time_step
+from .torch_scan import effective_time_step, plain_scan, torch_transforms
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def selective_scan(
@@ -24,7 +26,8 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the selective scan of Mamba (Gu & Dao, arXiv 2312.00752, algorithm 2), differentiable once.
 
-    The states are float32 (float64 if any input is) whatever the inputs are, inside autocast too.
+    The states are float32 (float64 if any input is) whatever the inputs are, inside autocast too. In forward-mode
+    differentiation and in the transforms of `torch.func` a plain loop serves, which has every derivative.
 
     Args:
         u: input, (batch, D, L).
@@ -44,11 +47,15 @@ def selective_scan(
         y, (batch, D, L), in the dtype of u; with `return_last_state` also h_L, (batch, D, N), in the states' dtype.
 
     Raises:
-        ValueError: the shapes do not fit together, or the implementation cannot serve here.
+        ValueError: the shapes do not fit together, a dtype is none of the four of floating point, or the
+            implementation cannot serve here.
     """
     tensors = (u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
-    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    y, last_state, *_ = _scan(*tensors, softplus, keep, implementation)
+    if torch_transforms():
+        y, last_state = plain_scan(*_checked(*tensors), softplus)
+    else:
+        keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        y, last_state, *_ = _scan(*tensors, softplus, keep, implementation)
     return (y, last_state) if return_last_state else y
 
 
@@ -88,18 +95,25 @@ def sampled_scan(
 
 def _scan(u, time_step, A, B, C, D, gate, time_step_bias, initial_state, softplus, keep, implementation):
     """Return what the operator does: y, last_state, ungated, kept."""
-    _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
-    dtype = state_dtype(u, time_step, A, B, C)
-    scan = choose_scan(u.device.type, dtype, implementation)
+    *tensors, initial_state = _checked(u, time_step, A, B, C, D, gate, time_step_bias, initial_state)
+    scan = choose_scan(u.device.type, tensors[2].dtype, implementation)
+    return scan(*tensors, softplus, initial_state, keep)
+
+
+def _checked(u, time_step, A, B, C, D, gate, time_step_bias, initial_state) -> tuple[Tensor | None, ...]:
+    """Return the tensors, with A, D, the bias and the initial state in the states' dtype and contiguous."""
+    given = {"u": u, "time_step": time_step, "A": A, "B": B, "C": C, "D": D, "gate": gate}
+    given |= {"time_step_bias": time_step_bias, "initial_state": initial_state}
+    _check_shapes(**given)
+    for name, tensor in given.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, DTYPES))}.")
+    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in given.values())
+    dtype = torch.float64 if is_double else torch.float32
     A, D, time_step_bias, initial_state = (
         None if tensor is None else tensor.to(dtype).contiguous() for tensor in (A, D, time_step_bias, initial_state)
     )
-    return scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep)
-
-
-def state_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return float64 if any of the tensors is that, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return u, time_step, A, B, C, D, gate, time_step_bias, initial_state
 
 
 def _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state) -> None:

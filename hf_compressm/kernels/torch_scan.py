@@ -12,6 +12,7 @@ column.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .operators import CHUNK, define_scan, kept_shape, last_shape, position_major
 
@@ -91,6 +92,33 @@ def _recurrence_gradients(step, drive, B, C, grad_y, A, kept, grad_h) -> tuple[T
             grad_A.addcmul_(grad_exponent, step[t].unsqueeze(-1))
             torch.sum(grad_exponent.mul_(A), -1, out=grad_step[t])
     return grad_step, grad_drive, grad_B, grad_C, grad_A.sum(0), grad_h
+
+
+def torch_transforms() -> bool:
+    """Return whether torch differentiates in forward mode here, or a transform of `torch.func` is at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def plain_scan(u, time_step, A, B, C, D, gate, time_step_bias, initial_state, softplus) -> tuple[Tensor, Tensor]:
+    """Return y and h_L from operations that torch can differentiate in any mode, any number of times, and vectorise.
+
+    An operator cannot be: of forward-mode derivatives, say, torch would take zero in silence. Autograd keeps every
+    state of this loop.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        u_, time_step, B, C = (tensor.to(A.dtype) for tensor in (u, time_step, B, C))
+        time_step = effective_time_step(time_step, time_step_bias, softplus)
+        h = A.new_zeros(last_shape(u, A)) if initial_state is None else initial_state
+        outputs = []
+        for step, drive, b, c in zip(*(x.unbind(-1) for x in (time_step, time_step * u_, B, C)), strict=True):
+            h = torch.exp(step.unsqueeze(-1) * A) * h + drive.unsqueeze(-1) * b.unsqueeze(1)
+            outputs.append((h @ c.unsqueeze(-1)).squeeze(-1))
+        y = torch.stack(outputs, -1) if outputs else u_
+        if D is not None:
+            y = y + u_ * D[:, None]
+        if gate is not None:
+            y = y * F.silu(gate.to(A.dtype))
+    return y.to(u.dtype), h
 
 
 def effective_time_step(time_step: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:

@@ -20,6 +20,7 @@ from .operators import CHUNK, define_scan, kept_shape, position_major
 KEPT_EVERY = tl.constexpr(CHUNK)
 POSITIONS = tl.constexpr(8)  # of a block
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3e38)
 
 
 def forward(u, time_step, A, B, C, D, gate, time_step_bias, softplus, initial_state, keep) -> tuple[Tensor, ...]:
@@ -64,7 +65,7 @@ def backward(
 
 def _tile(state_size: int) -> dict[str, int]:
     """Return the tile of a warp: a power of two that holds N, and channels beside it, so that a lane has 16 values."""
-    states = triton.next_power_of_2(state_size)
+    states = triton.next_power_of_2(max(state_size, 1))
     return {"BLOCK_N": states, "BLOCK_D": min(max(512 // states, 2), 32), "num_warps": 1}
 
 
@@ -90,7 +91,7 @@ def _scan_forward(
     entries = n[:, None] * channels + d[None, :]  # of a matrix (N, D)
     origin, of_batch = batch * length, batch * channels * states
 
-    rate = LOG2_E * tl.load(A + entries, inside, other=0)
+    rate = _load_rate(A, entries, inside)
     skip, offset = _load_vector(D, d, channels), _load_vector(bias, d, channels)
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if initial_state is not None:
@@ -132,7 +133,7 @@ def _scan_backward(
     entries = n[:, None] * channels + d[None, :]  # of a matrix (N, D)
     origin, of_batch = batch * length, batch * channels * states
 
-    rate = LOG2_E * tl.load(A + entries, inside, other=0)
+    rate = _load_rate(A, entries, inside)
     skip, offset = _load_vector(D, d, channels), _load_vector(bias, d, channels)
     dh = tl.load(grad_last_state + of_batch + entries, inside, other=0)
     d_rate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -183,7 +184,8 @@ def _scan_backward(
             d_rate += d_exponent * steps[k][None, :]
             d_step = LN_2 * tl.sum(d_exponent * rate, 0) + d_drive * us[k]
             if softplus:
-                d_step *= 1 - tl.exp(-steps[k])  # σ(x), of Δ = log(1 + e^x)
+                d_step *= tl.sigmoid(_load_row(time_step, origin, start + k, length, channels, d) + offset)
+            d_step = tl.where(start + k < length, d_step, 0)  # for the bias, which has a part of every position
             d_offset += d_step
             d_skip += grads[k] * us[k]
             d_us, d_steps = (d_drive * steps[k] + grads[k] * skip,) + d_us, (d_step,) + d_steps
@@ -194,6 +196,13 @@ def _scan_backward(
     tl.store(of_state + of_batch + entries, dh, inside)
     tl.store(of_D + batch * channels + d, d_skip, d < channels)
     tl.store(of_bias + batch * channels + d, d_offset, d < channels)
+
+
+@triton.jit
+def _load_rate(A, entries, inside):
+    """Load A / log 2; finite, so that Δ = 0 beyond the end moves nothing where A is minus infinity."""
+    rate = LOG2_E * tl.load(A + entries, inside, other=0)
+    return tl.where(rate < LOWEST, LOWEST, rate)  # NaN stays
 
 
 @triton.jit

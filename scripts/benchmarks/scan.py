@@ -1,6 +1,5 @@
 """This study times one selective scan, forward and backward: this package's against others that Transformers runs."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +11,14 @@ from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 from transformers.utils.import_utils import is_mambapy_available
 
+from hf_compressm.architectures.mamba_kernels import reference_of
+from hf_compressm.architectures.mamba_scan import kernel_in_force
 from hf_compressm.kernels import selective_scan
-from hf_compressm.kernels.dispatch import mamba_ssm_serves
 
 from .arguments import Arguments
 from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quartiles, show, table, time_in_turn
 
-TRANSFORMERS_SCAN = inspect.unwrap(modeling_mamba.mamba_selective_scan)  # the PyTorch one, even beside mamba-ssm
+TRANSFORMERS_SCAN = reference_of(modeling_mamba.mamba_selective_scan)  # the PyTorch one, even beside mamba-ssm
 LOOP, MAMBAPY, MAMBA_SSM = "Transformers' loop", "mambapy", "mamba-ssm"
 INPUTS = ("u", "dt", "A", "B", "C", "D", "z", "delta_bias")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}  # of gradients; beyond it nothing is timed
@@ -33,7 +33,7 @@ def scans(device: str) -> dict[str, Callable[..., Tensor]]:
     """Return name → scan of (u, Δ, A, B, C, D, z, bias); ours come first, the fastest before the others."""
     own = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}[device]
     found = {name: partial(_own_scan, name) for name in own}
-    if mamba_ssm_serves(device):
+    if kernel_in_force(device) == "mamba_ssm":
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
         found[MAMBA_SSM] = partial(selective_scan_fn, delta_softplus=True)

@@ -9,7 +9,8 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
-from hf_compressm.kernels.dispatch import VARIABLE, mamba_ssm_serves
+from hf_compressm.architectures.mamba_scan import kernel_in_force
+from hf_compressm.kernels.dispatch import VARIABLE
 
 from .arguments import Arguments
 from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quartiles, show, table, time_in_turn, timed
@@ -94,7 +95,7 @@ def study_training(args: Arguments, limits: Limits) -> dict:
 def study_step(args: Arguments, limits: Limits) -> dict:
     """Time the same step with one scan and another."""
     names = {"cpu": ["cpp", "torch", MAMBAPY], "cuda": ["triton", "torch"]}[args.device]
-    names += ["mamba_ssm"] * mamba_ssm_serves(args.device)
+    names += ["mamba_ssm"] * (kernel_in_force(args.device) == "mamba_ssm")
     print(f"Training step at N = {args.step_size}: {', '.join(names)}", flush=True)
     trainings = {name: Training(args, args.step_size, name) for name in names}
     rounds = {name: args.slow_rounds if name == MAMBAPY else args.rounds for name in names}

@@ -33,7 +33,7 @@ def test_the_environment_names_the_scan_of_a_cpu(monkeypatch, requested, name):
     assert graph.count(f"hf_compressm.{name}_scan.default") == 2
 
 
-@pytest.mark.parametrize("requested", ["triton", "mamba_ssm"])
+@pytest.mark.parametrize("requested", ["triton", "mamba_ssm", "hub"])
 def test_a_scan_that_cannot_serve_a_device_leaves_it_to_the_next(monkeypatch, requested):
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("HF_COMPRESSM_SCAN", requested)
@@ -41,24 +41,25 @@ def test_a_scan_that_cannot_serve_a_device_leaves_it_to_the_next(monkeypatch, re
     assert scan_name("mps") == "torch"
 
 
-def test_on_cuda_mamba_ssm_goes_first_and_triton_next(monkeypatch):
-    assert scan_name("cuda") == "triton"
-    monkeypatch.setitem(sys.modules, "mamba_ssm", object())
-    assert scan_name("cuda") == "mamba_ssm" and scan_name("cuda", own=True) == "triton"
+@pytest.mark.parametrize("other", ["hub", "mamba_ssm"])
+def test_on_cuda_the_kernel_that_a_layer_has_goes_first_and_triton_next(monkeypatch, other):
+    assert scan_name("cuda") == "triton" and scan_name("cuda", other=other) == other
     for name in ("triton", "torch"):
         monkeypatch.setenv("HF_COMPRESSM_SCAN", name)
-        assert scan_name("cuda") == name
+        assert scan_name("cuda", other=other) == name
+    monkeypatch.setenv("HF_COMPRESSM_SCAN", other)
+    assert scan_name("cuda", other=other) == other and scan_name("cuda") == "triton"
 
 
 def test_an_unknown_name_is_refused_before_anything_is_installed(monkeypatch):
     uninstall_scan()
     monkeypatch.setenv("HF_COMPRESSM_SCAN", "fast")
-    with pytest.raises(ValueError, match="HF_COMPRESSM_SCAN = 'fast'; allowed: torch, cpp, triton, mamba_ssm"):
+    with pytest.raises(ValueError, match="HF_COMPRESSM_SCAN = 'fast'; allowed: torch, cpp, triton, mamba_ssm, hub"):
         install_scan()
     assert "Transformers' loop" in env_report_of_a_process({"HF_COMPRESSM_SCAN": ""})
 
 
-@pytest.mark.parametrize("name", ["fast", "mamba_ssm", "cpp"])
+@pytest.mark.parametrize("name", ["fast", "mamba_ssm", "hub", "cpp"])
 def test_an_implementation_that_cannot_compute_the_inputs_is_refused(name):
     with pytest.raises(ValueError, match=f"implementation = '{name}' does not compute on cpu in torch.float64"):
         selective_scan(**scan_inputs(), implementation=name)

@@ -89,14 +89,6 @@ def test_float32_gradients_equal_autograd_through_the_loop(implementation, lengt
             assert not ours[name].any(), name
 
 
-def test_second_derivatives_are_refused(implementation):
-    inputs = require_gradients(scan_inputs(1, 1, 1, 3, torch.float32))
-    y = selective_scan(**inputs, implementation=implementation)
-    (gradient,) = torch.autograd.grad(y.sum(), inputs["u"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        gradient.sum().backward()
-
-
 def test_bfloat16_inputs_give_bfloat16_output_from_float32_states(implementation):
     inputs = require_gradients(scan_inputs(length=150, dtype=torch.bfloat16))
     y, last_state = selective_scan(**inputs, return_last_state=True, implementation=implementation)

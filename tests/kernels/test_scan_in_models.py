@@ -241,6 +241,7 @@ from torch.library import opcheck
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 from hf_compressm import install_scan
+from hf_compressm.architectures.mamba_scan import reference_loop_would_run, scan_in_force
 
 def refused(function, *arguments):
     try:
@@ -259,7 +260,10 @@ model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_l
 ids = torch.randint(61, (3, 11))
 assert refused(model.train(), ids) and refused(model.eval(), ids)
 
+assert not reference_loop_would_run("cuda") and reference_loop_would_run("cpu")
+assert scan_in_force("cuda").startswith("mamba_ssm")
 install_scan()
+assert scan_in_force("cuda").startswith("mamba_ssm") and scan_in_force("cpu") == "cpp"
 model.train()(ids, labels=ids).loss.backward()
 assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 model.eval()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
 from .configuration_lru import LRUConfig
 from .linear_recurrence import linear_recurrence
@@ -108,9 +109,14 @@ class LRUPreTrainedModel(PreTrainedModel):
 
     config_class = LRUConfig
     base_model_prefix = "model"
-    main_input_name = "input_values"
+    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ("LRUBlock",)
+
+    def __init__(self, config: LRUConfig):
+        super().__init__(config)
+        if config.vocab_size is None:
+            self.main_input_name = "input_values"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -136,7 +142,6 @@ class LRUModel(LRUPreTrainedModel):
             self.encoder = nn.Linear(config.num_channels, config.hidden_size)
         else:
             self.encoder = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-            self.main_input_name = "input_ids"
         self.layers = nn.ModuleList(LRUBlock(config, index) for index in range(config.num_hidden_layers))
         self.post_init()
 
@@ -148,12 +153,14 @@ class LRUModel(LRUPreTrainedModel):
         """Replace the embedding of the tokens, or the linear encoder of the values."""
         self.encoder = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         input_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **kwargs,
+        output_hidden_states: bool | None = None,
+        use_cache: bool | None = None,
     ) -> BaseModelOutput:
         """Compute the hidden states, (batch, L, H), of a sequence of tokens or of values.
 
@@ -161,6 +168,11 @@ class LRUModel(LRUPreTrainedModel):
             input_ids: (batch, L), for a model with a `vocab_size`.
             input_values: (batch, L, num_channels), or (batch, L) for one channel; for a model without a `vocab_size`.
             attention_mask: 1 for positions that count, 0 for padding, (batch, L).
+            output_hidden_states: True returns the input of the first block and the output of each, too; None is as
+                the config says.
+            use_cache: it changes nothing: these models have no cache. Code for any model passes it.
+
+        With `return_dict=False`, here or in the config, the result is a tuple.
 
         Raises:
             ValueError: none or both of the inputs are given, or the one that the model was not built for, or the
@@ -178,9 +190,12 @@ class LRUModel(LRUPreTrainedModel):
             inputs = inputs.to(self.encoder.weight.dtype)
         hidden_states = self.encoder(inputs)
         mask = None if attention_mask is None else attention_mask.unsqueeze(-1).to(hidden_states.dtype)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        every = (hidden_states,) if wanted else None
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+            every = (*every, hidden_states) if wanted else None
+        return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=every)
 
 
 class LRUForSequenceClassification(LRUPreTrainedModel):
@@ -191,23 +206,25 @@ class LRUForSequenceClassification(LRUPreTrainedModel):
     def __init__(self, config: LRUConfig):
         super().__init__(config)
         self.model = LRUModel(config)
-        self.main_input_name = self.model.main_input_name
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         input_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        output_hidden_states: bool | None = None,
+        use_cache: bool | None = None,
     ) -> SequenceClassifierOutput:
         """Compute the logits, (batch, num_labels), and the loss where `labels`, (batch,), are given.
 
-        The other arguments are those of `LRUModel.forward`.
+        The other arguments, and `return_dict`, are those of `LRUModel.forward`.
         """
-        hidden_states = self.model(input_ids, input_values, attention_mask).last_hidden_state
+        encoded = self.model(input_ids, input_values, attention_mask, output_hidden_states, return_dict=True)
+        hidden_states = encoded.last_hidden_state
         if attention_mask is None:
             pooled = hidden_states.mean(1)
         else:
@@ -217,4 +234,4 @@ class LRUForSequenceClassification(LRUPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)

@@ -23,7 +23,7 @@ Gradients scan_backward(
     const Tensor& B, const Tensor& C, Optional D, Optional gate, Optional bias, bool softplus_, const Tensor& ungated, const Tensor& kept) {
   const Scan scan(u, time_step, A, B, C, D, gate, bias, softplus_);
   const int64_t N = scan.states, L = scan.length, padded = scan.chunks() * CHUNK;
-  const int64_t slices = std::min(scan.groups, std::max<int64_t>(1, ITEMS / scan.batches));
+  const int64_t slices = std::min(scan.groups, std::max<int64_t>(1, ITEMS / std::max<int64_t>(1, scan.batches)));
   Tensor grad_u = at::empty_like(u), grad_step = at::empty_like(time_step);
   Tensor grad_gate = gate ? at::empty_like(*gate) : at::empty({0}, A.options());
   Tensor grad_state = at::empty({scan.batches, scan.channels, N}, A.options());

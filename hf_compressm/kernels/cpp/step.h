@@ -44,7 +44,7 @@ Tensor step(Tensor state, const Tensor& u, const Tensor& time_step, const Tensor
               *B_data = B_.data_ptr<float>(), *C_data = C_.data_ptr<float>();
   float *h_data = state.data_ptr<float>(), *y_data = y.data_ptr<float>();
 
-  at::parallel_for(0, u.numel(), std::max<int64_t>(1, 32768 / N), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, u.numel(), 32768 / std::clamp<int64_t>(N, 1, 32768), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       y_data[row] += step_of_channel<LANES>(
           N, delta_data[row], drive_data[row], A_data + row % channels * N, B_data + row / channels * N,

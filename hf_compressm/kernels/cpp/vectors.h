@@ -21,13 +21,13 @@ using Integers = Lanes<LANES>::Integers;
 
 inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
 
-// 2^x to 1e-7, relative.
+// 2^x to 1e-7, relative; 0 where x < -126.5, and NaN where x is that.
 template <int WIDTH>
 inline typename Lanes<WIDTH>::Floats power_of_two(typename Lanes<WIDTH>::Floats x) {
   using V = typename Lanes<WIDTH>::Floats;
   using I = typename Lanes<WIDTH>::Integers;
-  constexpr float ROUND = 12582912;  // 1.5 · 2^23: a float of this size is an integer
-  x = x < -126 ? V{} - 126 : x;  // NaN stays
+  constexpr float BIAS = 127, ROUND = 12582912 + BIAS;  // 1.5 · 2^23: a float of this size is an integer
+  x = x < -BIAS ? V{} - BIAS : x;  // NaN stays
   x = x > 126 ? V{} + 126 : x;
   V shifted = x + ROUND, f = x - (shifted - ROUND);
   V p = 0.00132647269f * f + 0.009671512661f;
@@ -35,7 +35,7 @@ inline typename Lanes<WIDTH>::Floats power_of_two(typename Lanes<WIDTH>::Floats 
   p = p * f + 0.2402224208f;
   p = p * f + 0.6931469776f;
   p = p * f + 1.0f;
-  return (V)((I)p + ((I)shifted << 23));
+  return p * (V)((I)shifted << 23);  // a product, not a sum of exponents, which would make numbers of some NaN
 }
 inline Vector exp2(Vector x) { return power_of_two<LANES>(x); }
 
