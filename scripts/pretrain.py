@@ -182,19 +182,24 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_fsdp_enabled:  # whatever the checkpoints were, the model is saved whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    trainer.accelerator.end_training()  # a process group that is left at exit may abort a process
-    if not trainer.is_world_process_zero():
-        return
-    save_history(shrink.history, training_args.output_dir)
-    cutting_seconds = sum(event.seconds for event in shrink.history.events)
-    print(f"\nTraining steps, median:\n{throughput}")
-    print(f"Analysis and surgery: {cutting_seconds:.1f} s of {training_seconds:.1f} s of training")
-    print(f"Validation perplexity: {perplexity:.2f} at N = {size_of(model)}")
+    if trainer.is_world_process_zero():
+        save_history(shrink.history, training_args.output_dir)
+        cutting_seconds = sum(event.seconds for event in shrink.history.events)
+        print(f"\nTraining steps, median:\n{throughput}")
+        print(f"Analysis and surgery: {cutting_seconds:.1f} s of {training_seconds:.1f} s of training")
+        print(f"Validation perplexity: {perplexity:.2f} at N = {size_of(model)}")
+        show_saved_model(training_args, tokenizer, data_args.prompt)
+    trainer.accelerator.wait_for_everyone()  # a process whose last communication still winds up may abort at its exit
+    trainer.accelerator.end_training()
+
+
+def show_saved_model(training_args: TrainingArguments, tokenizer, prompt: str) -> None:
+    """Load the model from where it was saved, print a sample of it, and say how to load it."""
     saved = AutoModelForCausalLM.from_pretrained(training_args.output_dir, device_map=training_args.device)
-    print(f"Sample: {sample(saved, tokenizer, data_args.prompt)}")
+    print(f"Sample: {sample(saved, tokenizer, prompt)}")
     print(f"Saved in {training_args.output_dir}. To load it, with transformers alone:\n")
     print("    from transformers import AutoModelForCausalLM")
-    if model.config.is_heterogeneous:
+    if saved.config.is_heterogeneous:
         print("    import hf_compressm  # layers have sizes of their own; or, without it, trust_remote_code=True")
     print(f"    model = AutoModelForCausalLM.from_pretrained({training_args.output_dir!r})")
 

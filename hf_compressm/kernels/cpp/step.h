@@ -34,6 +34,10 @@ Tensor step(Tensor state, const Tensor& u, const Tensor& time_step, const Tensor
             Optional D, Optional gate, Optional bias, bool softplus_) {
   auto in_float = [](const Tensor& x) { return x.to(at::kFloat).contiguous(); };
   const int64_t channels = state.size(1), N = state.size(2);
+  TORCH_CHECK(u.sizes() == state.sizes().slice(0, 2) && A.sizes() == state.sizes().slice(1) && B.size(0) == u.size(0) &&
+                  B.size(-1) == N && C.sizes() == B.sizes(),
+              "the sizes do not fit: state ", state.sizes(), ", u ", u.sizes(), ", A ", A.sizes(), ", B ", B.sizes(),
+              ", C ", C.sizes());
   Tensor u_ = in_float(u), delta = in_float(time_step), A_ = in_float(A), B_ = in_float(B), C_ = in_float(C);
   if (bias) delta = delta + in_float(*bias);
   if (softplus_) delta = at::softplus(delta);
