@@ -22,7 +22,7 @@ import pytest
 
 FOREIGN = """
     torch torch.distributed.fsdp torch.distributed.checkpoint transformers.trainer accelerate datasets tokenizers
-    transformers.models.mamba.modeling_mamba matplotlib.figure pytest
+    transformers.models.mamba.modeling_mamba pytest
 """.split()
 
 

@@ -1,13 +1,12 @@
 """Real Trainer runs: the callback disturbs nothing, cuts on schedule, writes its history and resumes exactly."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import assert_identical, build_model, build_trainer, losses_of, random_state, weights_of
 from datasets import Dataset
+from processes import run_program
 from safetensors.torch import load_file
 from trainer_callbacks import SCHEDULE, cutting_callback
 from transformers import AutoModelForCausalLM, MambaForCausalLM
@@ -229,7 +228,7 @@ trainer = build_trainer({str(tmp_path / "b")!r}, load_from_disk({str(tmp_path / 
 trainer.train(resume_from_checkpoint={str(tmp_path / "a" / "checkpoint-14")!r})
 print(json.dumps(losses_of(trainer)))
 """
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    output = run_program(script).stdout
     assert json.loads(output.splitlines()[-1]) == {str(step): loss for step, loss in losses_of(trainer).items()}
 
 
