@@ -18,7 +18,7 @@ from distributed_loop import (
     train_and_cut,
     truncate_in_training,
 )
-from distributed_training import ENGINES, train
+from distributed_training import ENGINES, SLOW, train
 from processes import run_in_processes
 
 PROCESSES = 2
@@ -27,15 +27,16 @@ TRAINING, LOOP = (ROOT / "tests" / "engines" / f"distributed_{name}.py" for name
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, dataset):
-    """Engine → the folder in which its variants have run, all in one launch."""
+    """(engine, whether those that are slow) → the folder in which its variants have run, all in one launch."""
     folders = {}
 
-    def run(engine: str):
-        if engine not in folders:
-            folder = folders[engine] = tmp_path_factory.mktemp(engine)
+    def run(engine: str, slow: bool = False):
+        if (engine, slow) not in folders:
+            folder = folders[engine, slow] = tmp_path_factory.mktemp(engine)
             dataset.save_to_disk(folder / "dataset")
-            run_in_processes(PROCESSES, TRAINING, folder, engine, *ENGINES[engine])
-        return folders[engine]
+            variants = [name for name in ENGINES[engine] if (name in SLOW[engine]) == slow]
+            run_in_processes(PROCESSES, TRAINING, folder, engine, *variants)
+        return folders[engine, slow]
 
     return run
 
@@ -55,12 +56,17 @@ def alone(tmp_path_factory, dataset):
 
 
 BOUNDS = {"bf16": 2e-3, "fp16 hook": 5e-3, "compiled": 2e-6}  # the compiler takes sums in an order of its own
-VARIANTS = [(engine, name) for engine in ENGINES for name in ENGINES[engine]]
+VARIANTS = [
+    pytest.param(engine, name, marks=pytest.mark.slow if name in SLOW[engine] else ())
+    for engine in ENGINES
+    for name in ENGINES[engine]
+    if "rollback" not in name
+]
 
 
-@pytest.mark.parametrize(("engine", "variant"), [pair for pair in VARIANTS if "rollback" not in pair[1]])
+@pytest.mark.parametrize(("engine", "variant"), VARIANTS)
 def test_weights_are_those_of_one_process_after_every_step(launched, alone, engine, variant):
-    expected, folder = alone(ENGINES[engine][variant]), launched(engine)
+    expected, folder = alone(ENGINES[engine][variant]), launched(engine, variant in SLOW[engine])
     first, second = (torch.load(folder / f"{engine} {variant} {rank}.pt") for rank in range(PROCESSES))
     sizes = [weights["backbone.layers.0.mixer.A_log"].shape[1] for weights in first]
     assert sizes[:12] == [16, 16, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4]

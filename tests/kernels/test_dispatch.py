@@ -116,7 +116,7 @@ def recorded_operators(model) -> list[str]:
 @pytest.mark.parametrize("options", [(), OPTIONAL], ids=["bare", "all-options"])
 def test_a_scan_keeps_what_an_operator_promises(name, options):
     """Its schema, its fake kernels and its gradient, as torch checks them."""
-    inputs = require_gradients(scan_inputs(2, 3, 2, 17, torch.float32, options))
+    inputs = require_gradients(scan_inputs(1, 3, 2, 17, torch.float32, options))
     tensors = [inputs.get(key) for key in ("u", "time_step", "A", "B", "C", "D", "gate", "time_step_bias")]
     scan = choose_scan("cpu", torch.float32, name)
     opcheck(scan, (*tensors, inputs["softplus"], inputs.get("initial_state"), True))
