@@ -11,9 +11,11 @@ import torch
 from conftest import ROOT
 from processes import run_program
 
+ONE_THREAD = {"OMP_THREAD_LIMIT": "1"}  # whatever a study takes: on models this small threads only wait for each other
+
 
 def run_script(name: str, *arguments, check=True) -> subprocess.CompletedProcess:
-    return run_program(ROOT / "scripts" / f"{name}.py", *arguments, check=check)
+    return run_program(ROOT / "scripts" / f"{name}.py", *arguments, check=check, **ONE_THREAD)
 
 
 def reproduce(folder, *more, check=True) -> subprocess.CompletedProcess:
@@ -182,7 +184,7 @@ study.report(Path(folder), all_results(Path(folder)))
 
 def small_study(name, folder, check=True, **environment) -> subprocess.CompletedProcess:
     """A study of Mamba, of a tiny model."""
-    return run_program(SMALL_STUDY, name, folder, check=check, **environment)
+    return run_program(SMALL_STUDY, name, folder, check=check, **ONE_THREAD, **environment)
 
 
 def test_recall_is_studied_in_every_arm_and_told_from_the_results_alone(tmp_path):
