@@ -168,12 +168,14 @@ from dataclasses import replace
 from pathlib import Path
 from studies.language import STUDIES
 from studies.running import all_results
+from studies.tasks import AssociativeRecall
 from studies.text import EnglishText
 
 name, folder = sys.argv[1:]
 study = STUDIES[name]
 small = {"hidden_size": 8, "num_hidden_layers": 2}
 study = replace(study, steps=20, sizes=(8, 2), learning_rates=(1e-2,), architecture=small)
+study = replace(study, task=AssociativeRecall(pairs=4, queries=4, keys=8, values=8))
 study = replace(study, difficulties=study.difficulties[:1], training={"per_device_train_batch_size": 8})
 if name == "lm":
     study = replace(study, windows=(0.5,), task=EnglishText(300, 32, 4, packages=("anarchism",)))
