@@ -1,14 +1,13 @@
 """A Mamba whose layers have sizes of their own: it trains, resumes, goes back, and loads anywhere."""
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_identical, build_model, build_trainer, losses_of, train_steps, weights_of
+from processes import run_program
 from safetensors.torch import load_file, save_file
 from trainer_callbacks import WorseAt
 from transformers import AutoModel, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
@@ -107,7 +106,7 @@ def test_every_tensor_goes_on_learning_after_the_change_of_class(batches):
 def test_it_loads_without_the_package_but_never_without_consent(run, blocks):
     folder, ids = run.args.output_dir, blocks[:3, :11].clone()
     save_file({"ids": ids}, f"{folder}/ids.safetensors")
-    subprocess.run([sys.executable, "-c", textwrap.dedent(STOCK), folder], check=True)
+    run_program(textwrap.dedent(STOCK), folder)
     result = load_file(f"{folder}/result.safetensors")
     with torch.no_grad():
         expected = run.model.eval()(input_ids=ids).logits

@@ -10,6 +10,7 @@ import torch
 from conftest import LAYERS, VOCABULARY, assert_identical, contents, copy_of, weights_of
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from processes import run_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_compressm.architectures import state_sizes
@@ -32,18 +33,16 @@ def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
 
 
-def subprocess_of(*arguments, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hf_compressm.console.cli", *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, **options)
-
-
 def test_the_real_command_analyzes_and_a_bad_one_says_so(models, text, tmp_path):
     before = contents(models)
-    done = subprocess_of("analyze", models / "whole", *text, "--output", tmp_path / "analysis", cwd=tmp_path)
+    command = [sys.executable, "-m", "hf_compressm.console.cli", "analyze", str(models / "whole"), *text]
+    command += ["--output", str(tmp_path / "analysis")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "layer" in done.stdout and "reading the text" in done.stderr and "Traceback" not in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["analysis"] and contents(models) == before
-    bad = subprocess_of("analyze", tmp_path / "none", *text, "--output", tmp_path / "bad")
+    command = "import sys; from hf_compressm.console.cli import main; sys.exit(main())"
+    bad = run_program(command, "analyze", tmp_path / "none", *text, "--output", tmp_path / "bad", check=False)
     assert bad.returncode == 2 and bad.stdout == "" and "Traceback" not in bad.stderr
     assert bad.stderr.splitlines()[-1].startswith(f"hf-compressm analyze: {tmp_path / 'none'} is neither a folder nor")
     assert sorted(os.listdir(tmp_path)) == ["analysis"]

@@ -69,6 +69,10 @@ FSDP = {
     **{name: {"fsdp_config": WRAPPED, **options} for name, options in ROLLBACKS.items()},
 }
 ENGINES = {"ddp": DDP, "fsdp": FSDP}
+SLOW = {  # what others prove as well: "best" trains twice and is attached, too
+    "ddp": ("find unused", "small buckets", "attached", "twice"),
+    "fsdp": ("mixers", "no reshard", "twice", "best sharded"),
+}
 
 
 class WeightsAfterEachStep(TrainerCallback):

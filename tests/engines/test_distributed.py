@@ -4,9 +4,6 @@ And what goes wrong in one of them stops all of them, with one clear error.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -21,32 +18,25 @@ from distributed_loop import (
     train_and_cut,
     truncate_in_training,
 )
-from distributed_training import ENGINES, train
+from distributed_training import ENGINES, SLOW, train
+from processes import run_in_processes
 
 PROCESSES = 2
-
-
-def launch(script, *arguments, check=True) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment, timeout=300)
+TRAINING, LOOP = (ROOT / "tests" / "engines" / f"distributed_{name}.py" for name in ("training", "loop"))
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, dataset):
-    """Engine → the folder in which its variants have run, all in one launch."""
+    """(engine, whether those that are slow) → the folder in which its variants have run, all in one launch."""
     folders = {}
 
-    def run(engine: str):
-        if engine not in folders:
-            folder = folders[engine] = tmp_path_factory.mktemp(engine)
+    def run(engine: str, slow: bool = False):
+        if (engine, slow) not in folders:
+            folder = folders[engine, slow] = tmp_path_factory.mktemp(engine)
             dataset.save_to_disk(folder / "dataset")
-            done = launch(
-                ROOT / "tests" / "engines" / "distributed_training.py", folder, engine, *ENGINES[engine], check=False
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-        return folders[engine]
+            variants = [name for name in ENGINES[engine] if (name in SLOW[engine]) == slow]
+            run_in_processes(PROCESSES, TRAINING, folder, engine, *variants)
+        return folders[engine, slow]
 
     return run
 
@@ -66,12 +56,17 @@ def alone(tmp_path_factory, dataset):
 
 
 BOUNDS = {"bf16": 2e-3, "fp16 hook": 5e-3, "compiled": 2e-6}  # the compiler takes sums in an order of its own
-VARIANTS = [(engine, name) for engine in ENGINES for name in ENGINES[engine]]
+VARIANTS = [
+    pytest.param(engine, name, marks=pytest.mark.slow if name in SLOW[engine] else ())
+    for engine in ENGINES
+    for name in ENGINES[engine]
+    if "rollback" not in name
+]
 
 
-@pytest.mark.parametrize(("engine", "variant"), [pair for pair in VARIANTS if "rollback" not in pair[1]])
+@pytest.mark.parametrize(("engine", "variant"), VARIANTS)
 def test_weights_are_those_of_one_process_after_every_step(launched, alone, engine, variant):
-    expected, folder = alone(ENGINES[engine][variant]), launched(engine)
+    expected, folder = alone(ENGINES[engine][variant]), launched(engine, variant in SLOW[engine])
     first, second = (torch.load(folder / f"{engine} {variant} {rank}.pt") for rank in range(PROCESSES))
     sizes = [weights["backbone.layers.0.mixer.A_log"].shape[1] for weights in first]
     assert sizes[:12] == [16, 16, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4]
@@ -88,8 +83,7 @@ def looped(tmp_path_factory, dataset):
     dataset.save_to_disk(folder / "dataset")
     for engine in ENGINES:
         started = time.perf_counter()
-        done = launch(ROOT / "tests" / "engines" / "distributed_loop.py", folder, engine, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_in_processes(PROCESSES, LOOP, folder, engine)
         assert time.perf_counter() - started < 120  # nobody waits for a process that failed
     return folder
 
@@ -198,7 +192,7 @@ def test_after_a_rollback_the_run_is_that_of_a_model_never_cut(launched, engine,
 def test_a_run_resumes_exactly_in_new_processes(launched, engine, variant):
     folder = launched(engine)
     checkpoint = folder / engine / variant / "checkpoint-4"
-    launch(ROOT / "tests" / "engines" / "distributed_training.py", folder, engine, f"{variant}@{checkpoint}")
+    run_in_processes(PROCESSES, TRAINING, folder, engine, f"{variant}@{checkpoint}")
     for rank in range(PROCESSES):
         uninterrupted, resumed = (torch.load(folder / f"{engine} {variant}{w} {rank}.pt") for w in ("", " resumed"))
         for reference, weights in zip(uninterrupted[4:], resumed, strict=True):
@@ -208,7 +202,7 @@ def test_a_run_resumes_exactly_in_new_processes(launched, engine, variant):
 def test_a_checkpoint_of_two_processes_resumes_in_one_and_the_other_way_round(launched, dataset, tmp_path):
     _, one_process = train(tmp_path / "one", dataset, save_strategy="steps", save_steps=4)
     folder, checkpoint = launched("ddp"), tmp_path / "one" / "checkpoint-4"
-    launch(ROOT / "tests" / "engines" / "distributed_training.py", folder, "ddp", f"saving@{checkpoint}")
+    run_in_processes(PROCESSES, TRAINING, folder, "ddp", f"saving@{checkpoint}")
     resumed = torch.load(folder / "ddp saving resumed 0.pt")
     _, alone = train(tmp_path / "alone", dataset, resume_from=folder / "ddp" / "saving" / "checkpoint-4")
     for weights in (resumed, alone):

@@ -1,11 +1,11 @@
 """Which scan serves, who may say so, and that compilers take it whole."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import run_program
 from scan_reference import OPTIONAL, relative_error, require_gradients, scan_inputs, small_model, token_ids
 from torch.library import opcheck
 
@@ -67,10 +67,7 @@ def test_an_implementation_that_cannot_compute_the_inputs_is_refused(name):
 
 def env_report_of_a_process(environment) -> str:
     code = "from hf_compressm import env_report; print(env_report()['scan on cpu'])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
-    )
-    return run.stdout
+    return run_program(code, **environment).stdout
 
 
 WITHOUT_A_COMPILER = """
@@ -87,22 +84,16 @@ print("works")
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_the_scan_in_pytorch_serves_with_one_warning(tmp_path, compiler):
-    environment = os.environ | {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_A_COMPILER, os.path.dirname(__file__)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    environment = {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
+    run = run_program(WITHOUT_A_COMPILER, os.path.dirname(__file__), check=False, **environment)
     assert run.returncode == 0 and run.stdout == "works\n", run.stderr
     assert run.stderr.count("could not be compiled") == 1
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_torch_asked_for_by_name_spares_the_compiler(tmp_path):
-    environment = os.environ | {"CXX": "false", "XDG_CACHE_HOME": str(tmp_path), "HF_COMPRESSM_SCAN": "torch"}
-    command = [sys.executable, "-c", WITHOUT_A_COMPILER, os.path.dirname(__file__)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {"CXX": "false", "XDG_CACHE_HOME": str(tmp_path), "HF_COMPRESSM_SCAN": "torch"}
+    run = run_program(WITHOUT_A_COMPILER, os.path.dirname(__file__), check=False, **environment)
     assert run.stdout == "works\n" and "compile" not in run.stderr
 
 
@@ -126,7 +117,7 @@ def recorded_operators(model) -> list[str]:
 @pytest.mark.parametrize("options", [(), OPTIONAL], ids=["bare", "all-options"])
 def test_a_scan_keeps_what_an_operator_promises(name, options):
     """Its schema, its fake kernels and its gradient, as torch checks them."""
-    inputs = require_gradients(scan_inputs(2, 3, 2, 17, torch.float32, options))
+    inputs = require_gradients(scan_inputs(1, 3, 2, 17, torch.float32, options))
     tensors = [inputs.get(key) for key in ("u", "time_step", "A", "B", "C", "D", "gate", "time_step_bias")]
     scan = choose_scan("cpu", torch.float32, name)
     opcheck(scan, (*tensors, inputs["softplus"], inputs.get("initial_state"), True))

@@ -1,8 +1,8 @@
 """Pictures: the numbers in their axes are those of a real run, and matplotlib is imported only for them."""
 
 import math
-import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, build_trainer
 from datasets import Dataset
+from processes import run_program
 from trainer_callbacks import WorseAt
 from transformers import set_seed
 
@@ -614,7 +615,7 @@ def test_matplotlib_is_imported_by_a_picture_only_and_pyplot_by_none():
         hf_compressm.plotting.plot_accuracy([{"arm": "a", "state_size": 4, "accuracy": [0.5]}])
         assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", "\n".join(line.strip() for line in check.splitlines())], check=True)
+    run_program(textwrap.dedent(check))
 
 
 def test_without_matplotlib_it_is_asked_for(monkeypatch):

@@ -1,4 +1,8 @@
-"""The scripts as a user runs them: real text, a real tokenizer, real digits, in processes of their own."""
+"""The scripts as a user runs them: real text, a real tokenizer, in processes of their own.
+
+The first run, and one with each configuration of `accelerate launch`, are launched as the README says; the others are
+forks of a process that has imported the same already.
+"""
 
 import json
 import os
@@ -9,6 +13,7 @@ import sys
 import pytest
 from conftest import ROOT, assert_identical
 from datasets import Dataset
+from processes import run_in_processes, run_program
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +37,14 @@ def pretrain(
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert not check or finished.returncode == 0, f"{finished.stdout[-2000:]}\n{finished.stderr[-8000:]}"
     return finished
+
+
+def forked(folder, *more, script=PRETRAIN, check=True, options=SMALL, environment=None) -> subprocess.CompletedProcess:
+    """The same in a fork of a process that has imported torch and Transformers; in two forks, given an environment."""
+    arguments = [*options, "--output_dir", folder, *more]
+    if environment is None:
+        return run_program(script, *arguments, check=check)
+    return run_in_processes(2, script, *arguments, check=check, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +75,7 @@ def test_the_two_printed_lines_load_the_model(finished):
     lines = [line.strip() for line in output.splitlines() if line.startswith("    ")][-2:]
     check = [*lines, "assert model.config.state_size == 4", "from transformers import AutoTokenizer"]
     check.append(f"assert len(AutoTokenizer.from_pretrained({str(folder)!r})) == 512")
-    subprocess.run([sys.executable, "-c", "\n".join(check)], check=True)
+    run_program("\n".join(check))
     assert len(json.loads((folder / "compressm.json").read_text())["events"]) == 2
 
 
@@ -70,7 +83,7 @@ def test_a_run_can_be_resumed_from_the_command_line(finished, text_file):
     folder, _ = finished
     resumed = folder.with_name("resumed")
     options = ["--train_file", str(text_file), "--resume_from_checkpoint", str(folder / "checkpoint-8")]
-    pretrain(resumed, *options)
+    forked(resumed, *options)
     logs = [json.loads((f / "checkpoint-20/trainer_state.json").read_text())["log_history"] for f in (folder, resumed)]
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) == 20
@@ -82,7 +95,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(finished, tex
     content = weights.read_bytes()
     weights.write_bytes(content[:-1])
     options = ["--train_file", str(text_file), "--resume_from_checkpoint", str(folder / "checkpoint-16")]
-    failed = pretrain(folder.with_name("damaged"), *options, check=False)
+    failed = forked(folder.with_name("damaged"), *options, check=False)
     weights.write_bytes(content)
     assert failed.returncode != 0
     assert "model.safetensors is truncated or damaged" in failed.stderr.splitlines()[-1]
@@ -94,6 +107,14 @@ def launcher_of(configuration: str) -> list[str]:
         *("--config_file", str(ROOT / "scripts" / "accelerate" / f"{configuration}.yaml")),
         *("--main_process_port", "0"),  # a free one
     ]
+
+
+def environment_of(configuration: str) -> dict[str, str]:
+    """What `accelerate launch` tells a script in its environment, beside its rank."""
+    show = "import json, os; print(json.dumps(dict(os.environ)))"
+    launch = [*launcher_of(configuration)[3:], "--num_processes", "1", "--no_python", sys.executable, "-c", show]
+    told = json.loads(run_program("from accelerate.commands.launch import main; main()", *launch).stdout)
+    return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def test_it_streams_the_embedded_text_under_accelerate_launch(tmp_path):
@@ -113,7 +134,8 @@ def test_two_processes_train_one_model(finished, tmp_path, text_file):
 
 
 def test_fsdp_that_accelerate_would_quietly_ignore_is_refused(tmp_path, text_file):
-    failed = pretrain(tmp_path / "run", "--train_file", str(text_file), launcher=launcher_of("fsdp2"), check=False)
+    environment = environment_of("fsdp2")
+    failed = forked(tmp_path / "run", "--train_file", str(text_file), environment=environment, check=False)
     assert failed.returncode != 0
     assert "FSDP was asked for, but the model is not sharded" in failed.stderr
 
@@ -125,7 +147,8 @@ def test_fsdp2_trains_the_same_model_resumes_and_saves_it_whole(finished, tmp_pa
     assert perplexity_of(run) == pytest.approx(perplexity_of(finished[1]), rel=1e-3)
     assert (tmp_path / "run" / "checkpoint-8" / "pytorch_model_fsdp_0" / ".metadata").exists()
     resuming = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-8")]
-    resumed = pretrain(tmp_path / "resumed", *options, *resuming, launcher=launcher_of("fsdp2"), script=script).stdout
+    environment = environment_of("fsdp2")
+    resumed = forked(tmp_path / "resumed", *options, *resuming, environment=environment, script=script).stdout
     assert perplexity_of(resumed) == perplexity_of(run)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "resumed")]
     assert_identical(*weights)
@@ -141,18 +164,17 @@ LOOP = """
 def test_a_loop_of_ones_own_cuts_resumes_and_saves_a_plain_model(tmp_path, text_file):
     script = ROOT / "scripts" / "accelerate_loop.py"
     options = ["--train_file", str(text_file)]
-    output = pretrain(tmp_path / "run", *options, script=script, options=LOOP).stdout
+    output = forked(tmp_path / "run", *options, script=script, options=LOOP).stdout
     assert "State sizes [4, 4]. Saved in" in output
     resuming = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-8")]
-    pretrain(tmp_path / "resumed", *options, *resuming, script=script, options=LOOP)
+    forked(tmp_path / "resumed", *options, *resuming, script=script, options=LOOP)
     assert_identical(*(load_file(tmp_path / name / "model.safetensors") for name in ("run", "resumed")))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.state_size == 4
     assert len(load_history(tmp_path / "resumed").events) == 2
 
     two = ["--batch_size", "4", "--use_cpu"]
-    output = pretrain(
-        tmp_path / "two", *options, *two, script=script, options=LOOP, launcher=launcher_of("ddp")
-    ).stdout
+    environment = environment_of("ddp")
+    output = forked(tmp_path / "two", *options, *two, script=script, options=LOOP, environment=environment).stdout
     assert output.count("State sizes [4, 4]. Saved in") == 1
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "two"))
     assert max((left[name] - right[name]).abs().max() for name in left) < 1e-3
@@ -162,7 +184,7 @@ def test_jsonl_files_for_training_and_validation_are_read(tmp_path, verses):
     for name, rows in (("train", verses[:1500]), ("validation", verses[1500:])):
         Dataset.from_dict({"words": rows}).to_json(tmp_path / f"{name}.jsonl")
     files = ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "validation.jsonl")]
-    output = pretrain(tmp_path / "run", *files, "--text_column", "words", "--save_strategy", "no").stdout
+    output = forked(tmp_path / "run", *files, "--text_column", "words", "--save_strategy", "no").stdout
     assert "Validation perplexity" in output
 
 
@@ -172,7 +194,7 @@ def test_a_dataset_and_a_tokenizer_are_taken_by_name(finished, tmp_path, verses)
     names = ["--dataset_name", str(tmp_path / "data"), "--tokenizer_name", str(finished[0])]
     goal = ["--cut-fraction", "0.5"]  # argparse takes hyphens too
     small = [word for word in SMALL if word not in ("--target_state_size", "4")]
-    output = pretrain(tmp_path / "run", *names, *goal, "--save_strategy", "no", options=small).stdout
+    output = forked(tmp_path / "run", *names, *goal, "--save_strategy", "no", options=small).stdout
     assert re.search(r"Validation perplexity: [\d.]+ at N = 4", output)
 
 
@@ -186,5 +208,5 @@ def test_a_dataset_and_a_tokenizer_are_taken_by_name(finished, tmp_path, verses)
     ],
 )
 def test_bad_options_are_refused(tmp_path, options, message):
-    failed = pretrain(tmp_path / "run", *options, check=False)
+    failed = forked(tmp_path / "run", *options, check=False)
     assert failed.returncode != 0 and message in failed.stderr.splitlines()[-1]

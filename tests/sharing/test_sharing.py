@@ -1,12 +1,11 @@
 """A cut model comes back through plain `from_pretrained`, in a process that has transformers and nothing of ours."""
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 from conftest import build_trainer
+from processes import run_program
 from safetensors.torch import load_file, save_file
 from trainer_callbacks import cutting_callback
 
@@ -44,7 +43,7 @@ def saved(tmp_path_factory, dataset, blocks):
 
 def test_it_loads_and_generates_with_transformers_alone(saved):
     folder, model, ids = saved
-    subprocess.run([sys.executable, "-c", textwrap.dedent(STOCK), str(folder)], check=True)
+    run_program(textwrap.dedent(STOCK), folder)
     result = load_file(folder / "result.safetensors")
     with torch.no_grad():
         torch.testing.assert_close(result["logits"], model(input_ids=ids).logits, rtol=0, atol=1e-5)

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 from conftest import assert_identical, contents, copy_of, weights_of
+from processes import run_program
 from safetensors.torch import load_file, save_file
 from transformers import MambaForCausalLM
 
@@ -70,7 +69,7 @@ def test_what_is_exported_loads_in_transformers_alone_with_the_same_logits(model
             EXPORTERS[name](models / source, tmp_path / f"{name}-{source}")
             expected[f"{name}-{source}"] = logits_of(models / source, ids)
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    subprocess.run([sys.executable, "-c", textwrap.dedent(STOCK), str(tmp_path), *expected], check=True)
+    run_program(textwrap.dedent(STOCK), tmp_path, *expected)
     for name, found in load_file(tmp_path / "logits.safetensors").items():
         tolerance = 0.1 if name.startswith("bf16") else 1e-6 * expected[name].abs().max().clamp_min(1).item()
         torch.testing.assert_close(found, expected[name], rtol=0, atol=tolerance)
@@ -212,9 +211,7 @@ FULL_DISK = """
 
 
 def test_a_full_disk_leaves_nothing(models, tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(models / "uniform"), str(tmp_path)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = run_program(textwrap.dedent(FULL_DISK), models / "uniform", tmp_path)
     lines = [line for line in run.stderr.splitlines() if line.startswith("hf-compressm export failed: ")]
     assert len(lines) == 4 and "Traceback" not in run.stderr
     assert contents(tmp_path) == {}

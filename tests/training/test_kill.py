@@ -8,12 +8,13 @@ import time
 
 import pytest
 from conftest import ROOT, assert_identical
+from processes import run_program
 from safetensors.torch import load_file
 
 from hf_compressm.storage.checkpoint import last_complete_checkpoint
 from hf_compressm.storage.history import load_history
 
-SCRIPT = str(ROOT / "tests" / "training" / "killed_training.py")
+SCRIPT = ROOT / "tests" / "training" / "killed_training.py"
 MOMENTS = {
     "analysis": "collect_statistics:3",  # of the second cut; the first is the trial at the start
     "surgery": "swap_parameter:2",  # one tensor of the first cut is new, the others are not
@@ -22,7 +23,7 @@ MOMENTS = {
 
 
 def start(*arguments) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +43,14 @@ def undisturbed(tmp_path_factory, dataset):
 
 def assert_it_goes_on(folder, weights) -> None:
     assert not (folder / "weights.safetensors").exists()
-    again = subprocess.run([sys.executable, SCRIPT, str(folder)], stdout=subprocess.PIPE)
-    assert again.returncode == 0
+    run_program(SCRIPT, folder)
     assert_identical(load_file(folder / "weights.safetensors"), weights)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_during(undisturbed, moment):
     folder, weights, _ = undisturbed
-    run = start(folder / moment, MOMENTS[moment])
-    run.communicate()
+    run = run_program(SCRIPT, folder / moment, MOMENTS[moment], check=False)
     assert run.returncode == -signal.SIGKILL
     if moment == "saving":
         half = folder / moment / "checkpoint-8"
@@ -62,7 +61,7 @@ def test_a_run_killed_during(undisturbed, moment):
 def test_a_run_whose_disk_fills(undisturbed):
     folder, weights, _ = undisturbed
     mine = folder / "full"
-    run = subprocess.run([sys.executable, SCRIPT, str(mine), "--full-after", "7"], capture_output=True, text=True)
+    run = run_program(SCRIPT, mine, "--full-after", "7", check=False)
     assert run.returncode > 0 and "File too large" in run.stderr.splitlines()[-1]
     assert last_complete_checkpoint(mine) == str(mine / "checkpoint-6")
     assert load_history(mine / "checkpoint-6").state_sizes == {0: 8, 1: 8}

@@ -1,18 +1,18 @@
 """Real Trainer runs: the callback disturbs nothing, cuts on schedule, writes its history and resumes exactly."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_identical, build_model, build_trainer, losses_of, random_state, weights_of
 from datasets import Dataset
+from processes import run_program
 from safetensors.torch import load_file
 from trainer_callbacks import SCHEDULE, cutting_callback
 from transformers import AutoModelForCausalLM, MambaForCausalLM
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, uninstall_scan
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, uninstall_scan
 from hf_compressm.storage.history import load_history
 from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes
 from hf_compressm.training import start_checks
@@ -131,24 +131,31 @@ def test_compiled_code_survives_more_sizes_than_dynamo_would_recompile_for(tmp_p
     assert len(sizes) > torch._dynamo.config.recompile_limit
 
 
-@pytest.mark.parametrize("checkpoint", [4, 5, 8, 12])  # before, at, between and after the cuts
-@pytest.mark.parametrize(
-    "options", [{}, {"restore_callback_states_from_checkpoint": True}, {"gradient_accumulation_steps": 2}]
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"restore_callback_states_from_checkpoint": True}, {"gradient_accumulation_steps": 2}],
 )
-def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, dataset, checkpoint, options):
-    options = options | {"save_strategy": "steps", "save_steps": 1}
+def uninterrupted(request, tmp_path_factory, dataset):
+    """(trainer after its run, its data, its options); every step has left a checkpoint."""
+    install_scan()
+    options = request.param | {"save_strategy": "steps", "save_steps": 1}
     dataset = dataset.select(range(120))  # several epochs
-    uninterrupted = build_trainer(tmp_path / "a", dataset, [cutting_callback()], **options)
-    uninterrupted.train()
+    trainer = build_trainer(tmp_path_factory.mktemp("run"), dataset, [cutting_callback()], **options)
+    trainer.train()
+    return trainer, dataset, options
 
-    resumed = build_trainer(tmp_path / "b", dataset, [cutting_callback()], model=build_model(seed=1), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{checkpoint}"))
-    expected = losses_of(uninterrupted)
-    assert losses_of(resumed) == expected
-    assert_identical(weights_of(resumed.model), weights_of(uninterrupted.model))
+
+@pytest.mark.parametrize("checkpoint", [4, 5, 8, 12])  # before, at, between and after the cuts
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(uninterrupted, tmp_path, checkpoint):
+    whole, dataset, options = uninterrupted
+    folder = Path(whole.args.output_dir)
+    resumed = build_trainer(tmp_path, dataset, [cutting_callback()], model=build_model(seed=1), **options)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{checkpoint}"))
+    assert losses_of(resumed) == losses_of(whole)
+    assert_identical(weights_of(resumed.model), weights_of(whole.model))
     assert resumed.model.config.state_size == 4
 
-    histories = [load_history(tmp_path / run / "checkpoint-20") for run in "ab"]
+    histories = [load_history(run / "checkpoint-20") for run in (folder, tmp_path)]
     for left, right in zip(*(history.events for history in histories), strict=True):
         assert (left.step, left.kept_states, left.loss_after) == (right.step, right.kept_states, right.loss_after)
 
@@ -229,7 +236,7 @@ trainer = build_trainer({str(tmp_path / "b")!r}, load_from_disk({str(tmp_path / 
 trainer.train(resume_from_checkpoint={str(tmp_path / "a" / "checkpoint-14")!r})
 print(json.dumps(losses_of(trainer)))
 """
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    output = run_program(script).stdout
     assert json.loads(output.splitlines()[-1]) == {str(step): loss for step, loss in losses_of(trainer).items()}
 
 
