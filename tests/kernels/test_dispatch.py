@@ -1,7 +1,6 @@
 """Which scan serves, who may say so, and that compilers take it whole."""
 
 import os
-import sys
 
 import pytest
 import torch
