@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import save_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     MambaConfig,
@@ -30,6 +31,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_compressm import (
     CompreSSMConfig,
@@ -107,7 +109,7 @@ def from_origin(build):
         key = repr((seed, changes))
         if key not in saved:
             model, folder = build(seed, **changes), Path(SAVED_MODELS.name, f"{build.__name__}-{len(saved)}")
-            (model.bfloat16() if MODEL_ORIGIN == "bf16" else model).save_pretrained(folder)
+            _save(model.bfloat16() if MODEL_ORIGIN == "bf16" else model, folder)
             saved[key] = type(model), folder, torch.get_rng_state()
         kind, folder, random_numbers = saved[key]
         set_seed(seed)
@@ -116,6 +118,13 @@ def from_origin(build):
         return model
 
     return give
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    if not (folder / SAFE_WEIGHTS_NAME).exists():  # of several processes only the first writes files
+        model.config.save_pretrained(folder)
+        save_model(model, folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
 
 
 @from_origin

@@ -5,7 +5,7 @@ import torch
 from ..architectures import StateLayers
 from ..architectures.mamba_scan import scan_installed
 from ..config import CompreSSMConfig
-from ..engines import raise_in_all_processes, sum_over_processes
+from ..engines import can_run_unwrapped, raise_in_all_processes, sum_over_processes
 from .activations import collect_statistics
 from .calibration import undisturbed
 from .checks import can_measure_losses, split_batches
@@ -17,6 +17,8 @@ from .selective import check_tokens
 
 def try_analysis(layers: StateLayers, batches: list[Batch], config: CompreSSMConfig, loss: Loss | None = None) -> None:
     """Run forward passes as an analysis does, on as few batches as will do, and leave no trace.
+
+    A model that is compiled and sharded is spared them: FSDP2 takes the first module that runs for the root.
 
     Args:
         batches: as for `analyze`.
@@ -30,6 +32,8 @@ def try_analysis(layers: StateLayers, batches: list[Batch], config: CompreSSMCon
     statistics_batches, _, others = split_batches(layers, batches, config)
     with raise_in_all_processes():
         measures = can_measure_losses(config, objective, others)
+    if not can_run_unwrapped(layers.model):
+        return
     with undisturbed(layers.model), scan_installed():
         tokens = torch.zeros((), dtype=torch.float64, device=next(layers.model.parameters()).device)
         for batch in statistics_batches:

@@ -14,13 +14,23 @@ from .processes import (
     smallest_over_processes,
     sum_over_processes,
 )
-from .sharded import change_class, full_tensor, gathered_parameters, is_sharded, original_class, shard_like, to_local
+from .sharded import (
+    can_run_unwrapped,
+    change_class,
+    full_tensor,
+    gathered_parameters,
+    is_sharded,
+    original_class,
+    shard_like,
+    to_local,
+)
 from .training_arguments import check_engine, check_training_arguments, fsdp_is_asked
 from .wrappers import unwrap, unwrap_optimizer
 
 __all__ = [
     "Engine",
     "all_processes",
+    "can_run_unwrapped",
     "change_class",
     "check_engine",
     "check_replaceable",

@@ -21,6 +21,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def can_run_unwrapped(model: nn.Module) -> bool:
+    """Return whether an unwrapped model can be run before its wrapper was; a compiled one under FSDP2 cannot."""
+    return not is_sharded(model) or isinstance(model, FSDPModule)
+
+
 def check_sharding(model: nn.Module) -> None:
     """Refuse what was not tested, before anything is changed.
 
