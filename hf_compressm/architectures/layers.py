@@ -90,7 +90,7 @@ def _check_is_parameter(layers: StateLayers, index: int, path: str) -> None:
         ValueError: the tensor is parametrized, pruned or normalised.
     """
     module, name = layers.place(index, path)
-    if name not in module._parameters:
+    if name not in module._parameters and isinstance(getattr(module, name, None), Tensor):
         raise ValueError(
             f"layer {index}: {path} is no parameter but is computed from others, so it cannot be resized. Call "
             f"{_remedy(module, name)} on the {type_before_parametrizations(module).__name__} first."
