@@ -45,11 +45,8 @@ class Objective:
         return loss.reshape(()), count
 
     def forward(self, batch: Batch, overrides: Mapping[str, Tensor]) -> None:
-        """Run the model forward as its loss does; what the layers compute can be observed meanwhile."""
-        if self.own:
-            run(self.model, lambda: model_outputs(self.model, batch), overrides)
-        else:
-            self.loss(batch, overrides)
+        """Run the model alone forward on a batch, whatever a loss would run; its layers can be observed meanwhile."""
+        run(self.model, lambda: model_outputs(self.model, batch), overrides)
 
     def unknown_on(self, batches: list[Batch]) -> str | None:
         """Return why the loss of these batches is not known; None where it is, as that of any is to a function."""

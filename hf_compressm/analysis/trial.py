@@ -1,5 +1,8 @@
 """A trial runs the model once as an analysis will, before a training depends on it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from ..architectures import StateLayers
@@ -45,7 +48,8 @@ def try_analysis(layers: StateLayers, batches: list[Batch], config: CompreSSMCon
         if statistics_batches:
             check_tokens(int(tokens))
         if measures:
-            mean_loss(objective, others[:1], {})
+            with _explained(layers, others[0], "loss"):
+                mean_loss(objective, others[:1], {})
 
 
 def _observed_tokens(layers: StateLayers, batch: Batch, objective: Objective) -> int:
@@ -54,17 +58,8 @@ def _observed_tokens(layers: StateLayers, batch: Batch, objective: Objective) ->
     Raises:
         ValueError: the forward pass failed, or passed a layer by.
     """
-    try:
+    with _explained(layers, batch, "forward pass"):
         statistics = collect_statistics(layers, [batch], objective)
-    except ValueError:
-        raise
-    except Exception as error:
-        shapes = {name: tuple(value.shape) for name, value in batch.items()}
-        raise ValueError(
-            f"{type(layers.model).__name__} cannot be analysed: its forward pass on a calibration batch of {shapes} "
-            f"failed with {type(error).__name__}: {error}. Give batches as the model is trained on; in Trainer a "
-            "calibration_loader, and callback.attach(trainer)."
-        ) from error
     tokens = {index: int(each.tokens) for index, each in statistics.items()}
     if len(set(map(bool, tokens.values()))) > 1:
         passed = [index for index, count in tokens.items() if count == 0]
@@ -73,3 +68,23 @@ def _observed_tokens(layers: StateLayers, batch: Batch, objective: Objective) ->
             "models that run all their layers can be analysed."
         )
     return next(iter(tokens.values()))
+
+
+@contextmanager
+def _explained(layers: StateLayers, batch: Batch, what: str) -> Iterator[None]:
+    """Turn whatever error a model or a loss raises within the block into one that says what was tried.
+
+    Raises:
+        ValueError: the block raised something.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        shapes = {name: tuple(value.shape) for name, value in batch.items()}
+        raise ValueError(
+            f"{type(layers.model).__name__} cannot be analysed: its {what} on a calibration batch of {shapes} failed "
+            f"with {type(error).__name__}: {error}. Give batches as the model is trained on; in Trainer a "
+            "calibration_loader of such, and callback.attach(trainer)."
+        ) from error
