@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from operator import attrgetter
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..engines import full_tensor, is_sharded
 from ..kernels import effective_time_step, sampled_scan, selective_scan
 from ..theory.selective import LayerInputs, Statistics
 from .collate import Batch
-from .objective import Objective
+from .objective import model_outputs, run
 
 Observe = Callable[..., tuple[Tensor, Tensor]]  # (layer, attention mask, *arguments of a scan) → y, h_L
 
@@ -20,7 +21,7 @@ class _StopForward(Exception):  # noqa: N818
     """It ends a forward pass whose later layers are not needed."""
 
 
-def collect_statistics(layers: StateLayers, batches: list[Batch], objective: Objective) -> dict[int, Statistics]:
+def collect_statistics(layers: StateLayers, batches: list[Batch]) -> dict[int, Statistics]:
     """Return layer → `Statistics` over the batches, from forward passes of a model in eval mode."""
     family, statistics, weights = layers.family, {}, {}
     for index, mixer in layers.items():
@@ -34,12 +35,12 @@ def collect_statistics(layers: StateLayers, batches: list[Batch], objective: Obj
         statistics[index].accumulate(**sample, channel_weight=weights[index], mask=counted)
         return y, last_state
 
-    observe_layers(layers, batches, objective, {}, observe)
+    observe_layers(layers, batches, {}, observe)
     return statistics
 
 
 def layer_inputs(
-    layers: StateLayers, batches: list[Batch], objective: Objective, index: int, overrides: dict[str, Tensor]
+    layers: StateLayers, batches: list[Batch], index: int, overrides: dict[str, Tensor]
 ) -> list[LayerInputs]:
     """Return what the scan of one layer is given, by batch, in a model with some parameters overridden.
 
@@ -55,13 +56,11 @@ def layer_inputs(
         options = {"return_last_state": True}
         return selective_scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, **options)
 
-    observe_layers(layers, batches, objective, overrides, observe)
+    observe_layers(layers, batches, overrides, observe)
     return inputs
 
 
-def observe_layers(
-    layers: StateLayers, batches: list[Batch], objective: Objective, overrides: dict[str, Tensor], observe: Observe
-) -> None:
+def observe_layers(layers: StateLayers, batches: list[Batch], overrides: dict[str, Tensor], observe: Observe) -> None:
     """Run forward passes in which `observe` takes the place of every scan."""
     running: list[int] = []  # the layer whose scan comes next
     handles = [
@@ -74,7 +73,7 @@ def observe_layers(
             for batch in batches:
                 mask = batch.get("attention_mask")
                 with suppress(_StopForward):
-                    objective.forward(batch, overrides)
+                    run(layers.model, partial(model_outputs, layers.model, batch), overrides)
     finally:
         for handle in handles:
             handle.remove()

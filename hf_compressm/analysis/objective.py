@@ -44,10 +44,6 @@ class Objective:
             raise ValueError(f"the loss of a batch is of {given}; allowed: a tensor with one element, the mean.")
         return loss.reshape(()), count
 
-    def forward(self, batch: Batch, overrides: Mapping[str, Tensor]) -> None:
-        """Run the model alone forward on a batch, whatever a loss would run; its layers can be observed meanwhile."""
-        run(self.model, lambda: model_outputs(self.model, batch), overrides)
-
     def unknown_on(self, batches: list[Batch]) -> str | None:
         """Return why the loss of these batches is not known; None where it is, as that of any is to a function."""
         if not self.own:

@@ -45,7 +45,7 @@ def refitted(
         earlier = masked_parameters(layers, {i: entry for i, entry in result.items() if i < index})
         whole, output = whole_maps(layers, index), layers.family.layer_output(layers[index])
         with raise_in_all_processes():
-            inputs = [layer_inputs(layers, batches, objective, index, earlier) for batches in (data, held_out)]
+            inputs = [layer_inputs(layers, batches, index, earlier) for batches in (data, held_out)]
         error, held_out_error = (OutputError(whole, output, some, sum_over_processes) for some in inputs)
         kept, start = plan[index].kept_states, plan[index].maps_after_cut(whole)
         fitted = fit_states(error, held_out_error, start, covariances[index][kept][:, kept])

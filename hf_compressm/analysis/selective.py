@@ -66,7 +66,7 @@ class SelectiveAnalysis:
         self.criterion, self.score_power = criterion_name(criterion), score_power(criterion)
         self.compensate = config.compensate
         with raise_in_all_processes():
-            self.statistics = collect_statistics(layers, batches, objective)
+            self.statistics = collect_statistics(layers, batches)
         for statistics in self.statistics.values():
             sum_over_processes(vars(statistics).values())
         self.tokens = int(next(iter(self.statistics.values())).tokens)

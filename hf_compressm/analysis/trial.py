@@ -41,7 +41,7 @@ def try_analysis(layers: StateLayers, batches: list[Batch], config: CompreSSMCon
         tokens = torch.zeros((), dtype=torch.float64, device=next(layers.model.parameters()).device)
         for batch in statistics_batches:
             with raise_in_all_processes():
-                tokens += _observed_tokens(layers, batch, objective)
+                tokens += _observed_tokens(layers, batch)
             sum_over_processes([tokens])  # all processes have to run forward as often
             if tokens > 0:
                 break
@@ -52,14 +52,14 @@ def try_analysis(layers: StateLayers, batches: list[Batch], config: CompreSSMCon
                 mean_loss(objective, others[:1], {})
 
 
-def _observed_tokens(layers: StateLayers, batch: Batch, objective: Objective) -> int:
+def _observed_tokens(layers: StateLayers, batch: Batch) -> int:
     """Return at how many positions states were sampled.
 
     Raises:
         ValueError: the forward pass failed, or passed a layer by.
     """
     with _explained(layers, batch, "forward pass"):
-        statistics = collect_statistics(layers, [batch], objective)
+        statistics = collect_statistics(layers, [batch])
     tokens = {index: int(each.tokens) for index, each in statistics.items()}
     if len(set(map(bool, tokens.values()))) > 1:
         passed = [index for index, count in tokens.items() if count == 0]

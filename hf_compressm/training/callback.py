@@ -204,6 +204,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Refuse what could not be done when a cut is due."""
         check_trainer(args, state, model, self.trainer)
         self._layers = state_layers(Engine(self._as_wrapped(model)).model)
+        check_other_callbacks(self.trainer, self._layers)
         check_state_tensors(self._layers, unwrap_optimizer(optimizer))
         check_companions(self.companions, args, self._layers)
         check_not_rebuilt({name: getattr(self, name) for name in self.needs})
@@ -260,12 +261,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _cut(self, state: TrainerState, model, optimizer, due: DueEvent) -> None:
         started = time.perf_counter()
         with raise_in_all_processes():
-            if self.trainer is not None:
-                check_other_callbacks(self.trainer, self._layers)
+            check_other_callbacks(self.trainer, self._layers)
             batches = self._calibration.draw(state.global_step)
         model = self._as_wrapped(model)
-        report = analyze(model, batches, due.config, self._loss(batches))
-        report = self._without_another_loss(report, batches, state)
+        loss = self._loss(batches)
+        report = analyze(model, batches, due.config, loss)
+        if loss is None and self.calibration_loader is None:
+            report = self._without_another_loss(report, state)
         if self._rollback is not None and report.is_cut:
             self._rollback.take_snapshot(state, self.history, model, optimizer, report)
         event = compress(model, report, optimizer, step=state.global_step, companions=self.companions)
@@ -285,14 +287,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Return the loss that is trained, if it is not the model's own loss of batches with labels."""
         return loss_of_trainer(self.trainer, batches[0], is_training_data=self.calibration_loader is None)
 
-    def _without_another_loss(self, report: StateReport, batches: list[Batch], state: TrainerState) -> StateReport:
+    def _without_another_loss(self, report: StateReport, state: TrainerState) -> StateReport:
         """Refuse a plan that was made by a loss that is not trained, and strike out losses that are only shown.
 
         Raises:
             ValueError: such a loss decided.
         """
-        if self.calibration_loader is not None or self._loss(batches) is not None:
-            return report
         reason = another_loss(report.loss_before, state)
         if reason is None:
             return report

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..architectures import StateLayers, state_layers, state_sizes
+from ..architectures import StateLayers, state_sizes
 from ..config import CompreSSMConfig
 from ..engines import check_training_arguments, unwrap
 from ..storage.history import History
@@ -25,8 +25,7 @@ def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module
         trainer: the Trainer that the callback is attached to, if any.
 
     Raises:
-        ValueError: an option or a callback of the Trainer does not go together with cuts, or another Trainer is
-            running.
+        ValueError: an option of the Trainer does not go together with cuts, or another Trainer is running.
     """
     check_training_arguments(args, model, attached=trainer is not None)
     if state.is_hyper_param_search:
@@ -37,11 +36,9 @@ def check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module
         raise ValueError("push_to_hub=True: call callback.attach(trainer), so that pushes carry the history.")
     if trainer is not None and unwrap(trainer.model_wrapped) is not unwrap(model):
         raise ValueError("the callback is attached to another trainer: make one for each.")
-    if trainer is not None:
-        check_other_callbacks(trainer, state_layers(unwrap(model)))
 
 
-def check_other_callbacks(trainer: Trainer, layers: StateLayers) -> None:
+def check_other_callbacks(trainer: Trainer | None, layers: StateLayers) -> None:
     """Refuse callbacks that hold copies of the weights, or the parameters themselves, which would keep their size.
 
     What a callback makes in `on_train_begin`, after that of ours, can be seen from the first step on only.
@@ -49,6 +46,8 @@ def check_other_callbacks(trainer: Trainer, layers: StateLayers) -> None:
     Raises:
         ValueError: a callback holds a model, or tensors in a list or dict, with shapes like those of the layers.
     """
+    if trainer is None:
+        return
     shapes = {parameter.shape for index in layers for parameter in layers.parameters(index).values()}
     models = [layers.model, *trainer.state_size_callback.companions]
     following = {parameter for model in models for parameter in model.parameters()}

@@ -70,7 +70,7 @@ def test_the_error_is_that_of_the_layers_output(model, batches):
     with undisturbed(model):
         plan = analyze(model, with_labels(batches), replace(CONFIG, refit=False)).plan
         whole = layers.family.maps(layers.whole_tensors(1), mixer)
-        (inputs,) = layer_inputs(layers, [batch], Objective(layers.model), 1, {})
+        (inputs,) = layer_inputs(layers, [batch], 1, {})
         error = OutputError(whole, layers.family.layer_output(mixer), [inputs], sum_over_processes)
 
         seen = {}
@@ -119,15 +119,13 @@ def test_a_layer_is_fitted_behind_those_before_it_as_they_will_be(model, batches
     plan = {index: replace(entry, refit=None) for index, entry in report.plan.items()}
     with undisturbed(model):
         before = masked_parameters(layers, {0: report.plan[0]})
-        inputs = [
-            layer_inputs(layers, some, Objective(layers.model), 1, before) for some in (batches[0:6:3], batches[1:6:3])
-        ]
+        inputs = [layer_inputs(layers, some, 1, before) for some in (batches[0:6:3], batches[1:6:3])]
         whole = layers.family.maps(layers.whole_tensors(1), mixer)
         error, judge = (
             OutputError(whole, layers.family.layer_output(mixer), some, sum_over_processes) for some in inputs
         )
         keep, start = plan[1].kept_states, plan[1].maps_after_cut(whole)
-        covariance = collect_statistics(layers, batches[0:6:3], Objective(layers.model))[1].gated_covariance
+        covariance = collect_statistics(layers, batches[0:6:3])[1].gated_covariance
         fitted = fit_states(error, judge, start, covariance[keep][:, keep])
     for added, new, old in zip(report.plan[1].refit, fitted, start, strict=True):
         torch.testing.assert_close(added, new - old, rtol=1e-3, atol=1e-5)
