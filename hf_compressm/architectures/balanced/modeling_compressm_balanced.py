@@ -134,22 +134,17 @@ class BalancedMixer:
 
     def scan(self, x: Tensor, time_step: Tensor, B: Tensor, C: Tensor, cache, kwargs: dict) -> Tensor:
         """Return the output of the scan, (batch, L, heads p), of x (batch, L, heads, p) and B, C (batch, L, G, r)."""
-        A, D, bias = -torch.exp(self.A_log.float()), self.D, self.dt_bias
+        A, D, bias, kwargs = -self.A_log.float().exp(), self.D, self.dt_bias, {"dt_softplus": True, **kwargs}
         state = None if cache is None else cache.get_recurrent_state(self.layer_idx, state_idx=0)
-        kwargs = {"z": None, "dt_softplus": True, **kwargs}
         if state is not None and x.shape[1] == 1:
-            A, D, bias, time_step = (
-                each[..., None].expand(*each.shape, self.head_dim) for each in (A, D, bias, time_step[:, 0])
-            )
-            A = A[..., None].expand(*A.shape, B.shape[-1])
-            y = self.functions.mamba2_selective_state_update(
-                state, x[:, 0], time_step, A, B[:, 0], C[:, 0], D, dt_bias=bias, **kwargs
-            )
+            of_heads = (time_step[:, 0], A, D, bias)
+            time_step, A, D, bias = (each[..., None].expand(*each.shape, self.head_dim) for each in of_heads)
+            step = (x[:, 0], time_step, A[..., None].expand(*A.shape, B.shape[-1]), B[:, 0], C[:, 0], D)
+            y = self.functions.mamba2_selective_state_update(state, *step, z=None, dt_bias=bias, **kwargs)
             return y.flatten(1)[:, None]
-        options = {"chunk_size": self.chunk_size, "dt_limit": self.time_step_limit, "initial_states": state}
-        y = self.functions.mamba2_chunk_scan(
-            x, time_step, A, B, C, D=D, dt_bias=bias, return_final_states=cache is not None, **options, **kwargs
-        )
+        kwargs |= {"z": None, "return_final_states": cache is not None, "initial_states": state}
+        kwargs |= {"D": D, "dt_bias": bias, "dt_limit": self.time_step_limit, "chunk_size": self.chunk_size}
+        y = self.functions.mamba2_chunk_scan(x, time_step, A, B, C, **kwargs)
         if cache is not None:
             y, state = y
             cache.update_recurrent_state(state, layer_idx=self.layer_idx)
@@ -263,6 +258,14 @@ class CompreSSMFalconH1Model(BalancedModel, falcon_h1.FalconH1Model):
     """A Falcon-H1 with a balanced state."""
 
     config: CompreSSMFalconH1Config
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(
+            module, BalancedMixer
+        ):  # Transformers does not ask the model itself, as it is no class of its own
+            init.copy_(module.mup_vector, falcon_h1.compute_mup_vector(self.config))
 
 
 class CompreSSMFalconH1ForCausalLM(BalancedModel, falcon_h1.FalconH1ForCausalLM, GenerationMixin):
