@@ -5,9 +5,8 @@ a head, so it commutes with every change of basis: with B̃_t = W B_t and C̃_t 
 the smaller state is exactly H̃_t = H_t Wᵀ at every t. Each mixer has W and V for each of its groups as `B_proj` and
 `C_proj`, (G, r, N). They act after the convolution, the SiLU and the padding mask.
 
-`config.balanced_state_size` holds r: a number for all layers that have a state, or a list with an entry for each of
-them. None stands for a layer that does not project: its parameters are identities that are not used, and it computes
-what the layer of Transformers computes, bit for bit.
+`config.balanced_state_size` is r: a number for all layers that have a state, or a list with an entry for each. With
+None a layer does not project: its parameters are identities without use, and it is Transformers' layer bit for bit.
 
 This file needs nothing but transformers. It is saved beside the weights of every such model, so that
 `from_pretrained(..., trust_remote_code=True)` works where hf_compressm is not installed.
@@ -20,7 +19,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -76,11 +74,7 @@ class BalancedMixer:
     reduced_state_size: int | None = None  # r; None while the mixer does not project
 
     def add_projections(self, size: int | None) -> None:
-        """Register `B_proj` and `C_proj`, the first rows of identities, in the dtype of `in_proj.weight`.
-
-        Args:
-            size: r; None for parameters of N rows that are not used.
-        """
+        """Register `B_proj` and `C_proj`, identities cut to r = `size` rows; None leaves them whole, and without use."""
         shape = self.n_groups, size or self.ssm_state_size, self.ssm_state_size
         for name in ("B_proj", "C_proj"):
             setattr(self, name, nn.Parameter(self.in_proj.weight.new_empty(shape)))
@@ -97,32 +91,32 @@ class BalancedMixer:
         """Return what the layer adds to the residual stream, (batch, L, hidden size), for an input of that shape."""
         if self.reduced_state_size is None:
             return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
-        return self.forward_projected(hidden_states, cache_params, attention_mask, **kwargs)
+        return self._forward_projected(hidden_states, cache_params, attention_mask, **kwargs)
 
     @force_accelerate_hooks("conv1d")  # its weight is used without its forward
-    def forward_projected(self, hidden_states, cache_params, attention_mask, **kwargs):
+    def _forward_projected(self, hidden_states, cache_params, attention_mask, **kwargs):
         """Return what the layer adds with B and C projected; the state in the cache is (batch, heads, p, r)."""
         dtype, mask = hidden_states.dtype, self.functions.apply_mask_to_padding_states
-        projected = self.project_input(mask(hidden_states, attention_mask))
+        projected = self._project_input(mask(hidden_states, attention_mask))
         gate, xBC, time_step = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-        xBC = mask(self.convolve(xBC.transpose(1, 2), cache_params, kwargs).transpose(1, 2), attention_mask)
+        xBC = mask(self._convolve(xBC.transpose(1, 2), cache_params, kwargs).transpose(1, 2), attention_mask)
         states = self.n_groups * self.ssm_state_size
         x, B, C = xBC.split([self.intermediate_size, states, states], dim=-1)
         B, C = (each.unflatten(-1, (self.n_groups, self.ssm_state_size)) for each in (B, C))
         B = torch.einsum("blgn,grn->blgr", B, self.B_proj)
         C = torch.einsum("blgn,grn->blgr", C, self.C_proj)
-        y = self.scan(x.unflatten(-1, (self.num_heads, self.head_dim)), time_step, B, C, cache_params, kwargs)
-        return self.out_proj(self.gate_output(y, gate).to(dtype))
+        y = self._scan(x.unflatten(-1, (self.num_heads, self.head_dim)), time_step, B, C, cache_params, kwargs)
+        return self.out_proj(self._gate_output(y, gate).to(dtype))
 
-    def project_input(self, hidden_states: Tensor) -> Tensor:
+    def _project_input(self, hidden_states: Tensor) -> Tensor:
         """Return gate, x, B, C and Δ before the convolution, side by side."""
         return self.in_proj(hidden_states)
 
-    def gate_output(self, y: Tensor, gate: Tensor) -> Tensor:
+    def _gate_output(self, y: Tensor, gate: Tensor) -> Tensor:
         """Return the output of the scan, gated and normalised."""
         return self.norm(y, gate)
 
-    def convolve(self, xBC: Tensor, cache, kwargs: dict) -> Tensor:
+    def _convolve(self, xBC: Tensor, cache, kwargs: dict) -> Tensor:
         """Return silu(conv(xBC)), (batch, channels, L); the cache keeps the inputs that the next call needs."""
         weights, length = (self.conv1d.weight.squeeze(1), self.conv1d.bias), xBC.shape[-1]
         if cache is not None:
@@ -132,7 +126,7 @@ class BalancedMixer:
             xBC = cache.update_conv_state(xBC, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         return self.functions.causal_conv1d_fn(xBC, *weights, activation=self.activation, **kwargs)[..., -length:]
 
-    def scan(self, x: Tensor, time_step: Tensor, B: Tensor, C: Tensor, cache, kwargs: dict) -> Tensor:
+    def _scan(self, x: Tensor, time_step: Tensor, B: Tensor, C: Tensor, cache, kwargs: dict) -> Tensor:
         """Return the output of the scan, (batch, L, heads p), of x (batch, L, heads, p) and B, C (batch, L, G, r)."""
         A, D, bias, kwargs = -self.A_log.float().exp(), self.D, self.dt_bias, {"dt_softplus": True, **kwargs}
         state = None if cache is None else cache.get_recurrent_state(self.layer_idx, state_idx=0)
@@ -245,13 +239,11 @@ class CompreSSMFalconH1Mixer(BalancedMixer, falcon_h1.FalconH1Mixer):
 
     functions = falcon_h1
 
-    def project_input(self, hidden_states: Tensor) -> Tensor:
-        """Return gate, x, B, C and Δ before the convolution, each with its multiplier."""
+    def _project_input(self, hidden_states: Tensor) -> Tensor:
         return self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
 
-    def gate_output(self, y: Tensor, gate: Tensor) -> Tensor:
-        """Return the output of the scan, gated, and normalised where the model has a norm."""
-        return self.norm(y, gate) if self.mamba_rms_norm else y * F.silu(gate)
+    def _gate_output(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.norm(y, gate) if self.mamba_rms_norm else y * nn.functional.silu(gate)
 
 
 class CompreSSMFalconH1Model(BalancedModel, falcon_h1.FalconH1Model):
@@ -262,9 +254,7 @@ class CompreSSMFalconH1Model(BalancedModel, falcon_h1.FalconH1Model):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(
-            module, BalancedMixer
-        ):  # Transformers does not ask the model itself, as it is no class of its own
+        if isinstance(module, BalancedMixer):  # Transformers asks only modules that have tensors
             init.copy_(module.mup_vector, falcon_h1.compute_mup_vector(self.config))
 
 
@@ -350,11 +340,8 @@ class CompreSSMZamba2ForCausalLM(BalancedModel, zamba2.Zamba2ForCausalLM, Genera
 
 
 # Configurations, mixers and models of Transformers → those of this file that are derived from them, and back.
-BALANCED_CLASSES = {
-    balanced.__bases__[1]: balanced
-    for kind in (BalancedConfig, BalancedMixer, BalancedModel)
-    for balanced in kind.__subclasses__()
-}
+_KINDS = (BalancedConfig, BalancedMixer, BalancedModel)
+BALANCED_CLASSES = {balanced.__bases__[1]: balanced for kind in _KINDS for balanced in kind.__subclasses__()}
 PLAIN_CLASSES = {balanced: plain for plain, balanced in BALANCED_CLASSES.items()}
 
 for plain, balanced in BALANCED_CLASSES.items():  # files name the weights as those of the plain models do
