@@ -10,6 +10,7 @@ from .console.environment import env_report
 from .reduction import analyze, compress
 from .sharing.hub import push_compressed
 from .sharing.model_card import CardDetails
+from .surgery.basis import prepare
 from .surgery.optimizer_state import parameter_groups
 from .theory import hankel
 from .training.callback import CompreSSMCallback
@@ -32,6 +33,7 @@ __all__ = [
     "hankel",
     "install_scan",
     "parameter_groups",
+    "prepare",
     "push_compressed",
     "uninstall_scan",
 ]

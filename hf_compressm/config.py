@@ -3,10 +3,18 @@
 from dataclasses import dataclass, field, replace
 
 from .theory.criteria import CRITERIA, SELECTIONS, Criterion, criterion_name
+from .theory.group_criteria import GROUP_CRITERIA
 
 GOALS = ("tolerance", "target_state_size", "loss_budget", "cut_fraction")
 ALLOCATIONS = ("uniform", "per_layer", "global")
-CHOICES = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "selection": SELECTIONS}  # field → its choices
+BASES = ("axis", "balanced")
+SCORES = tuple(CRITERIA | GROUP_CRITERIA)
+CHOICES = {  # field → its choices
+    "criterion": SCORES,
+    "allocation": ALLOCATIONS,
+    "selection": SELECTIONS,
+    "basis": BASES,
+}
 
 
 def option(default, text: str):
@@ -46,9 +54,16 @@ class CompreSSMConfig:
     criterion: Criterion | str | None = field(
         default=None,
         metadata={
-            "help": f"Score by which the states of a Mamba are ranked: {', '.join(CRITERIA)}. By default 'output'; an "
-            "LRU has its Hankel singular values. In Python also a function from LayerStates to a score per state."
+            "help": f"Score by which states are ranked in the basis 'axis': for Mamba-1 {', '.join(CRITERIA)}; for "
+            f"Mamba-2 {', '.join(GROUP_CRITERIA)}. By default 'output'. In the basis 'balanced' Hankel singular "
+            "values rank them. In Python also a function from LayerStates or GroupStates to a score per state."
         },
+    )
+    basis: str | None = option(
+        None,
+        "'axis': a cut keeps some of a layer's coordinates, and the model stays one that every tool loads; "
+        "'balanced': it keeps the balanced states of largest Hankel singular value. Mamba-2 and the hybrids have both, by default "
+        "'axis'; Mamba-1 has 'axis', an LRU 'balanced'.",
     )
     selection: str = option(
         "largest", f"Which of the ranked states are kept, in that number: {', '.join(SELECTIONS)}. For ablations."
@@ -102,6 +117,12 @@ class CompreSSMConfig:
         require(not self.refit or batches >= 3, "calibration_batches", batches, "at least 3 with refit = True")
         pairs = self.recall_pairs
         require(pairs == 0 or is_count(pairs), "recall_pairs", pairs, "a whole number, 0 for none")
+        require(
+            self.basis != "balanced" or self.criterion is None,
+            "criterion",
+            self.criterion,
+            "none with basis = 'balanced': Hankel singular values rank the states",
+        )
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             optional = (value is None and name != "selection") or (name == "criterion" and callable(value))
@@ -125,8 +146,8 @@ class CompreSSMConfig:
         """Refuse a criterion of the user's own whose name is taken, since records know it by its name."""
         if callable(self.criterion):
             name = criterion_name(self.criterion)
-            is_own_name = CRITERIA.get(name, self.criterion) is self.criterion
-            require(is_own_name, "criterion", self.criterion, f"a name that is not one of {', '.join(CRITERIA)}")
+            is_own_name = self.criterion in (CRITERIA.get(name), GROUP_CRITERIA.get(name)) or name not in SCORES
+            require(is_own_name, "criterion", self.criterion, f"a name that is not one of {', '.join(SCORES)}")
 
     def _check_target(self) -> None:
         target = self.target_state_size
@@ -151,7 +172,7 @@ class CompreSSMConfig:
             ValueError: the criterion is the user's own, and only its name is known.
         """
         criterion = content.get("criterion")
-        if criterion is not None and criterion not in CRITERIA:
+        if criterion is not None and criterion not in SCORES:
             raise ValueError(
                 f"criterion = '{criterion}' is a function of your own, and only its name was kept: build the "
                 "configuration with the function; in Trainer leave restore_callback_states_from_checkpoint at False."

@@ -5,6 +5,7 @@ The callback, the scripts and any hand-written training loop all go through thes
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 
@@ -18,15 +19,16 @@ from .analysis.masking import masked_parameters
 from .analysis.objective import Loss, Objective
 from .analysis.recall import RecallProbe
 from .analysis.states import StateAnalysis, analyze_states
-from .architectures import state_layers
+from .architectures import StateLayers, state_layers
 from .architectures.mamba_scan import scan_installed
 from .config import CompreSSMConfig
 from .engines import from_first_process, raise_in_all_processes, unwrap
 from .report import StateReport
 from .storage.records import ReductionEvent
+from .surgery.basis import in_basis, prepared_for
 from .surgery.checks import check_state_tensors
 from .surgery.shrink_and_grow import shrink_state
-from .theory.criteria import squared_errors
+from .theory.criteria import scores_by_rank, squared_errors
 from .theory.plan import plan_fingerprint
 
 
@@ -57,16 +59,23 @@ def analyze(
     """
     started = time.perf_counter()
     model, config_of_first = unwrap(model), from_first_process(config.to_dict())
-    with raise_in_all_processes():
-        if config.to_dict() != config_of_first:
-            raise ValueError(
-                f"the processes were given different configurations: {config_of_first} and {config.to_dict()}."
-            )
-        layers = state_layers(model)
-        check_state_tensors(layers)
-        check_config(config, layers)
-        sizes = layers.sizes
-    objective = Objective(model, loss)
+    with ExitStack() as stack:
+        with raise_in_all_processes():
+            if config.to_dict() != config_of_first:
+                raise ValueError(
+                    f"the processes were given different configurations: {config_of_first} and {config.to_dict()}."
+                )
+            layers = stack.enter_context(in_basis(model, config.basis))
+            check_state_tensors(layers)
+            check_config(config, layers)
+        return _analyze(layers, batches, config, Objective(model, loss), started)
+
+
+def _analyze(
+    layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig, objective: Objective, started: float
+) -> StateReport:
+    """Do what `analyze` says, of layers in the basis of the configuration."""
+    model, sizes = layers.model, layers.sizes
     statistics_batches, held_out, others = split_batches(layers, batches, config)
     with raise_in_all_processes():
         loss_batches = others if can_measure_losses(config, objective, others) else []
@@ -77,7 +86,7 @@ def analyze(
         allocation = allocation_of(config, layers)
         chosen = choose_sizes(
             config,
-            analysis.scores,
+            {index: scores_by_rank(scores) for index, scores in analysis.scores.items()},
             allocation,
             loss_of=lambda some: losses.loss(analysis.plan(sizes | some)),
             errors=_squared_errors(analysis) if allocation == "global" else None,
@@ -161,7 +170,8 @@ def compress(
     try:
         report.applied = True
         if report.is_cut:
-            shrink_state(model, report.plan, optimizer, companions)
+            with prepared_for(report.config.basis, model, optimizer, companions):
+                shrink_state(model, report.plan, optimizer, companions)
     except BaseException:
         report.applied = layers.sizes != sizes  # an interrupt may come just after the cut
         raise

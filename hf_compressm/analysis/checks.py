@@ -37,10 +37,18 @@ def check_config(config: CompreSSMConfig, layers: StateLayers) -> None:
             f"skip_layers = {config.skip_layers}; allowed: some of the layers {list(layers)}, in a model where each "
             "may have a size of its own."
         )
-    if config.criterion is not None and not family.needs_data:
+    if config.basis is not None and config.basis not in family.bases:
+        raise ValueError(
+            f"basis = '{config.basis}'; a model of type '{model_type}' has {', '.join(family.bases)}: leave it out."
+        )
+    if config.criterion is not None and not family.criteria:
         raise ValueError(
             f"criterion = '{criterion_name(config.criterion)}'; the states of model type '{model_type}' are ranked by "
             "their Hankel singular values: leave it out."
+        )
+    if isinstance(config.criterion, str) and config.criterion not in family.criteria:
+        raise ValueError(
+            f"criterion = '{config.criterion}'; allowed for model type '{model_type}': {', '.join(family.criteria)}."
         )
     if config.refit and not family.can_refit:
         raise ValueError(f"refit = True; a model of type '{model_type}' is balanced instead: leave it out.")
@@ -49,7 +57,7 @@ def check_config(config: CompreSSMConfig, layers: StateLayers) -> None:
             f"allocation = 'global'; the layers of model type '{model_type}' are reduced from their weights alone, "
             "without the losses that would compare them: allowed are 'per_layer' and 'uniform'."
         )
-    if config.criterion in (taylor, taylor.__name__):
+    if config.criterion is not None and criterion_name(config.criterion) == taylor.__name__:
         check_gradients(layers.model)
     if config.recall_pairs:
         check_recall(layers.model, config.recall_pairs)

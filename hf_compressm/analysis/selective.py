@@ -126,7 +126,9 @@ def state_gradients(layers: StateLayers, batches: list[Batch], objective: Object
     reason = objective.unknown_on(batches)
     if reason is not None:
         raise ValueError(f"the criterion asks for the gradients of the loss, and {reason}: give analyze(…, loss=…).")
-    names = {index: {path: layers.parameter_name(index, path) for path in layers.family.tensors} for index in layers}
+    names = {
+        index: {path: layers.parameter_name(index, path) for path in layers.parameters(index)} for index in layers
+    }
     gradients = loss_gradients(objective, batches, [name for paths in names.values() for name in paths.values()])
     return {index: {path: gradients[name] for path, name in paths.items()} for index, paths in names.items()}
 
@@ -161,9 +163,19 @@ def score_states(
         generator = seeded_generator(seed, index)
         layer = LayerStates(statistics[index], maps.B_rows, maps.C_rows, gradient_rows, generator)
         scores[index] = state_scores(criterion, layer)
-        if not torch.isfinite(scores[index]).all() or scores[index].sum() <= 0:
+    check_scores(scores)
+    return scores
+
+
+def check_scores(scores: dict[int, Tensor]) -> None:
+    """Refuse scores that rank nothing.
+
+    Raises:
+        ValueError: a score is not finite, or all scores of a layer are zero.
+    """
+    for index, of_layer in scores.items():
+        if not torch.isfinite(of_layer).all() or of_layer.sum() <= 0:
             raise ValueError(
                 f"layer {index}: the state scores are not finite, or all zero. The model's activations overflow or "
                 "its weights are degenerate; nothing was changed."
             )
-    return scores

@@ -5,10 +5,13 @@ from typing import Protocol
 from torch import Tensor
 
 from ..architectures import StateLayers
+from ..architectures.scalar_decay import ScalarDecayFamily
+from ..architectures.time_invariant import TimeInvariantFamily
 from ..config import CompreSSMConfig
 from ..theory.plan import Plan
 from .collate import Batch
 from .objective import Objective
+from .scalar_decay import ScalarDecayAnalysis
 from .selective import SelectiveAnalysis
 from .time_invariant import TimeInvariantAnalysis
 
@@ -21,9 +24,11 @@ class StateAnalysis(Protocol):
         score_power: 1 where a score is the amplitude of an error, 2 where it is the square of one.
         compensate: whether kept states make up for dropped ones.
         tokens: calibration tokens behind the statistics; 0 where none were needed.
-        scores: layer → score of each state, (N,): in stored order, or of the balanced states, descending.
+        scores: layer → score of each state, (N,): in stored order, or of the balanced states, descending; for groups
+            of heads in stored order (G, N).
         covariances: layer → Π, how far states predict each other, (N, N); None where balanced states do not.
-        gramians: layer → (P, Q), (N, N) each, of which the singular values are; None where there are only surrogates.
+        gramians: layer → (P, Q), (N, N) or for groups of heads (G, N, N) each, of which the singular values are; None
+            where there are only surrogates.
     """
 
     criterion: str
@@ -51,6 +56,7 @@ def analyze_states(
     held_out: list[Batch] | None = None,
 ) -> StateAnalysis:
     """Make the analysis that the architecture asks for, of a model in eval mode."""
-    if layers.family.needs_data:
-        return SelectiveAnalysis(layers, batches, config, objective, held_out)
-    return TimeInvariantAnalysis(layers, config)
+    if isinstance(layers.family, TimeInvariantFamily):
+        return TimeInvariantAnalysis(layers, config)
+    kind = ScalarDecayAnalysis if isinstance(layers.family, ScalarDecayFamily) else SelectiveAnalysis
+    return kind(layers, batches, config, objective, held_out)

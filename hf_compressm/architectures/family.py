@@ -10,7 +10,7 @@ parameter within the mixer, such as `x_proj.weight`.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..engines import full_tensor
-from ..theory.plan import PlanEntry, Projection, Selection
+from ..theory.criteria import CRITERIA
+from ..theory.plan import PlanEntry, Selection
 from ..theory.selective import LayerInputs, StateMaps, complement
 
 # An observer runs a scan in the place of the model. It takes the scan's arguments by position, (u, time_step, A, B, C,
@@ -48,10 +49,12 @@ class StateTensor(NamedTuple):
     Attributes:
         axis: the state axis.
         blocks: the blocks along that axis, in order; by default, one entry for each state and nothing else.
+        is_optional: True where some mixers of the family lack the parameter, such as a bias.
     """
 
     axis: int
     blocks: tuple[Block, ...] = (Block("state"),)
+    is_optional: bool = False
 
 
 class Family(ABC):
@@ -70,6 +73,9 @@ class Family(ABC):
         is_language_model: True where its models have a language modelling head, and so a model card.
         can_refit: True where kept states can be fitted to what the uncut layer did.
         can_allocate_globally: True where losses can tell which layer needs its states most.
+        bases: the bases in which a layer can be cut, the default first: "axis" keeps some of its coordinates,
+            "balanced" some of its balanced ones.
+        criteria: the names of the scores by which its states can be ranked; none where the basis ranks them.
         title: what the card calls a model of the family.
         limits: what the card says of the limits of a reduction; only language models need it.
     """
@@ -83,6 +89,8 @@ class Family(ABC):
     is_language_model: bool
     can_refit: bool = False
     can_allocate_globally: bool = False
+    bases: tuple[str, ...] = ("axis",)
+    criteria: Collection[str] = ()
     title: str
     limits: str
 
@@ -97,6 +105,10 @@ class Family(ABC):
         """Return whether a module is a mixer, by its class, from which FSDP2 and a parametrization derive others."""
         return type_before_parametrizations(module).__name__ in (self.mixer_class, f"FSDP{self.mixer_class}")
 
+    def paths(self, mixer: nn.Module) -> list[str]:
+        """Return the paths of the state tensors that this mixer has."""
+        return [path for path, tensor in self.tensors.items() if not tensor.is_optional or _has(mixer, path)]
+
     def state_size(self, mixer: nn.Module) -> int:
         """Return N of one layer."""
         return getattr(mixer, self.size_attribute)
@@ -106,9 +118,13 @@ class Family(ABC):
         return sum(self._block_length(mixer, block, size) for block in self.tensors[path].blocks)
 
     def size_at(self, mixer: nn.Module, path: str, length: int) -> int:
-        """Return the N at which a tensor has `length` entries on its state axis: the inverse of `axis_length`."""
+        """Return the N at which a tensor has `length` entries on its state axis: the inverse of `axis_length`.
+
+        Raises:
+            ValueError: there is no such N.
+        """
         fixed = self.axis_length(mixer, path, 0)
-        return (length - fixed) // (self.axis_length(mixer, path, 1) - fixed)
+        return whole_quotient(length - fixed, self.axis_length(mixer, path, 1) - fixed, path)
 
     def block_slice(self, mixer: nn.Module, path: str, name: str, size: int | None = None) -> slice:
         """Return where a block lies on the state axis of its tensor, at N = `size` or else at the mixer's own N.
@@ -145,20 +161,34 @@ class Family(ABC):
             start += length
         return torch.cat(positions)
 
-    def size_in_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def size_in_weights(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
         """Return N of a layer of a checkpoint from the shapes of its state tensors, by path.
 
         There is no mixer to ask, so this method reads a tensor whose blocks all have a fixed number of entries for
         each state. A family without such a tensor, or with groups, has to override it.
+
+        Args:
+            config: the content of the checkpoint's `config.json`.
+
+        Raises:
+            ValueError: no N gives a tensor this shape.
         """
         path, tensor = next(
             (path, tensor) for path, tensor in self.tensors.items() if all(block.per_state for block in tensor.blocks)
         )
         return shapes[path][tensor.axis] // sum(block.per_state for block in tensor.blocks)
 
+    def layer_count_of_config(self, config: Mapping) -> object:
+        """Return what the content of a `config.json` gives for the number of layers, with those without a state."""
+        return config.get("num_hidden_layers")
+
     def layers_of_config(self, config: Mapping) -> list[int]:
         """Return the indices of the layers that have a state, from the content of a `config.json`; here, of all."""
         return list(range(config["num_hidden_layers"]))
+
+    def size_of_config(self, config: Mapping) -> object:
+        """Return what the content of a `config.json` gives for N: a number, or a list with one for each layer."""
+        return config.get(self.size_field)
 
     # Checks and records of a model's sizes
 
@@ -168,8 +198,9 @@ class Family(ABC):
         Raises:
             ValueError: a tensor does not have the size that the mixer states.
         """
-        for path, tensor in self.tensors.items():
-            given, expected = mixer.get_parameter(path).shape[tensor.axis], self.axis_length(mixer, path)
+        for path in self.paths(mixer):
+            given = mixer.get_parameter(path).shape[self.tensors[path].axis]
+            expected = self.axis_length(mixer, path)
             if given != expected:
                 raise ValueError(
                     f"layer {index}: {path} has {given} entries on its state axis, but state_size = "
@@ -262,14 +293,16 @@ class Family(ABC):
     def values_per_state(self, config: Mapping) -> int:
         """Return how many numbers a sequence carries for each state of a layer, by the content of a `config.json`."""
 
-    def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
         """Return how many parameters each state of a layer has, from the shapes of its state tensors, by path.
 
         As in `size_in_weights`, there is no mixer to ask: a family with groups has to override this method.
         """
         return sum(
-            sum(block.per_state for block in tensor.blocks) * math.prod(shapes[path]) // shapes[path][tensor.axis]
-            for path, tensor in self.tensors.items()
+            sum(block.per_state for block in self.tensors[path].blocks)
+            * math.prod(shape)
+            // shape[self.tensors[path].axis]
+            for path, shape in shapes.items()
         )
 
     def _block_length(self, mixer: nn.Module, block: Block, size: int | None = None) -> int:
@@ -280,6 +313,23 @@ class Family(ABC):
 
     def _entries_per_state(self, mixer: nn.Module, block: Block) -> int:
         return getattr(mixer, block.per_state) if isinstance(block.per_state, str) else block.per_state
+
+
+def _has(mixer: nn.Module, path: str) -> bool:
+    """Return whether a mixer has this parameter."""
+    module_path, _, name = path.rpartition(".")
+    return getattr(mixer.get_submodule(module_path), name, None) is not None
+
+
+def whole_quotient(length: int, per_state: int, path: str) -> int:
+    """Return N = length / per_state.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    if length < 0 or length % per_state:
+        raise ValueError(f"{path} has {length} entries for states, which come by {per_state}.")
+    return length // per_state
 
 
 class SelectiveFamily(Family):
@@ -297,6 +347,7 @@ class SelectiveFamily(Family):
     is_language_model = True
     can_refit = True
     can_allocate_globally = True
+    criteria = tuple(CRITERIA)
     decay: str
     output_projection: str
 
@@ -338,7 +389,7 @@ class SelectiveFamily(Family):
 
         Only a refit changes decay rates; a tensor that does not change is left out.
         """
-        tensors = {path: full_tensor(mixer.get_parameter(path).detach()) for path in self.tensors}
+        tensors = {path: full_tensor(mixer.get_parameter(path).detach()) for path in self.paths(mixer)}
         changed = {path: tensor.clone() for path, tensor in tensors.items()}
         whole = self.maps(changed, mixer)
         after = entry.maps_after_cut(whole)
@@ -348,37 +399,3 @@ class SelectiveFamily(Family):
             rows[dropped], rows[kept_states] = 0, values
         whole.A_log[:, kept_states] = after.A_log
         return {path: value for path, value in changed.items() if not torch.equal(value, tensors[path])}
-
-
-class TimeInvariantFamily(Family):
-    """A time-invariant family has diagonal layers, whose system balanced truncation replaces by a smaller one.
-
-    The cut layer has new coordinates, so its gradients and its optimizer state start afresh.
-    """
-
-    needs_data = False
-    is_language_model = False
-
-    @abstractmethod
-    def system(self, mixer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the system of a layer, h_k = λ h_{k-1} + B u_k, y_k = C h_k, or one whose real part the layer gives.
-
-        The parameters of the mixer are whole tensors during this call.
-
-        Returns:
-            λ, (N,), B, (N, H_in), and C, (H_out, N), complex128.
-        """
-
-    @abstractmethod
-    def tensors_of(self, mixer: nn.Module, eigenvalues: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
-        """Return the state tensors, float64, by path, of a layer that has this system: the inverse of `system`."""
-
-    def reduce(self, entry: Projection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        """Copy the tensors of the smaller system into `new`."""
-        for path in entry.tensors:
-            new[path].copy_(entry.tensors[path])
-
-    def masked(self, mixer: nn.Module, entry: Projection) -> dict[str, Tensor]:
-        """Return the tensors of the smaller system: a layer computes at the size of the tensors that it is given."""
-        parameters = {path: mixer.get_parameter(path) for path in entry.tensors}
-        return {path: entry.tensors[path].to(old.device, old.dtype) for path, old in parameters.items()}

@@ -51,7 +51,7 @@ class StateLayers(Mapping[int, nn.Module]):
 
     def parameters(self, index: int) -> dict[str, nn.Parameter]:
         """Return the parameters of a layer that have a state axis, by their paths within the mixer."""
-        return {path: self[index].get_parameter(path) for path in self.family.tensors}
+        return {path: self[index].get_parameter(path) for path in self.family.paths(self[index])}
 
     def whole_tensors(self, index: int) -> dict[str, Tensor]:
         """Return the same parameters as whole tensors; every process has to call this method."""
@@ -77,7 +77,7 @@ def state_layers(model: nn.Module) -> StateLayers:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no {layers.family.mixer_class}: there is no state to resize.")
     for index, mixer in layers.items():
-        for path in layers.family.tensors:
+        for path in layers.family.paths(mixer):
             _check_is_parameter(layers, index, path)
         layers.family.check_mixer(mixer, index)
     return layers

@@ -27,25 +27,25 @@ def recorded_state_sizes(config: dict) -> dict[int, int]:
         ValueError: the config does not state the sizes, or states impossible ones.
     """
     family = FAMILIES[config["model_type"]]
-    count, size = config.get("num_hidden_layers"), config.get(family.size_field)
+    count, size = family.layer_count_of_config(config), family.size_of_config(config)
     if type(count) is not int or not 0 <= count <= MAX_LAYERS:
         raise ValueError(f"num_hidden_layers = {count!r}; allowed: a whole number up to {MAX_LAYERS:,}")
     layers = family.layers_of_config(config)
     given = size if isinstance(size, list) else [size] * len(layers)
     if len(given) != len(layers):
         raise ValueError(f"it gives {len(layers)} layers the state sizes {given}")
-    sizes = dict(zip(layers, given, strict=True)) | _differing_sizes(config, family, layers)
+    sizes = dict(zip(layers, given, strict=True)) | _differing_sizes(config, family, layers, count)
     if not all(type(size) is int and size > 0 for size in sizes.values()):
         raise ValueError(f"it gives {len(layers)} layers the state sizes {list(sizes.values())}")
     return sizes
 
 
-def _differing_sizes(config: dict, family: Family, layers: list[int]) -> dict[int, object]:
-    """Return N by layer index as `per_layer_config` gives it, of those of `layers` that it names."""
+def _differing_sizes(config: dict, family: Family, layers: list[int], count: int) -> dict[int, object]:
+    """Return N by layer index as `per_layer_config` gives it, of those of `layers`, out of `count`, that it names."""
     given = config.get("per_layer_config") or {}
     if not isinstance(given, dict):
         raise ValueError(f"per_layer_config = {given!r}; allowed: a table of layers")
-    widest = len(str(config["num_hidden_layers"] - 1))  # Transformers pads the numbers with zeros, so that they sort
+    widest = len(str(count - 1))  # Transformers pads the numbers with zeros, so that they sort
     indices = {str(index).zfill(width): index for index in layers for width in range(1, widest + 1)}
     for index, differing in given.items():
         if index not in indices:

@@ -5,15 +5,12 @@ from torch import nn
 from .family import Family
 from .lru.family import LRU
 from .mamba import MAMBA
+from .mamba2 import AXIS_FAMILIES, BALANCED_FAMILIES
 
 FAMILIES: dict[str, Family] = {}  # by model type
 UNSUPPORTED = {
     "falcon_mamba": "it normalises B and C over the state, so a masked state is not inert",
-    "mamba2": "its state is shared within heads and groups",
-    **dict.fromkeys(
-        ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba", "zamba2"),
-        "hybrids of attention and state space layers are not handled yet",
-    ),
+    **dict.fromkeys(("jamba", "zamba"), "hybrids of attention and state space layers are not handled yet"),
 }
 
 
@@ -37,5 +34,5 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-for served in (MAMBA, LRU):
+for served in (MAMBA, *AXIS_FAMILIES, *BALANCED_FAMILIES, LRU):
     register(served)

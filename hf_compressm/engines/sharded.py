@@ -153,7 +153,7 @@ def run_sharded(model: nn.Module, function: Callable[[], Any], overrides: Mappin
     handles = []
     for name, value in overrides.items():
         path, _, attribute = name.rpartition(".")
-        handles += _substitute(model.get_submodule(path), attribute, value)
+        handles += _substitute(_unit_of(model, path), model.get_submodule(path), attribute, value)
     try:
         return function()
     finally:
@@ -162,8 +162,21 @@ def run_sharded(model: nn.Module, function: Callable[[], Any], overrides: Mappin
         reshard(model)
 
 
-def _substitute(module: nn.Module, attribute: str, value: Tensor) -> list:
+def _unit_of(model: nn.Module, path: str) -> nn.Module:
+    """Return the module that gathers the parameters of the module at `path`: itself, or the nearest around it.
+
+    A module that only holds parameters is never run, such as the convolution of a mixer, but that one is.
+    """
+    names = path.split(".")
+    around = (model.get_submodule(".".join(names[:depth])) for depth in range(len(names), -1, -1))
+    return next(module for module in around if isinstance(module, FSDPModule))
+
+
+def _substitute(unit: nn.Module, module: nn.Module, attribute: str, value: Tensor) -> list:
     """Register hooks that put `value` in place after FSDP2 gathers the parameter, and take it out before it reshards.
+
+    Args:
+        unit: the module that gathers the parameter `attribute` of `module`.
 
     Returns:
         The handles of the hooks.
@@ -178,8 +191,8 @@ def _substitute(module: nn.Module, attribute: str, value: Tensor) -> list:
         module._parameters[attribute] = kept.pop()
 
     return [
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(after, prepend=True, always_call=True),
+        unit.register_forward_pre_hook(before),
+        unit.register_forward_hook(after, prepend=True, always_call=True),
     ]
 
 

@@ -96,7 +96,7 @@ class ReducedModel:
         family = FAMILIES[config["model_type"]]
         shapes = state_tensor_shapes(folder, family)
         parameters = sum(math.prod(shape) for shape in weight_shapes(folder).values())
-        per_state = {index: family.parameters_per_state(shapes[index]) for index in shapes}
+        per_state = {index: family.parameters_per_state(shapes[index], config) for index in shapes}
         return cls(family, config["architectures"][0], config, sizes, parameters, per_state, history)
 
     @classmethod
@@ -106,9 +106,10 @@ class ReducedModel:
         family, model = layers.family, layers.model
         shapes = {index: {path: tuple(p.shape) for path, p in layers.parameters(index).items()} for index in layers}
         parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
-        per_state = {index: family.parameters_per_state(shapes[index]) for index in shapes}
+        config = model.config.to_dict()
+        per_state = {index: family.parameters_per_state(shapes[index], config) for index in shapes}
         name = original_class(model).__name__
-        return cls(family, name, model.config.to_dict(), layers.sizes, parameters, per_state, history)
+        return cls(family, name, config, layers.sizes, parameters, per_state, history)
 
 
 def write_model_card(

@@ -54,7 +54,7 @@ def check_checkpoint(folder: str | Path) -> dict[int, int]:
             f"{list(expected)} have a state; the checkpoint is incomplete, take another."
         )
     for index, shapes in found.items():
-        size = _size_of_layer(folder, family, index, shapes)
+        size = _size_of_layer(folder, family, index, shapes, config)
         if size != expected[index]:
             raise ValueError(
                 f"{folder}: layer {index} has {size} states, {CONFIG_NAME} says {family.size_field} = "
@@ -186,11 +186,15 @@ def state_tensor_shapes(folder: Path, family: Family) -> dict[int, dict[str, tup
     return dict(sorted(found.items()))
 
 
-def _size_of_layer(folder: Path, family: Family, index: int, shapes: dict[str, tuple[int, ...]]) -> int:
+def _size_of_layer(folder: Path, family: Family, index: int, shapes: dict[str, tuple[int, ...]], config: dict) -> int:
     """Return N of a layer, as its weights have it."""
-    if missing := family.tensors.keys() - shapes.keys():
+    needed = {path for path, tensor in family.tensors.items() if not tensor.is_optional}
+    if missing := needed - shapes.keys():
         raise ValueError(f"{folder}: layer {index} has no {min(missing)}; take another checkpoint.")
-    return family.size_in_weights(shapes)
+    try:
+        return family.size_in_weights(shapes, config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: layer {index}: {error} Take another checkpoint.") from error
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -42,7 +42,8 @@ def _adopt_sizes(optimizer, model: nn.Module, state_dict: dict, prefix: str, *ar
     """
     layers, sizes = StateLayers(model), {}
     for index, mixer in layers.items():
-        for path, tensor in layers.family.tensors.items():
+        for path in layers.family.paths(mixer):
+            tensor = layers.family.tensors[path]
             weights = state_dict.get(prefix + layers.parameter_name(index, path))
             if weights is not None:
                 size = layers.family.size_at(mixer, path, weights.shape[tensor.axis])

@@ -117,7 +117,7 @@ def _check_plan(plan: Plan, layers: StateLayers) -> None:
         )
     for index, size in layers.sizes.items():
         kept = plan[index].kept_states
-        if len(kept) == 0 or (kept.diff() <= 0).any() or kept[0] < 0 or kept[-1] >= size:
+        if kept.numel() == 0 or (kept.diff() <= 0).any() or kept.min() < 0 or kept.max() >= size:
             raise ValueError(
                 f"layer {index}: kept states must be sorted, distinct and within 0 … {size - 1}; got {kept}."
             )

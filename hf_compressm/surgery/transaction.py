@@ -165,8 +165,7 @@ def _replacements(
     for index, old in whole.items():
         mixer = target.layers[index]
         entries = {  # path → (axis, positions)
-            path: (tensor.axis, family.source_index(mixer, path, sources[index]))
-            for path, tensor in family.tensors.items()
+            path: (family.tensors[path].axis, family.source_index(mixer, path, sources[index])) for path in old
         }
         new = {path: gather(old[path].value, *entries[path]) for path in entries}
         edit(index, mixer, {path: old[path].value for path in entries}, new)

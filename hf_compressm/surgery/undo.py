@@ -34,8 +34,12 @@ class Undo:
     def __exit__(self, kind, error, traceback) -> None:
         """Undo the changes if an exception ends the block; it goes on its way."""
         if kind is not None:
-            for restore in self._restore:
-                restore()
+            self.undo()
+
+    def undo(self) -> None:
+        """Make everything what it was when this object was made."""
+        for restore in self._restore:
+            restore()
 
 
 def _restorer(owner: object) -> Callable[[], None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .group_criteria import GROUP_CRITERIA, GroupCriterion, GroupStates
 from .selective import Statistics, Surrogate, complement, gramian_diagonals, unexplained_shares
 
 
@@ -147,21 +148,26 @@ def criterion_name(criterion: Criterion | str) -> str:
     return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
 
 
-def state_scores(criterion: Criterion | str, layer: LayerStates) -> Tensor:
-    """Return each state's score by a criterion, given by name or as a function of the user's own, float64, (N,).
+def state_scores(criterion: Criterion | GroupCriterion | str, layer: LayerStates | GroupStates) -> Tensor:
+    """Return each state's score by a criterion, given by name or as a function of the user's own, float64.
+
+    Returns:
+        (N,), or (G, N) of group states.
 
     Raises:
         ValueError: the user's own function does not give a score for each state.
     """
+    has_groups = isinstance(layer, GroupStates)
     if isinstance(criterion, str):
-        return CRITERIA[criterion](layer)
-    scores, size = criterion(layer), len(layer.B_rows)
+        return (GROUP_CRITERIA if has_groups else CRITERIA)[criterion](layer)
+    shape = layer.statistics.state_square.shape if has_groups else layer.B_rows.shape[:1]
+    scores = criterion(layer)
     is_tensor = isinstance(scores, Tensor) and not scores.is_complex()
-    if not is_tensor or scores.shape != (size,) or not (scores >= 0).all() or not scores.isfinite().all():
+    if not is_tensor or scores.shape != shape or not (scores >= 0).all() or not scores.isfinite().all():
         given = f"shape {tuple(scores.shape)}: {scores}" if isinstance(scores, Tensor) else repr(scores)
         raise ValueError(
-            f"criterion {criterion_name(criterion)} gave {given}; allowed: a tensor of {size} scores, one for each "
-            "state, finite and ≥ 0."
+            f"criterion {criterion_name(criterion)} gave {given}; allowed: a tensor of {' · '.join(map(str, shape))} "
+            "scores, one for each state, finite and ≥ 0."
         )
     return scores.detach().to(layer.statistics.tokens)
 
@@ -171,17 +177,27 @@ def score_power(criterion: Criterion | str) -> int:
 
     A function of the user's own says so by an attribute `power`; without one its scores count as amplitudes.
     """
-    return getattr(CRITERIA[criterion] if isinstance(criterion, str) else criterion, "power", 1)
+    return getattr((CRITERIA | GROUP_CRITERIA)[criterion] if isinstance(criterion, str) else criterion, "power", 1)
+
+
+def scores_by_rank(scores: Tensor) -> Tensor:
+    """Return the scores in descending order, (N,); of groups, (G, N), the sums of those of equal rank.
+
+    A layer keeps equally many states of each group, so what it gains by the r-th is the sum of what the groups gain.
+    """
+    return scores.sort(descending=True).values.view(-1, scores.shape[-1]).sum(0)
 
 
 def squared_errors(scores: Tensor, power: int, covariance: Tensor | None = None) -> Tensor:
     """Return the squared error of the states that go when the r of largest score stay, r = 0 … N, (N + 1,).
 
     Args:
-        scores: (N,), in any order.
+        scores: (N,), or for groups (G, N), in any order.
         power: the power of the score, see `score_power`.
         covariance: Π, (N, N), where kept states make up for dropped ones; only what they do not predict then counts.
     """
+    if scores.ndim == 2:
+        return torch.stack([squared_errors(of_group, power) for of_group in scores]).sum(0)
     order, errors = scores.argsort(descending=True), scores.new_zeros(len(scores) + 1)
     single = scores ** (2 // power)
     errors[0] = single.sum()
@@ -204,9 +220,11 @@ def choose_states(score: Tensor, size: int, selection: str, generator: torch.Gen
     """Return the `size` states to keep, sorted, (r,): those of largest score, or for ablations the smallest or any.
 
     Args:
-        score: (N,), in any order.
+        score: (N,), in any order; of groups (G, N), then each keeps so many, (G, r).
         generator: a random generator on the CPU, for the random selection.
     """
+    if score.ndim == 2:
+        return torch.stack([choose_states(of_group, size, selection, generator) for of_group in score])
     if selection == "random":
         kept = torch.randperm(len(score), generator=generator)[:size].to(score.device)
     else:

@@ -1,7 +1,7 @@
 """A plan says what becomes of each layer: an entry keeps some of its states, or gives it a smaller system."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -23,6 +23,11 @@ class Selection:
     refit: StateMaps | None = None
 
     starts_afresh = False  # the kept states are those of before, and so are their moments
+
+    @property
+    def size(self) -> int:
+        """Return how many states stay."""
+        return len(self.kept_states)
 
     @property
     def is_refitted(self) -> bool:
@@ -59,20 +64,61 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class GroupSelection:
+    """A group selection says which states each group of heads of one layer keeps; it drops equally many in each.
+
+    Attributes:
+        kept_states: indices of the states that stay, sorted in each group, (G, r).
+        tensors: what a refit adds to the tensors of the kept states, by path: to their entries of B and C alone, which
+            lie side by side, 2 G r along the state axis. Empty without one.
+    """
+
+    kept_states: Tensor
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    starts_afresh = False
+
+    @property
+    def size(self) -> int:
+        """Return how many states of each group stay."""
+        return self.kept_states.shape[1]
+
+    @property
+    def is_refitted(self) -> bool:
+        """Return whether a refit added something."""
+        return bool(self.tensors)
+
+    def cpu(self) -> "GroupSelection":
+        """Return the same entry on the CPU."""
+        return GroupSelection(self.kept_states.cpu(), {path: tensor.cpu() for path, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
 class Projection:
-    """A projection gives one layer new `tensors`, by path, for its balanced states `kept_states`, sorted, (r,)."""
+    """A projection gives one layer new tensors for its balanced states.
+
+    Attributes:
+        kept_states: indices of the balanced states that stay, sorted, (r,).
+        tensors: the new state tensors, by path.
+        is_refitted: whether a refit made them, from those that balancing gives.
+    """
 
     kept_states: Tensor
     tensors: dict[str, Tensor]
+    is_refitted: bool = False
     starts_afresh = True  # old moments know nothing of the new coordinates
-    is_refitted = False
+
+    @property
+    def size(self) -> int:
+        """Return how many balanced states stay."""
+        return len(self.kept_states)
 
     def cpu(self) -> "Projection":
         """Return the same entry on the CPU."""
-        return Projection(self.kept_states.cpu(), {path: tensor.cpu() for path, tensor in self.tensors.items()})
+        tensors = {path: tensor.cpu() for path, tensor in self.tensors.items()}
+        return replace(self, kept_states=self.kept_states.cpu(), tensors=tensors)
 
 
-PlanEntry = Selection | Projection
+PlanEntry = Selection | GroupSelection | Projection
 Plan = dict[int, PlanEntry]  # by layer index
 
 

@@ -24,6 +24,7 @@ from ..report import StateReport
 from ..sharing.model_card import CardDetails
 from ..storage.history import History, save_history
 from ..surgery.adopt_sizes import adopt_checkpoint_sizes
+from ..surgery.basis import prepare
 from ..surgery.checks import check_state_tensors
 from .attach import attach
 from .calibration_data import CalibrationData, check_loader
@@ -124,8 +125,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         attach(trainer, self, card)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs):
-        """Let the model take the size of a checkpoint; no later moment comes before one is loaded."""
-        family_of(unwrap(model))
+        """Prepare the model for its basis, and let it take the size of a checkpoint, before one can be loaded."""
+        family = family_of(unwrap(model))
+        if self.config.basis == "balanced" and "balanced" in family.bases:
+            prepare(model)
         adopt_checkpoint_sizes(model)
 
     def on_train_begin(

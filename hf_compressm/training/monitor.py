@@ -17,8 +17,8 @@ from ..architectures.mamba_scan import scan_installed
 from ..config import CompreSSMConfig
 from ..engines import from_first_process
 from ..storage.records import Observation
-from ..theory.hankel import weyl_bound
 from ..theory.rankings import compare_rankings
+from ..theory.scalar_decay import layer_weyl_bound
 
 
 class StateMonitor:
@@ -84,7 +84,7 @@ class StateMonitor:
         return [float((now - then).abs().max()) for now, then in zip(spectra, before, strict=True)]
 
     def _weyl_bounds(self, gramians: dict[int, tuple[Tensor, Tensor]]) -> list[float]:
-        return [float(weyl_bound(*self._last_gramians[index], *now)) for index, now in gramians.items()]
+        return [float(layer_weyl_bound(*self._last_gramians[index], *now)) for index, now in gramians.items()]
 
 
 def _shared_scores(analysis: StateAnalysis) -> list[Tensor]:

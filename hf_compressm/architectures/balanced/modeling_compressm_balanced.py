@@ -89,7 +89,7 @@ class BalancedMixer:
 
     def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
         """Return what the layer adds to the residual stream, (batch, L, hidden size), for an input of that shape."""
-        if self.reduced_state_size is None:
+        if self.reduced_state_size is None and self.B_proj.shape[1] == self.ssm_state_size:
             return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
         return self._forward_projected(hidden_states, cache_params, attention_mask, **kwargs)
 

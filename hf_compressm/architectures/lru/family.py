@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from ..family import StateTensor, TimeInvariantFamily
+from ..family import StateTensor
+from ..time_invariant import TimeInvariantFamily
 
 
 class LRUFamily(TimeInvariantFamily):

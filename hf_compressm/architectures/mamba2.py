@@ -1,0 +1,299 @@
+"""Mamba-2 and the hybrids that have its mixer can be cut in two bases.
+
+In the basis "axis" a cut keeps some coordinates of the state of each group of heads: rows of `in_proj` and channels of
+the convolution. The model stays one of Transformers' own. In the basis "balanced" it keeps balanced states, made by
+two small projections after the convolution, in a class of this package.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bamba import modeling_bamba
+from transformers.models.falcon_h1 import modeling_falcon_h1
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid
+from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.nemotron_h import modeling_nemotron_h
+from transformers.models.zamba2 import modeling_zamba2
+
+from ..engines import full_tensor, original_class
+from ..theory.group_criteria import GROUP_CRITERIA
+from ..theory.plan import GroupSelection, Projection
+from ..theory.selective import complement
+from .balanced import BALANCED_CLASSES
+from .family import Block, StateTensor, whole_quotient
+from .scalar_decay import ScalarDecayFamily
+
+_CHANNELS = (Block("intermediate_size", 0), Block("B", "n_groups"), Block("C", "n_groups"))  # of the convolution
+_FEATURES = (Block("intermediate_size", 0), *_CHANNELS, Block("num_heads", 0))  # of in_proj: z, x, B, C, Δ
+
+
+class AxisFamily(ScalarDecayFamily):
+    """The classes of Transformers are cut in the basis "axis"; in the other they become those of a balanced family."""
+
+    bases = ("axis", "balanced")
+    criteria = tuple(GROUP_CRITERIA)
+    size_attribute = "ssm_state_size"
+    tensors = {  # noqa: RUF012
+        "in_proj.weight": StateTensor(0, _FEATURES),
+        "in_proj.bias": StateTensor(0, _FEATURES, is_optional=True),
+        "conv1d.weight": StateTensor(0, _CHANNELS),
+        "conv1d.bias": StateTensor(0, _CHANNELS, is_optional=True),
+    }
+    limits = (
+        "The reduction is axis-aligned: each group of heads keeps some coordinates of its state, so that the model "
+        "stays one that every tool loads. Balanced states (basis = 'balanced') lose less, in a class of their own."
+    )
+
+    def check_mixer(self, mixer: nn.Module, index: int) -> None:
+        """Refuse what the base class refuses, an `in_proj` that is no plain linear layer, and an unusual activation.
+
+        Raises:
+            ValueError: `in_proj` is of another class, the weight of `out_proj` is no parameter, the activation is not
+                zero at zero, or a tensor does not have the size that the mixer states.
+        """
+        is_plain = {
+            "in_proj": type(mixer.in_proj) is nn.Linear or type(mixer.in_proj).__name__ == "FSDPLinear",
+            "out_proj": isinstance(mixer.out_proj.weight, nn.Parameter),
+        }
+        for name, plain in is_plain.items():
+            if not plain:
+                given = type(getattr(mixer, name))
+                raise ValueError(
+                    f"layer {index}: {name}.weight belongs to a {given.__module__}.{given.__qualname__}, expected a "
+                    "plain nn.Linear. Merge adapters first, and quantise after the cut."
+                )
+        if mixer.act(torch.zeros(1)) != 0:
+            raise ValueError(
+                f"layer {index}: the activation {mixer.activation!r} of B and C is not zero at zero, as silu is, so "
+                "no state could be masked."
+            )
+        super().check_mixer(mixer, index)
+
+    def size_in_weights(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
+        """Return N of a layer of a checkpoint, from the number of channels of its convolution."""
+        channels = shapes["conv1d.weight"][0] - self.values_per_state(config)
+        return whole_quotient(channels, 2 * config[self.groups_field], "conv1d.weight")
+
+    def is_per_layer(self, model: nn.Module) -> bool:
+        """Return False: the classes of Transformers have one size for all layers."""
+        return False
+
+    def check_per_layer(self, model: nn.Module) -> None:
+        """Refuse layers of different sizes, and name the basis in which they are possible.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"layers of a {type(model).__name__} would have state sizes of their own; it knows one for all. Set "
+            "allocation='uniform', or basis='balanced', in which each layer may have its own."
+        )
+
+    def record_in_mixer(self, mixer: nn.Module, size: int) -> None:
+        """Update N in the mixer, and what its modules state of their sizes."""
+        super().record_in_mixer(mixer, size)
+        mixer.in_proj.out_features = self.axis_length(mixer, "in_proj.weight")
+        channels = self.axis_length(mixer, "conv1d.weight")
+        mixer.conv_dim = mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = channels
+        if hasattr(mixer, "mup_vector"):  # Falcon-H1's multipliers, one for each block of in_proj's features
+            multipliers, start = mixer.mup_vector, 0
+            old_size = whole_quotient(
+                multipliers.shape[-1] - self.axis_length(mixer, "in_proj.weight", 0), 2 * mixer.n_groups, "mup_vector"
+            )
+            parts = []
+            for block in _FEATURES:
+                parts.append(multipliers[..., start : start + 1].expand(1, 1, self._block_length(mixer, block)))
+                start += self._block_length(mixer, block, old_size)
+            mixer.mup_vector = torch.cat(parts, -1)
+            mixer.groups_time_state_size = mixer.n_groups * size
+
+    def record_in_model(self, model: nn.Module, sizes: dict[int, int]) -> None:
+        """Update the config's field for N."""
+        setattr(model.config, self.size_field, max(sizes.values()))
+
+    def state_entries(self, mixer: nn.Module, path: str, size: int | None = None) -> slice:
+        """Return where B and C lie side by side on the state axis of a tensor."""
+        B, C = (self.block_slice(mixer, path, name, size) for name in ("B", "C"))
+        return slice(B.start, C.stop)
+
+    def reduce(self, entry: GroupSelection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Add what a refit adds to the entries of B and C."""
+        for path, added in entry.tensors.items():
+            new[path][self.state_entries(mixer, path, entry.size)] += added.to(new[path])
+
+    def masked(self, mixer: nn.Module, entry: GroupSelection) -> dict[str, Tensor]:
+        """Return the tensors with zero taps and biases for B and C of dropped states, so that SiLU gives zero.
+
+        Those of kept states have what a refit adds; a tensor that does not change is left out.
+        """
+        kept = entry.kept_states.cpu()
+        dropped = torch.stack([complement(of_group, self.state_size(mixer)) for of_group in kept])
+        masked = {}
+        for path in self.paths(mixer):
+            is_of_convolution = path.startswith("conv1d.")
+            if is_of_convolution or path in entry.tensors:
+                tensor = full_tensor(mixer.get_parameter(path).detach()).clone()
+                channels = tensor[self.state_entries(mixer, path)]  # a view
+                if path in entry.tensors:
+                    channels[self._entries(mixer, kept)] += entry.tensors[path].to(channels)
+                if is_of_convolution:
+                    channels[self._entries(mixer, dropped)] = 0
+                masked[path] = tensor
+        return masked
+
+    def _entries(self, mixer: nn.Module, states: Tensor) -> Tensor:
+        """Return the positions of states, (G, r), where B and C lie side by side: first those of B, then those of C."""
+        of_B = (states + self.state_size(mixer) * torch.arange(len(states)).unsqueeze(1)).flatten()
+        return torch.cat([of_B, of_B + self.state_size(mixer) * len(states)])
+
+    def magnitudes(self, mixer: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return ‖row of in_proj‖ · ‖taps‖ of the channels of B and of C, (G, N) each.
+
+        Args:
+            tensors: the whole state tensors, by path.
+        """
+        norms = (
+            tensors[path][self.state_entries(mixer, path)].flatten(1).norm(dim=1)
+            for path in ("in_proj.weight", "conv1d.weight")
+        )
+        return tuple(math.prod(norms).view(2, self.groups(mixer), -1))
+
+    def saliencies(self, mixer: nn.Module, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
+        """Return Σ gradient · weight over taps and biases of the channels of B and C of each state, (G, N).
+
+        Args:
+            tensors, gradients: the whole state tensors and the gradients for them, by path.
+        """
+        total = 0
+        for path in (path for path in tensors if path.startswith("conv1d.")):
+            entries = self.state_entries(mixer, path)
+            products = (gradients[path][entries].double() * tensors[path][entries].double()).flatten(1)
+            total = total + products.sum(1).view(2, self.groups(mixer), -1).sum(0)
+        return total
+
+    def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
+        """Draw rows of B as large as those that are there, and taps as a convolution does; rows of C stay zero."""
+        old_size, rows, taps = self.state_size(mixer), new["in_proj.weight"], new["conv1d.weight"]
+        bound = 1 / math.sqrt(taps.shape[-1])
+        for name in ("B", "C"):
+            for group in range(self.groups(mixer)):
+                of_rows, of_taps = (
+                    tensor[self.block_slice(mixer, path, name, size)][group * size + old_size : (group + 1) * size]
+                    for path, tensor in (("in_proj.weight", rows), ("conv1d.weight", taps))
+                )
+                of_taps.copy_(torch.empty(of_taps.shape).uniform_(-bound, bound, generator=generator))
+                if name == "B":
+                    scale = float(rows[self.block_slice(mixer, "in_proj.weight", "B", size)].square().mean().sqrt())
+                    of_rows.copy_(torch.empty(of_rows.shape).normal_(0, scale, generator=generator))
+
+    def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
+        """Return how many parameters the channels of B and C of a state have in all groups."""
+        return sum(2 * config[self.groups_field] * math.prod(shape[1:]) for shape in shapes.values())
+
+
+class BalancedFamily(ScalarDecayFamily):
+    """The balanced classes keep balanced states: B and C are projected by W and V, (G, r, N) each, before the scan."""
+
+    bases = ("balanced",)
+    size_attribute = "reduced_state_size"
+    tensors = {"B_proj": StateTensor(1), "C_proj": StateTensor(1)}  # noqa: RUF012
+    limits = (
+        "Each layer keeps the balanced states of largest Hankel singular value. Their expected squared error in the "
+        "layer's output is the sum of the squares of the others, if states and read-outs are uncorrelated."
+    )
+
+    def __init__(self, plain: AxisFamily):
+        mixer = BALANCED_CLASSES[getattr(plain.modeling, plain.mixer_class)]
+        names = (getattr(plain, name) for name in ("heads_field", "head_dim_field", "groups_field"))
+        super().__init__(
+            f"compressm_{plain.model_types[0]}",
+            plain.modeling,
+            mixer.__name__,
+            f"{plain.title} with a balanced state",
+            "balanced_state_size",
+            *names,
+        )
+        self.plain = plain
+
+    def state_size(self, mixer: nn.Module) -> int:
+        """Return r of one layer; N while it does not project."""
+        return mixer.reduced_state_size or mixer.ssm_state_size
+
+    def size_of_config(self, config: Mapping) -> int | list:
+        """Return r of all layers, or a list of r by layer, from the content of a `config.json`."""
+        whole, given = config.get(self.plain.size_field), super().size_of_config(config)
+        return [size or whole for size in given] if isinstance(given, list) else given or whole
+
+    def is_per_layer(self, model: nn.Module) -> bool:
+        """Return True: each layer has projections of its own size."""
+        return True
+
+    def check_per_layer(self, model: nn.Module) -> None:
+        """Let every model have layers of different sizes."""
+
+    def record_in_mixer(self, mixer: nn.Module, size: int) -> None:
+        """Update r in the mixer; one of N states does not project."""
+        mixer.reduced_state_size = None if size == mixer.ssm_state_size else size
+
+    def record_in_model(self, model: nn.Module, sizes: dict[int, int]) -> None:
+        """Update r in the config, one number where all layers have the same."""
+        mixers = self.mixers_in(model)
+        reduced = [mixers[index].reduced_state_size for index in sizes]
+        model.config.balanced_state_size = reduced[0] if len(set(reduced)) == 1 else reduced
+        ignored = [
+            f"{name}.{path}"
+            for name, module in model.named_modules()
+            if self.is_mixer(module) and module.reduced_state_size is None
+            for path in self.tensors
+        ]
+        model._ddp_params_and_buffers_to_ignore = ignored  # what does not project has no gradient to wait for
+
+    def reduce(self, entry: Projection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Copy the new projections into `new`."""
+        for path in entry.tensors:
+            new[path].copy_(entry.tensors[path])
+
+    def masked(self, mixer: nn.Module, entry: Projection) -> dict[str, Tensor]:
+        """Return the new projections: a layer computes at the size of those that it is given."""
+        return {path: value.to(mixer.in_proj.weight) for path, value in entry.tensors.items()}
+
+    def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
+        """Yield the projections: there is no reason why they should be small."""
+        yield mixer.B_proj
+        yield mixer.C_proj
+
+
+AXIS_FAMILIES = (
+    AxisFamily("mamba2", modeling_mamba2, "Mamba2Mixer", "Mamba-2", "state_size", "num_heads", "head_dim", "n_groups"),
+    AxisFamily("bamba", modeling_bamba, "BambaMixer", "Bamba"),
+    AxisFamily("falcon_h1", modeling_falcon_h1, "FalconH1Mixer", "Falcon-H1"),
+    AxisFamily("granitemoehybrid", modeling_granitemoehybrid, "GraniteMoeHybridMambaLayer", "Granite hybrid"),
+    AxisFamily(
+        "nemotron_h",
+        modeling_nemotron_h,
+        "NemotronHMamba2Mixer",
+        "Nemotron-H",
+        "ssm_state_size",
+        "mamba_num_heads",
+        "mamba_head_dim",
+        "n_groups",
+    ),
+    AxisFamily(
+        "zamba2",
+        modeling_zamba2,
+        "Zamba2MambaMixer",
+        "Zamba2",
+        "mamba_d_state",
+        "n_mamba_heads",
+        "mamba_headdim",
+        "mamba_ngroups",
+    ),
+)
+BALANCED_FAMILIES = tuple(map(BalancedFamily, AXIS_FAMILIES))
+
+
+def can_be_balanced(model: nn.Module) -> bool:
+    """Return whether a model of an axis family has a balanced class; a class that a user derived has none."""
+    return original_class(model) in BALANCED_CLASSES
