@@ -62,8 +62,8 @@ class CompreSSMConfig:
     basis: str | None = option(
         None,
         "'axis': a cut keeps some of a layer's coordinates, and the model stays one that every tool loads; "
-        "'balanced': it keeps the balanced states of largest Hankel singular value. Mamba-2 and the hybrids have both, by default "
-        "'axis'; Mamba-1 has 'axis', an LRU 'balanced'.",
+        "'balanced': it keeps the balanced states of largest Hankel singular value. Mamba-2 and hybrids have both, "
+        "by default 'axis'; Mamba-1 has 'axis', an LRU 'balanced'.",
     )
     selection: str = option(
         "largest", f"Which of the ranked states are kept, in that number: {', '.join(SELECTIONS)}. For ablations."

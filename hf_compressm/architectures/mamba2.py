@@ -144,7 +144,7 @@ class AxisFamily(ScalarDecayFamily):
         return masked
 
     def _entries(self, mixer: nn.Module, states: Tensor) -> Tensor:
-        """Return the positions of states, (G, r), where B and C lie side by side: first those of B, then those of C."""
+        """Return the positions of states, (G, r), where B and C lie side by side: those of B, then those of C."""
         of_B = (states + self.state_size(mixer) * torch.arange(len(states)).unsqueeze(1)).flatten()
         return torch.cat([of_B, of_B + self.state_size(mixer) * len(states)])
 

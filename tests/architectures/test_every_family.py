@@ -1,5 +1,7 @@
 """What the library promises for each family, with one case a family."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import (
@@ -12,6 +14,7 @@ from conftest import (
     train_steps,
     weights_of,
 )
+from scalar_decay_models import CONFIGS, build_scalar_decay
 from toy_family import toy_registered  # noqa: F401, a fixture
 from toy_ssm import ToyConfig, ToyForCausalLM
 from transformers import set_seed
@@ -41,6 +44,8 @@ pytestmark = pytest.mark.usefixtures("toy_registered")
 
 # The one parameter that a new architecture adds: model type → what builds a small model of 512 tokens.
 CASES = {"mamba": build_model, "compressm_mamba": build_per_layer, "lru": build_lru, "toy_ssm": build_toy}
+SCALAR_DECAY = [*CONFIGS, *(f"compressm_{model_type}" for model_type in CONFIGS)]
+CASES |= {model_type: partial(build_scalar_decay, model_type=model_type) for model_type in SCALAR_DECAY}
 
 
 # Models are trained in float32, and may be reduced in bfloat16 afterwards.
@@ -68,6 +73,7 @@ def test_no_family_is_without_a_case():
 @pytest.mark.parametrize("model_type", CASES)
 def test_it_says_of_its_layers_what_they_are(model):
     layers = state_layers(model)
+    assert layers.family.layers_of_config(model.config.to_dict()) == list(layers)
     for index, mixer in layers.items():
         assert mixer.layer_idx == index and layers.family.state_size(mixer) == layers.sizes[index]
         for path, parameter in layers.parameters(index).items():

@@ -15,10 +15,7 @@ TARGET = CompreSSMConfig(target_state_size=4)
     ("model_type", "reason"),
     [
         ("falcon_mamba", "normalises B and C over the state"),
-        ("mamba2", "shared within heads and groups"),
         ("jamba", "hybrids"),
-        ("zamba2", "hybrids"),
-        ("bamba", "hybrids"),
     ],
 )
 def test_other_state_space_models_are_refused_by_name(batches, model_type, reason):
