@@ -74,7 +74,7 @@ class BalancedMixer:
     reduced_state_size: int | None = None  # r; None while the mixer does not project
 
     def add_projections(self, size: int | None) -> None:
-        """Register `B_proj` and `C_proj`, identities cut to r = `size` rows; None leaves them whole, and without use."""
+        """Register `B_proj` and `C_proj`: identities of `size` = r rows, or of N rows that are not used for None."""
         shape = self.n_groups, size or self.ssm_state_size, self.ssm_state_size
         for name in ("B_proj", "C_proj"):
             setattr(self, name, nn.Parameter(self.in_proj.weight.new_empty(shape)))
