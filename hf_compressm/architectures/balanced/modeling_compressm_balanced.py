@@ -390,8 +390,9 @@ def _change_classes(model, classes):
         module.__class__ = classes[type(module)]
     if type(model.config) in classes:
         model.config.__class__ = classes[type(model.config)]
-        for name in ("auto_map", "model_type"):  # a config that was loaded has a model_type of its own
-            vars(model.config).pop(name, None)
+        vars(model.config).pop("auto_map", None)
+        if "model_type" in vars(model.config):  # one that was loaded has it
+            model.config.model_type = type(model.config).model_type
 
 
 __all__ = [balanced.__name__ for balanced in PLAIN_CLASSES] + ["balance_modules", "unbalance_modules"]
