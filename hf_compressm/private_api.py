@@ -50,6 +50,14 @@ def _names(owner: str, purpose: str, names: str) -> list[PrivateName]:
 
 
 MAMBA = "transformers.models.mamba.modeling_mamba"
+MAMBA2_MIXERS = {  # the module, and its mixer of Mamba-2's kind
+    "bamba": "BambaMixer",
+    "falcon_h1": "FalconH1Mixer",
+    "granitemoehybrid": "GraniteMoeHybridMambaLayer",
+    "mamba2": "Mamba2Mixer",
+    "nemotron_h": "NemotronHMamba2Mixer",
+    "zamba2": "Zamba2MambaMixer",
+}
 TRAINER = "transformers.Trainer"
 FSDP = "torch.distributed.fsdp._fully_shard"
 DATA_PARALLEL = "torch.nn.parallel.DistributedDataParallel"
@@ -72,6 +80,36 @@ PRIVATE_NAMES = (
         "MambaBlock MambaPreTrainedModel MambaRMSNorm",
     ),
     *_names(f"{MAMBA}.MambaModel", "It renames parameters of old checkpoints, here too.", "load_hook"),
+    *(
+        row
+        for name, mixer in MAMBA2_MIXERS.items()
+        for row in _names(
+            f"transformers.models.{name}.modeling_{name}",
+            "A balanced mixer is derived from this one, and calls these functions.",
+            f"{mixer} apply_mask_to_padding_states causal_conv1d_fn causal_conv1d_update mamba2_chunk_scan "
+            "mamba2_selective_state_update",
+        )
+    ),
+    *_names(
+        "transformers.models.falcon_h1.modeling_falcon_h1",
+        "A balanced Falcon-H1 that was loaded gets its multipliers from it.",
+        "compute_mup_vector",
+    ),
+    *_names(
+        "transformers.Cache",
+        "A balanced mixer keeps its states there.",
+        "get_conv_state get_recurrent_state is_recording_past update_conv_state update_recurrent_state",
+    ),
+    *_names(
+        "transformers.integrations.accelerate",
+        "A balanced mixer uses the weight of its convolution without that one's forward.",
+        "force_accelerate_hooks",
+    ),
+    *_names(
+        "transformers.conversion_mapping",
+        "Files of balanced models name their weights as those of the models that they come from.",
+        "get_checkpoint_conversion_mapping register_checkpoint_conversion_mapping",
+    ),
     *_names(
         "transformers.PreTrainedModel",
         "The models of this package set or override these.",

@@ -74,7 +74,7 @@ class BalancedMixer:
     reduced_state_size: int | None = None  # r; None while the mixer does not project
 
     def add_projections(self, size: int | None) -> None:
-        """Register `B_proj` and `C_proj`, identities cut to r = `size` rows; None leaves them whole, and without use."""
+        """Register `B_proj` and `C_proj`: identities of `size` = r rows, or of N rows that are not used for None."""
         shape = self.n_groups, size or self.ssm_state_size, self.ssm_state_size
         for name in ("B_proj", "C_proj"):
             setattr(self, name, nn.Parameter(self.in_proj.weight.new_empty(shape)))
@@ -390,8 +390,9 @@ def _change_classes(model, classes):
         module.__class__ = classes[type(module)]
     if type(model.config) in classes:
         model.config.__class__ = classes[type(model.config)]
-        for name in ("auto_map", "model_type"):  # a config that was loaded has a model_type of its own
-            vars(model.config).pop(name, None)
+        vars(model.config).pop("auto_map", None)
+        if "model_type" in vars(model.config):  # one that was loaded has it
+            model.config.model_type = type(model.config).model_type
 
 
 __all__ = [balanced.__name__ for balanced in PLAIN_CLASSES] + ["balance_modules", "unbalance_modules"]
