@@ -125,7 +125,11 @@ PRIVATE_NAMES = (
     *_names("transformers.initialization", "The LRU initialises with it.", "copy_ lecun_normal_ normal_ zeros_"),
     *_names("transformers.PreTrainedConfig", "A config that asks for kernels is refused.", "_attn_implementation"),
     # Transformers: Trainer
-    *_names(TRAINER, "The model first takes the size of the best checkpoint.", "_load_best_model"),
+    *_names(
+        TRAINER,
+        "The model first takes the size of a checkpoint, and weights that have other names in it are converted.",
+        "_load_best_model _load_from_checkpoint",
+    ),
     *_names(
         TRAINER,
         "What belongs to the weights is pushed with them, and a push that failed is reported.",

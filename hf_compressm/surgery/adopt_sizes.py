@@ -5,13 +5,16 @@ at its original size, and Trainer copies the smaller weights into it.
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..architectures import StateLayers, state_layers
 from ..architectures.recorded_sizes import record_state_sizes
-from ..engines import Engine, check_replaceable, new_parameter_like, unwrap
+from ..engines import Engine, check_replaceable, new_parameter_like, original_class, unwrap
 from .checks import state_parameters
 from .optimizer_parts import OptimizerParts
 from .undo import Undo
@@ -35,12 +38,42 @@ def adopt_checkpoint_sizes(model: nn.Module, optimizer=None):
     return unwrap(model).register_load_state_dict_pre_hook(partial(_adopt_sizes, optimizer))
 
 
+def load_renamed_weights(model: nn.Module, folder: str | Path) -> bool:
+    """Load a checkpoint whose file names the weights otherwise than the model does, and return whether it is one.
+
+    Transformers renames, splits or stacks the weights of some architectures, such as Nemotron-H, when it saves and
+    loads a model. Trainer does not when it loads, and would leave the model as it is, with no more than a warning.
+
+    Args:
+        model: the unwrapped model, which takes the state sizes of the checkpoint.
+    """
+    if not is_renamed_in_files(model) or not _has_weights(Path(folder)):
+        return False
+    loaded = original_class(model).from_pretrained(folder)
+    model.load_state_dict(loaded.state_dict())
+    return True
+
+
+def is_renamed_in_files(model: nn.Module) -> bool:
+    """Return whether files name the weights of a model otherwise than it does itself."""
+    return bool(get_checkpoint_conversion_mapping(model.config.model_type))
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
 def _adopt_sizes(optimizer, model: nn.Module, state_dict: dict, prefix: str, *args) -> None:
     """Resize the layers whose weights in `state_dict` have another size.
 
     Weights may come in several parts, and those of one layer in different ones.
     """
     layers, sizes = StateLayers(model), {}
+    if is_renamed_in_files(model) and not any(prefix + name in state_dict for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"the weights of this {type(model).__name__} have other names in the file than in the model, and Trainer "
+            "does not convert them: call callback.attach(trainer); elsewhere load them with from_pretrained."
+        )
     for index, mixer in layers.items():
         for path in layers.family.paths(mixer):
             tensor = layers.family.tensors[path]

@@ -11,7 +11,7 @@ from ..private_api import check_private_names
 from ..sharing.model_card import CardDetails
 from ..storage.checkpoint import check_complete, history_of_checkpoint, last_complete_checkpoint, recorded_history
 from ..storage.history import History
-from ..surgery.adopt_sizes import adopt_checkpoint_sizes
+from ..surgery.adopt_sizes import adopt_checkpoint_sizes, load_renamed_weights
 from ..surgery.shrink_and_grow import set_state_sizes
 from .publishing import Publisher
 
@@ -101,6 +101,11 @@ class _StateSizeFollower:
             self._take_sizes_of(recorded_history(vars(self.state)), is_prepared=False)
         return super().create_optimizer(*args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None, **kwargs):
+        target = self.model if model is None else model
+        if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model=model, **kwargs)
+
     def _load_best_model(self, *args, **kwargs):
         best, history = Path(self.state.best_model_checkpoint), None
         with raise_in_all_processes():
@@ -110,7 +115,8 @@ class _StateSizeFollower:
         if history is not None:
             self._take_sizes_of(history, is_prepared=True)
             self.state_size_callback.history = history
-        super()._load_best_model(*args, **kwargs)
+        if self.is_fsdp_enabled or not load_renamed_weights(self.model, best):
+            super()._load_best_model(*args, **kwargs)
 
     def _take_sizes_of(self, history: History | None, is_prepared: bool) -> None:
         """Resize the model to where the history ends; without one, to its size before the first cut of the run.

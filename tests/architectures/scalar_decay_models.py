@@ -17,7 +17,7 @@ HYBRID = BASE | ATTENTION | dict(intermediate_size=48, num_hidden_layers=2)
 HYBRID |= dict(mamba_n_heads=4, mamba_d_state=16, mamba_n_groups=2, mamba_chunk_size=16)
 EXPERTS = dict(n_routed_experts=2, moe_intermediate_size=32, moe_shared_expert_intermediate_size=32)
 
-# Model type → what its config says: 16 states in each of two groups, in two layers, and others between where there are.
+# Model type → what its config says: 16 states in each of two groups, in two layers, with others between them.
 CONFIGS = {
     "mamba2": BASE | dict(num_hidden_layers=2, state_size=16, num_heads=4, head_dim=16, n_groups=2, chunk_size=16),
     "bamba": HYBRID | dict(num_hidden_layers=3, attn_layer_indices=[1]),
