@@ -31,11 +31,11 @@ from accelerate import PartialState
 from datasets import load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    MambaConfig,
-    MambaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -69,6 +69,12 @@ class ModelArguments:
     hidden_size: int = field(default=128, metadata={"help": "Width of the model, in channels."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Number of Mamba blocks."})
     state_size: int = field(default=64, metadata={"help": "State size N at the start, in states per channel."})
+    model_type: str = field(
+        default="mamba", metadata={"help": "Architecture: Mamba-1 or Mamba-2.", "choices": ["mamba", "mamba2"]}
+    )
+    head_dim: int = field(default=32, metadata={"help": "Channels p of each head of a Mamba-2."})
+    n_groups: int = field(default=1, metadata={"help": "Groups of heads of a Mamba-2 that share B and C."})
+    chunk_size: int = field(default=64, metadata={"help": "Positions that the scan of a Mamba-2 takes at a time."})
 
 
 @dataclass
@@ -199,8 +205,8 @@ def show_saved_model(training_args: TrainingArguments, tokenizer, prompt: str) -
     print(f"Sample: {sample(saved, tokenizer, prompt)}")
     print(f"Saved in {training_args.output_dir}. To load it, with transformers alone:\n")
     print("    from transformers import AutoModelForCausalLM")
-    if saved.config.is_heterogeneous:
-        print("    import hf_compressm  # layers have sizes of their own; or, without it, trust_remote_code=True")
+    if saved.config.model_type.startswith("compressm_"):
+        print("    import hf_compressm  # its class is of this package; or, without it, trust_remote_code=True")
     print(f"    model = AutoModelForCausalLM.from_pretrained({training_args.output_dir!r})")
 
 
@@ -285,9 +291,12 @@ def load_tokenizer(args: ModelArguments, train_text, text_column: str):
     )
 
 
-def build_model(args: ModelArguments, tokenizer) -> MambaForCausalLM:
-    """Build a new Mamba at its original size."""
-    config = MambaConfig(
+def build_model(args: ModelArguments, tokenizer) -> PreTrainedModel:
+    """Build a new model at its original size."""
+    of_mamba2 = {name: getattr(args, name) for name in ("head_dim", "n_groups", "chunk_size")}
+    of_mamba2["num_heads"] = 2 * args.hidden_size // args.head_dim
+    config = AutoConfig.for_model(
+        args.model_type,
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
         state_size=args.state_size,
@@ -295,9 +304,11 @@ def build_model(args: ModelArguments, tokenizer) -> MambaForCausalLM:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **(of_mamba2 if args.model_type == "mamba2" else {}),
     )
-    model = MambaForCausalLM(config)
-    PartialState().print(f"Mamba of {model.num_parameters() / 1e6:.2f} M parameters, N = {args.state_size}")
+    model = AutoModelForCausalLM.from_config(config)
+    kind = "Mamba-2" if args.model_type == "mamba2" else "Mamba"
+    PartialState().print(f"{kind} of {model.num_parameters() / 1e6:.2f} M parameters, N = {args.state_size}")
     return model
 
 
