@@ -74,7 +74,6 @@ CASES = {
         },
     ),
 }
-FAMILIES = [name for name in CASES if name != "falcon_h1_norm"]
 
 
 def config_of(case: str, **changes):
