@@ -9,7 +9,9 @@ from ..architectures.scalar_decay import ScalarDecayFamily
 from ..architectures.time_invariant import TimeInvariantFamily
 from ..config import CompreSSMConfig
 from ..theory.plan import Plan
+from .activations import collect_statistics
 from .collate import Batch
+from .group_statistics import collect_group_statistics
 from .objective import Objective
 from .scalar_decay import ScalarDecayAnalysis
 from .selective import SelectiveAnalysis
@@ -60,3 +62,10 @@ def analyze_states(
         return TimeInvariantAnalysis(layers, config)
     kind = ScalarDecayAnalysis if isinstance(layers.family, ScalarDecayFamily) else SelectiveAnalysis
     return kind(layers, batches, config, objective, held_out)
+
+
+def sampled_positions(layers: StateLayers, batches: list[Batch]) -> dict[int, int]:
+    """Return layer → at how many positions its states are sampled in forward passes of a model in eval mode."""
+    if isinstance(layers.family, ScalarDecayFamily):
+        return {index: int(each.samples) for index, each in collect_group_statistics(layers, batches).items()}
+    return {index: int(each.tokens) for index, each in collect_statistics(layers, batches).items()}

@@ -9,13 +9,13 @@ from ..architectures import StateLayers
 from ..architectures.mamba_scan import scan_installed
 from ..config import CompreSSMConfig
 from ..engines import can_run_unwrapped, raise_in_all_processes, sum_over_processes
-from .activations import collect_statistics
 from .calibration import undisturbed
 from .checks import can_measure_losses, split_batches
 from .collate import Batch
 from .losses import mean_loss
 from .objective import Loss, Objective
 from .selective import check_tokens
+from .states import sampled_positions
 
 
 def try_analysis(layers: StateLayers, batches: list[Batch], config: CompreSSMConfig, loss: Loss | None = None) -> None:
@@ -59,8 +59,7 @@ def _observed_tokens(layers: StateLayers, batch: Batch) -> int:
         ValueError: the forward pass failed, or passed a layer by.
     """
     with _explained(layers, batch, "forward pass"):
-        statistics = collect_statistics(layers, [batch])
-    tokens = {index: int(each.tokens) for index, each in statistics.items()}
+        tokens = sampled_positions(layers, [batch])
     if len(set(map(bool, tokens.values()))) > 1:
         passed = [index for index, count in tokens.items() if count == 0]
         raise ValueError(
