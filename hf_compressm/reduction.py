@@ -19,7 +19,7 @@ from .analysis.masking import masked_parameters
 from .analysis.objective import Loss, Objective
 from .analysis.recall import RecallProbe
 from .analysis.states import StateAnalysis, analyze_states
-from .architectures import StateLayers, state_layers
+from .architectures import StateLayers, state_sizes
 from .architectures.mamba_scan import scan_installed
 from .config import CompreSSMConfig
 from .engines import from_first_process, raise_in_all_processes, unwrap
@@ -155,8 +155,7 @@ def compress(
         ValueError: the report was applied before or made for other sizes, or `shrink_state` refuses the cut.
     """
     started = time.perf_counter()
-    layers, fingerprint = state_layers(unwrap(model)), from_first_process(plan_fingerprint(report.plan))
-    sizes = layers.sizes
+    sizes, fingerprint = state_sizes(unwrap(model)), from_first_process(plan_fingerprint(report.plan))
     with raise_in_all_processes():
         if report.applied:
             raise ValueError("this report has been applied already; call analyze again.")
@@ -173,7 +172,7 @@ def compress(
             with prepared_for(report.config.basis, model, optimizer, companions):
                 shrink_state(model, report.plan, optimizer, companions)
     except BaseException:
-        report.applied = layers.sizes != sizes  # an interrupt may come just after the cut
+        report.applied = state_sizes(unwrap(model)) != sizes  # an interrupt may come just after the cut
         raise
     return ReductionEvent(
         step=step,

@@ -173,9 +173,7 @@ class Family(ABC):
         Raises:
             ValueError: no N gives a tensor this shape.
         """
-        path, tensor = next(
-            (path, tensor) for path, tensor in self.tensors.items() if all(block.per_state for block in tensor.blocks)
-        )
+        path, tensor = next((p, t) for p, t in self.tensors.items() if all(block.per_state for block in t.blocks))
         return shapes[path][tensor.axis] // sum(block.per_state for block in tensor.blocks)
 
     def layer_count_of_config(self, config: Mapping) -> object:
@@ -259,6 +257,10 @@ class Family(ABC):
             The whole tensors by path; those that stay as they are may be left out.
         """
 
+    def padding_error(self, mixer: nn.Module, size: int) -> str | None:
+        """Return why a layer cannot be padded to N = `size`, or None, as here."""
+        return None
+
     def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
         """Fill, in place, the entries of the states that are new in a layer that grows to `size` states.
 
@@ -280,11 +282,7 @@ class Family(ABC):
         return iter(())
 
     def slow_scan(self, device_type: str) -> str | None:
-        """Return a warning for a user whose model would train with a needlessly slow scan, or None.
-
-        Args:
-            device_type: where the model is, such as "cpu" or "cuda".
-        """
+        """Return a warning for a user whose model, on "cpu" or "cuda", would train with a slow scan, or None."""
         return None
 
     # Numbers for the model card

@@ -242,13 +242,6 @@ class BalancedFamily(ScalarDecayFamily):
         mixers = self.mixers_in(model)
         reduced = [mixers[index].reduced_state_size for index in sizes]
         model.config.balanced_state_size = reduced[0] if len(set(reduced)) == 1 else reduced
-        ignored = [
-            f"{name}.{path}"
-            for name, module in model.named_modules()
-            if self.is_mixer(module) and module.reduced_state_size is None
-            for path in self.tensors
-        ]
-        model._ddp_params_and_buffers_to_ignore = ignored  # what does not project has no gradient to wait for
 
     def reduce(self, entry: Projection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         """Copy the new projections into `new`."""
@@ -258,6 +251,16 @@ class BalancedFamily(ScalarDecayFamily):
     def masked(self, mixer: nn.Module, entry: Projection) -> dict[str, Tensor]:
         """Return the new projections: a layer computes at the size of those that it is given."""
         return {path: value.to(mixer.in_proj.weight) for path, value in entry.tensors.items()}
+
+    def padding_error(self, mixer: nn.Module, size: int) -> str | None:
+        """Return an error for the N that the layer has before its projections: with so many it would not project."""
+        whole = mixer.ssm_state_size
+        if size < whole:
+            return None
+        return (
+            f"layer {mixer.layer_idx} has {whole} states before its projections and cannot be padded to {size} behind "
+            f"them: give at most {whole - 1}."
+        )
 
     def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
         """Yield the projections: there is no reason why they should be small."""

@@ -4,7 +4,7 @@ All that distinguishes them is here, and nothing else.
 """
 
 from .engine import Engine, run_with
-from .parameters import check_replaceable, new_parameter_like
+from .parameters import check_replaceable, new_parameter_like, unused_frozen
 from .processes import (
     all_processes,
     from_first_process,
@@ -50,6 +50,7 @@ __all__ = [
     "smallest_over_processes",
     "sum_over_processes",
     "to_local",
+    "unused_frozen",
     "unwrap",
     "unwrap_optimizer",
 ]

@@ -13,6 +13,9 @@ Two things cannot be seen from a Parameter: hooks on the node of autograd that a
 DistributedDataParallel has them, and what other objects keep of it, as optimizers and running averages do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -50,3 +53,20 @@ def check_replaceable(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(
             f"{name} is a {type(parameter).__name__}, and a resized one would be a plain nn.Parameter; make it one."
         )
+
+
+@contextmanager
+def unused_frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze within this block the parameters that a model says it does not use, while an optimizer is loaded.
+
+    They have no gradient, and so no state in a checkpoint. FSDP2 would miss it of a parameter that can be trained.
+    """
+    names = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    unused = [parameter for parameter in map(model.get_parameter, names) if parameter.requires_grad]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in unused:
+            parameter.requires_grad_(True)

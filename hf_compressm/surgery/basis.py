@@ -39,7 +39,7 @@ def prepare(model: nn.Module, optimizer=None) -> None:
             f"a model of type '{layers.model.config.model_type}' has no balanced basis; allowed: "
             f"{', '.join(layers.family.bases)}. There is nothing to prepare."
         )
-    if not _needs_preparation(layers, "balanced"):
+    if not needs_preparation(layers, "balanced"):
         return
     with Undo([Engine(model, trains=False)], [OptimizerParts(optimizer)]):
         _balance(layers)
@@ -54,7 +54,7 @@ def prepare(model: nn.Module, optimizer=None) -> None:
             part["params"] = [*part["params"], *joining]
 
 
-def _needs_preparation(layers: StateLayers, basis: str | None) -> bool:
+def needs_preparation(layers: StateLayers, basis: str | None) -> bool:
     """Return whether a model has to change its class before it can be cut in this basis."""
     return basis == "balanced" and isinstance(layers.family, AxisFamily)
 
@@ -67,7 +67,7 @@ def in_basis(model: nn.Module, basis: str | None) -> Iterator[StateLayers]:
         ValueError: the model has no such basis, or would have to be prepared for it and cannot.
     """
     layers = state_layers(model)
-    if not _needs_preparation(layers, basis):
+    if not needs_preparation(layers, basis):
         yield layers
         return
     undo = Undo([Engine(model, trains=False)])
@@ -86,7 +86,7 @@ def prepared_for(basis: str | None, model: nn.Module, optimizer, companions: Seq
         model, companions: the models as their engines hold them.
     """
     layers = state_layers(unwrap(model))
-    if not _needs_preparation(layers, basis):
+    if not needs_preparation(layers, basis):
         yield
         return
     engines = [Engine(model), *(Engine(companion, trains=False) for companion in companions)]

@@ -49,8 +49,12 @@ def pad_state(model: nn.Module, size: int) -> None:
     is for tools that need a certain N; the states of `grow_state` learn.
 
     Raises:
-        ValueError: a layer has more than `size` states.
+        ValueError: a layer has more than `size` states, or cannot be padded to so many.
     """
+    layers = state_layers(unwrap(model))
+    for mixer in layers.values():
+        if error := layers.family.padding_error(mixer, size):
+            raise ValueError(error)
     _enlarge(model, size, None, _leave_as_gathered)
 
 

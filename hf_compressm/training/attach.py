@@ -6,12 +6,12 @@ from pathlib import Path
 from transformers import Trainer
 
 from ..architectures import state_sizes
-from ..engines import check_engine, from_first_process, process_index, raise_in_all_processes, unwrap
+from ..engines import check_engine, from_first_process, process_index, raise_in_all_processes, unused_frozen, unwrap
 from ..private_api import check_private_names
 from ..sharing.model_card import CardDetails
 from ..storage.checkpoint import check_complete, history_of_checkpoint, last_complete_checkpoint, recorded_history
 from ..storage.history import History
-from ..surgery.adopt_sizes import adopt_checkpoint_sizes, load_renamed_weights
+from ..surgery.adopt_sizes import load_renamed_weights
 from ..surgery.shrink_and_grow import set_state_sizes
 from .publishing import Publisher
 
@@ -41,7 +41,7 @@ def attach(trainer: Trainer, callback, card: CardDetails | None = None) -> None:
     callback.trainer, trainer.state_size_callback = trainer, callback
     trainer.card_details = card or CardDetails()
     if not isinstance(trainer, _StateSizeFollower):
-        adopt_checkpoint_sizes(trainer.model)
+        callback.make_ready(trainer.model, trainer.optimizer)
         own_class = type(trainer)
         trainer.__class__ = type(own_class.__name__, (_StateSizeFollower, Publisher, own_class), {})
 
@@ -89,7 +89,7 @@ class _StateSizeFollower:
     def call_model_init(self, *args, **kwargs):
         """Build a model as Trainer does, into which weights of any state size can be loaded."""
         model = super().call_model_init(*args, **kwargs)
-        adopt_checkpoint_sizes(model)
+        self.state_size_callback.make_ready(model)
         return model
 
     def create_optimizer(self, *args, **kwargs):
@@ -105,6 +105,10 @@ class _StateSizeFollower:
         target = self.model if model is None else model
         if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model=model, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, *args, **kwargs):
+        with unused_frozen(self.model):
+            return super()._load_optimizer_and_scheduler(*args, **kwargs)
 
     def _load_best_model(self, *args, **kwargs):
         best, history = Path(self.state.best_model_checkpoint), None

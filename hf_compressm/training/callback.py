@@ -37,6 +37,7 @@ from .start_checks import (
     check_loss_options,
     check_not_rebuilt,
     check_other_callbacks,
+    check_prepared,
     check_trainer,
     warn_of_a_slow_scan,
     warn_of_an_early_budget,
@@ -124,11 +125,16 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """
         attach(trainer, self, card)
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs):
-        """Prepare the model for its basis, and let it take the size of a checkpoint, before one can be loaded."""
-        family = family_of(unwrap(model))
-        if self.config.basis == "balanced" and "balanced" in family.bases:
-            prepare(model)
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control, model=None, optimizer=None, **kwargs):
+        """Make the model ready before Trainer wraps it, and makes an optimizer for it unless it was given one."""
+        self.make_ready(model, optimizer)
+
+    def make_ready(self, model: nn.Module, optimizer=None) -> None:
+        """Prepare a model for the basis, and let it take the size of a checkpoint, before one can be loaded."""
+        if self.config.basis == "balanced" and "balanced" in family_of(unwrap(model)).bases:
+            prepare(model, optimizer)
+            for companion in self.companions:
+                prepare(companion)
         adopt_checkpoint_sizes(model)
 
     def on_train_begin(
@@ -214,6 +220,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._trigger = Trigger(self.schedule, self.config, state.max_steps)
         self._calibration = CalibrationData(self.config, args, train_dataloader, self.calibration_loader)
         check_config(self.config, self._layers)
+        check_prepared(self.config, self._layers)
         check_trigger(self.schedule, self.config, self._layers)
 
     def _warn(self, state: TrainerState) -> None:

@@ -10,6 +10,7 @@ from ..architectures import StateLayers, state_sizes
 from ..config import CompreSSMConfig
 from ..engines import check_training_arguments, unwrap
 from ..storage.history import History
+from ..surgery.basis import needs_preparation
 from .schedule import CompreSSMSchedule
 
 logger = logging.get_logger(__name__)
@@ -97,6 +98,20 @@ def check_companions(companions: Sequence[nn.Module], args: TrainingArguments, l
                 "After a resume load the companion's own weights first; "
                 "hf_compressm.surgery.adopt_sizes.adopt_checkpoint_sizes(companion) lets it take their size."
             )
+
+
+def check_prepared(config: CompreSSMConfig, layers: StateLayers) -> None:
+    """Refuse a model that would change its class in the middle of a run, which could not be resumed then.
+
+    Raises:
+        ValueError: the model was not prepared for the basis before it got its optimizer.
+    """
+    if needs_preparation(layers, config.basis):
+        raise ValueError(
+            f"the {type(layers.model).__name__} was not prepared for basis = '{config.basis}' before its optimizer "
+            "was made. Call callback.attach(trainer) after building the Trainer, or hf_compressm.prepare(model) "
+            "before."
+        )
 
 
 def check_not_rebuilt(needs: dict[str, object]) -> None:

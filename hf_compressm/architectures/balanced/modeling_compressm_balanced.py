@@ -81,7 +81,6 @@ class BalancedMixer:
         self.initialise_projections()
         self.reduced_state_size = size
 
-    @torch.no_grad()
     def initialise_projections(self) -> None:
         """Set the projections to the first rows of identities, unless they were loaded."""
         for projection in (self.B_proj, self.C_proj):
@@ -152,7 +151,11 @@ class BalancedModel:
         super().__init__(config)
         balance_modules(self)
 
-    @torch.no_grad()
+    @property
+    def _ddp_params_and_buffers_to_ignore(self):  # those without use get no gradient that could be waited for
+        unused = [n for n, m in self.named_modules() if isinstance(m, BalancedMixer) and m.reduced_state_size is None]
+        return [f"{name}.{projection}" for name in unused for projection in ("B_proj", "C_proj")]
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, BalancedMixer):
