@@ -218,14 +218,24 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def masked(self, mixer: nn.Module, entry: PlanEntry) -> dict[str, Tensor]:
+    def masked(self, mixer: nn.Module, entry: PlanEntry) -> dict[str, Tensor | int]:
         """Return the tensors with which an uncut layer computes what it will compute after the cut.
 
         Losses are measured with these tensors in the place of the layer's own, before anything is changed. Every
         process has to call this method, since each may hold only a part of a tensor.
 
         Returns:
-            The whole tensors by path; those that stay as they are may be left out.
+            The whole tensors by path; those that stay as they are may be left out. Tensors may be as small as those
+            after the cut; a mixer that reads N gets it, too, by the name of its attribute.
+        """
+
+    def pad(self, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Finish, in place, the tensors of a layer that gets states that do nothing, so that its output stays.
+
+        Args:
+            mixer: the mixer, still at its old size.
+            old: the whole state tensors, by path.
+            new: the same at the new size; entries of new states are zero. Here they stay as they are.
         """
 
     def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
@@ -329,8 +339,11 @@ class SelectiveFamily(Family):
 
     def reduce(self, entry: Selection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         """Give the kept states, in place, the maps by which they make up for the dropped ones."""
-        kept = self.maps(new, mixer, len(entry.kept_states))
-        for target, value in zip(kept, entry.maps_after_cut(self.maps(old, mixer)), strict=True):
+        self.write_maps(entry.maps_after_cut(self.maps(old, mixer)), mixer, new)
+
+    def write_maps(self, maps: StateMaps, mixer: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Write maps, in place, into the whole state tensors of a layer, by path."""
+        for target, value in zip(self.maps(tensors, mixer, len(maps.B_rows)), maps, strict=True):
             target.copy_(value)
 
     def masked(self, mixer: nn.Module, entry: Selection) -> dict[str, Tensor]:

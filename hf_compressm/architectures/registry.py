@@ -3,15 +3,16 @@
 from torch import nn
 
 from .family import Family
+from .falcon_mamba import FALCON_MAMBA
+from .jamba import JAMBA
 from .lru.family import LRU
 from .mamba import MAMBA
 
 FAMILIES: dict[str, Family] = {}  # by model type
 UNSUPPORTED = {
-    "falcon_mamba": "it normalises B and C over the state, so a masked state is not inert",
     "mamba2": "its state is shared within heads and groups",
     **dict.fromkeys(
-        ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba", "zamba2"),
+        ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba", "zamba2"),
         "hybrids of attention and state space layers are not handled yet",
     ),
 }
@@ -37,5 +38,5 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-for served in (MAMBA, LRU):
+for served in (MAMBA, FALCON_MAMBA, JAMBA, LRU):
     register(served)
