@@ -235,8 +235,9 @@ class Family(ABC):
         Args:
             mixer: the mixer, still at its old size.
             old: the whole state tensors, by path.
-            new: the same at the new size; entries of new states are zero. Here they stay as they are.
+            new: the same at the new size; entries of new states are zero.
         """
+        return  # rows of zeros do nothing
 
     def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
         """Fill, in place, the entries of the states that are new in a layer that grows to `size` states.

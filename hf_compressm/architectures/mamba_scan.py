@@ -1,8 +1,9 @@
 """These functions put the scans of this package into Transformers' Mambas, and let an observer see a scan's arguments.
 
-Transformers' `modeling_mamba` and its kin call functions of their own. These call kernels of the Hub where a model asked for them,
-those of mamba-ssm and causal-conv1d where these packages are installed, else a reference in PyTorch. `install_scan`
-puts ours in their place. Then `kernels.dispatch` decides what runs; CPU tensors never reach a CUDA kernel.
+Transformers' `modeling_mamba` and its kin call functions of their own. These call kernels of the Hub where a model
+asked for them, those of mamba-ssm and causal-conv1d where these packages are installed, else a reference in PyTorch.
+`install_scan` puts ours in their place. Then `kernels.dispatch` decides what runs; CPU tensors never reach a CUDA
+kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,9 +37,10 @@ _observer: Observer | None = None
 
 
 def install_scan() -> None:
-    """Let every Mamba, FalconMamba, Jamba and Zamba of `transformers` in this process run this package's scan where no CUDA kernel serves.
+    """Let every model with Mamba-1's scan in this process run this package's scan where no CUDA kernel serves.
 
-    A kernel serves that came from the Hub (`use_kernels=True`) or with mamba-ssm; then the scan is left to it.
+    These are `transformers`' Mamba, FalconMamba, Jamba and Zamba. A kernel serves that came from the Hub
+    (`use_kernels=True`) or with mamba-ssm; then the scan is left to it.
 
     It holds for the whole process until `uninstall_scan` is called; a second call changes nothing.
 

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from .family import Family
 from .falcon_mamba import FALCON_MAMBA
+from .family import Family
 from .jamba import JAMBA
 from .lru.family import LRU
 from .mamba import MAMBA

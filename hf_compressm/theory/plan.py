@@ -46,7 +46,9 @@ class Selection:
         return {"compensation": self.compensation, "norm_gains": self.norm_gains, **added}
 
     def maps_after_cut(self, whole: StateMaps) -> StateMaps:
-        """Return the maps of the kept states as the cut leaves them: W_C[K] + Gᵀ W_C[R], scaled, plus what a refit adds.
+        """Return the maps of the kept states as the cut leaves them.
+
+        They are W_C[K] + Gᵀ W_C[R], scaled where they are normalised, plus what a refit adds.
 
         Args:
             whole: the maps of all states.
