@@ -69,6 +69,20 @@ PRIVATE_NAMES = (
         "install_scan puts the scans of this package in the place of these functions.",
         "mamba_selective_scan mamba_inner_fn mamba_selective_state_update causal_conv1d_fn causal_conv1d_update",
     ),
+    *(
+        name
+        for module in ("falcon_mamba.modeling_falcon_mamba", "jamba.modeling_jamba", "zamba.modeling_zamba")
+        for name in _names(
+            f"transformers.models.{module}",
+            "install_scan puts the scans of this package in the place of these functions.",
+            "mamba_selective_scan mamba_selective_state_update causal_conv1d_fn causal_conv1d_update",
+        )
+    ),
+    *_names(
+        "transformers.models.falcon_mamba.modeling_falcon_mamba",
+        "install_scan puts the scans of this package in the place of this function.",
+        "mamba_inner_fn",
+    ),
     *_names(
         "transformers.integrations.hub_kernels",
         "Whose kernel a function of Mamba calls is seen in what this leaves of it.",

@@ -35,8 +35,9 @@ from trl import SFTConfig
 
 import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
-from hf_compressm.architectures.family import Family, SelectiveFamily
+from hf_compressm.architectures.family import Family
 from hf_compressm.architectures.registry import FAMILIES
+from hf_compressm.architectures.selective import SelectiveFamily
 from hf_compressm.architectures.time_invariant import TimeInvariantFamily
 from hf_compressm.console import cli
 from hf_compressm.sharing.hub import push_folder

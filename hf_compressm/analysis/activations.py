@@ -40,7 +40,7 @@ def collect_statistics(layers: StateLayers, batches: list[Batch]) -> dict[int, S
 
 
 def layer_inputs(
-    layers: StateLayers, batches: list[Batch], index: int, overrides: dict[str, Tensor]
+    layers: StateLayers, batches: list[Batch], index: int, overrides: dict[str, Tensor | int]
 ) -> list[LayerInputs]:
     """Return what the scan of one layer is given, by batch, in a model with some parameters overridden.
 
@@ -60,7 +60,9 @@ def layer_inputs(
     return inputs
 
 
-def observe_layers(layers: StateLayers, batches: list[Batch], overrides: dict[str, Tensor], observe: Observe) -> None:
+def observe_layers(
+    layers: StateLayers, batches: list[Batch], overrides: dict[str, Tensor | int], observe: Observe
+) -> None:
     """Run forward passes in which `observe` takes the place of every scan."""
     running: list[int] = []  # the layer whose scan comes next
     handles = [

@@ -76,10 +76,15 @@ def sequence_count(batch: Batch) -> int:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the block with the model in eval mode and without gradients, and leave no trace.
 
+    The loss of a mixture of experts is then that of its predictions alone: how its routers spread the tokens is no
+    matter of states.
+
     Afterwards modes, config and every random state that the model may have used are as before.
     """
     training, config = {module: module.training for module in model.modules()}, dict(vars(model.config))
     model.config.use_cache = False  # an analysis decodes nothing, and a cache of every layer would be built
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False
     try:
         with preserved_random_state({parameter.device for parameter in model.parameters()}), torch.no_grad():
             model.eval()

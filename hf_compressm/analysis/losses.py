@@ -46,14 +46,14 @@ class LossMeter:
             self._of_sample = self._mean_loss(sample, {})
         return self._mean_loss(sample, overrides) - self._of_sample
 
-    def _mean_loss(self, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
+    def _mean_loss(self, batches: list[Batch], overrides: dict[str, Tensor | int]) -> float:
         started = time.perf_counter()
         loss = mean_loss(self.objective, batches, overrides)
         self.seconds += time.perf_counter() - started
         return loss
 
 
-def mean_loss(objective: Objective, batches: list[Batch], overrides: dict[str, Tensor]) -> float:
+def mean_loss(objective: Objective, batches: list[Batch], overrides: dict[str, Tensor | int]) -> float:
     """Return the mean loss over these batches in all processes, with overridden parameters.
 
     Raises:

@@ -6,8 +6,11 @@ from ..architectures import StateLayers
 from ..theory.plan import Plan
 
 
-def masked_parameters(layers: StateLayers, plan: Plan) -> dict[str, Tensor]:
-    """Return parameter name → value, with which the layers that the plan cuts compute what they will after it."""
+def masked_parameters(layers: StateLayers, plan: Plan) -> dict[str, Tensor | int]:
+    """Return parameter name → value, with which the layers that the plan cuts compute what they will after it.
+
+    Where a value has the size of the cut layer, the attribute of the mixer that holds N is among the names.
+    """
     return {
         layers.parameter_name(index, path): value
         for index in cut_layers(layers, plan)

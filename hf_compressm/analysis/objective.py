@@ -32,7 +32,7 @@ class Objective:
         self.model, self.own = model, loss is None
         self._loss = model_loss if loss is None else loss
 
-    def loss(self, batch: Batch, overrides: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    def loss(self, batch: Batch, overrides: Mapping[str, Tensor | int]) -> tuple[Tensor, float]:
         """Return the mean loss of a batch, and of how many terms, with some parameters, by name, overridden.
 
         Raises:
@@ -81,7 +81,7 @@ def output_of(outputs: Any, name: str) -> Tensor | None:
     return outputs.get(name) if isinstance(outputs, Mapping) else outputs[("loss", "logits").index(name)]
 
 
-def run(model: nn.Module, function: Callable[[], Any], overrides: Mapping[str, Tensor]) -> Any:
+def run(model: nn.Module, function: Callable[[], Any], overrides: Mapping[str, Tensor | int]) -> Any:
     """Call a function that runs a model with some parameters overridden; half-precision weights are float32."""
     halves = {name: parameter.float() for name, parameter in model.named_parameters() if parameter.dtype in HALVES}
     given = {name: value.float() if name in halves else value for name, value in overrides.items()}

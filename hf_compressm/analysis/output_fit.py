@@ -10,6 +10,7 @@ random.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,21 +82,21 @@ def fit_states(error: OutputError, held_out: OutputError, start: StateMaps, cova
             that steps of one length change the output alike.
     """
     basis = torch.linalg.cholesky(well_posed(covariance)).mT.to(start.C_rows)  # Rᵀ of Π = R Rᵀ
-    values = start.B_rows, basis @ start.C_rows, start.A_log
-    sizes = (value.square().mean().sqrt().clamp_min(1e-12) for value in values[:2])
-    units = *sizes, torch.ones_like(values[2][0, 0])
-    leaves = [(value / unit).requires_grad_() for value, unit in zip(values, units, strict=True)]
+    values = replace(start, C_rows=basis @ start.C_rows)
+    sizes = {name: vars(values)[name].square().mean().sqrt().clamp_min(1e-12) for name in ("B_rows", "C_rows")}
+    units = replace(values.map(lambda value: value.new_ones(())), **sizes)
+    leaves = values.map(lambda value, unit: (value / unit).requires_grad_(), units)
 
     def maps() -> StateMaps:
-        B_rows, C_rows, A_log = (leaf * unit for leaf, unit in zip(leaves, units, strict=True))
-        return StateMaps(B_rows, torch.linalg.solve_triangular(basis, C_rows, upper=True), A_log)
+        found = leaves.map(torch.mul, units)
+        return replace(found, C_rows=torch.linalg.solve_triangular(basis, found.C_rows, upper=True))
 
     def evaluate() -> Tensor:
         with torch.enable_grad():
-            return error.backward(maps(), leaves)
+            return error.backward(maps(), list(leaves))
 
     settings = {"max_iter": ROUND, "max_eval": ROUND * 5 // 4, "history_size": PAIRS}
-    optimizer = torch.optim.LBFGS(leaves, line_search_fn="strong_wolfe", **settings)
+    optimizer = torch.optim.LBFGS(list(leaves), line_search_fn="strong_wolfe", **settings)
     best, smallest = start, held_out.relative_error(start)
     for _ in range(ROUNDS):
         optimizer.step(evaluate)

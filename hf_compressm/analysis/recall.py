@@ -64,7 +64,7 @@ class RecallProbe:
         self,
         model: nn.Module,
         pairs: int,
-        overrides: Callable[[Plan], dict[str, Tensor]],
+        overrides: Callable[[Plan], dict[str, Tensor | int]],
         sequences: int = 32,
         seed: int = 0,
     ):

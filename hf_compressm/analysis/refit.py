@@ -50,7 +50,7 @@ def refitted(
         kept, start = plan[index].kept_states, plan[index].maps_after_cut(whole)
         fitted = fit_states(error, held_out_error, start, covariances[index][kept][:, kept])
         if fitted is not start:
-            added = StateMaps(*(new - old for new, old in zip(fitted, start, strict=True)))
+            added = fitted.map(torch.sub, start)
             result[index] = replace(plan[index], refit=added)
     if all(entry.refit is None for entry in result.values()):
         return plan
@@ -61,4 +61,4 @@ def refitted(
 def whole_maps(layers: StateLayers, index: int) -> StateMaps:
     """Return the maps of all states of a layer, in float32 at least."""
     maps = layers.family.maps(layers.whole_tensors(index), layers[index])
-    return StateMaps(*(values.to(torch.promote_types(values.dtype, torch.float32)) for values in maps))
+    return maps.map(lambda values: values.to(torch.promote_types(values.dtype, torch.float32)))

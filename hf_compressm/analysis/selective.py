@@ -20,7 +20,13 @@ from ..theory.criteria import (
     state_scores,
 )
 from ..theory.plan import Plan, Selection
-from ..theory.selective import Statistics, compensation, layer_hankel_singular_values
+from ..theory.selective import (
+    Statistics,
+    compensation,
+    layer_hankel_singular_values,
+    norm_gains,
+    weighted_covariance,
+)
 from .activations import collect_statistics
 from .collate import Batch
 from .losses import loss_gradients
@@ -46,7 +52,8 @@ class SelectiveAnalysis:
         compensate: whether kept states make up for dropped ones.
         tokens: calibration tokens behind the statistics.
         scores: layer → score of each state, in stored order, (N,).
-        covariances: layer → Π, (N, N).
+        norm_weights: layer → weights of the norms over B and C, (N,) each, or None without norms.
+        covariances: layer → Π, as the rows of C see it, (N, N).
     """
 
     gramians = None  # a selective layer has no Gramians of its own, only surrogates
@@ -76,7 +83,16 @@ class SelectiveAnalysis:
             lambda: state_gradients(layers, batches, objective)
         )  # computed for all layers when first asked for
         self.scores = score_states(layers, self.statistics, criterion, gradients, config.calibration_seed)
-        self.covariances = {index: statistics.gated_covariance for index, statistics in self.statistics.items()}
+        self.norm_weights = {
+            index: layers.family.maps(layers.whole_tensors(index), mixer).norm_weights
+            for index, mixer in layers.items()
+        }
+        self.covariances = {
+            index: weighted_covariance(statistics.gated_covariance, weights[1])
+            if weights
+            else statistics.gated_covariance
+            for (index, statistics), weights in zip(self.statistics.items(), self.norm_weights.values(), strict=True)
+        }
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
         """Return layer → σ of its surrogate Gramians, averaged over a sample of channels, (N,), descending."""
@@ -99,8 +115,12 @@ class SelectiveAnalysis:
             size, whole = sizes[index], len(scores)
             generator = seeded_generator(self.config.calibration_seed, index)
             kept = choose_states(scores, size, self.config.selection, generator)
-            compensated = self.compensate and size < whole
-            plan[index] = Selection(kept, compensation(self.covariances[index], kept) if compensated else None)
+            prediction = gains = None
+            if self.compensate and size < whole:
+                prediction = compensation(self.covariances[index], kept)
+            if self.norm_weights[index] and size < whole:
+                gains = norm_gains(self.statistics[index], kept, self.norm_weights[index], prediction)
+            plan[index] = Selection(kept, prediction, norm_gains=gains)
         return plan
 
 
@@ -155,13 +175,16 @@ def score_states(
     scores = {}
     for index, mixer in layers.items():
         maps = layers.family.maps(layers.whole_tensors(index), mixer)
+        weights = [1, 1] if maps.norm_weights is None else [each.unsqueeze(1) for each in maps.norm_weights]
 
-        def gradient_rows(index=index, mixer=mixer) -> tuple[Tensor, Tensor]:
+        def gradient_rows(index=index, mixer=mixer, weights=weights) -> tuple[Tensor, Tensor]:
             of_maps = layers.family.maps(gradients()[index], mixer)
-            return of_maps.B_rows, of_maps.C_rows
+            return of_maps.B_rows / weights[0], of_maps.C_rows / weights[1]
 
         generator = seeded_generator(seed, index)
-        layer = LayerStates(statistics[index], maps.B_rows, maps.C_rows, gradient_rows, generator)
+        layer = LayerStates(
+            statistics[index], maps.B_rows * weights[0], maps.C_rows * weights[1], gradient_rows, generator
+        )
         scores[index] = state_scores(criterion, layer)
     check_scores(scores)
     return scores

@@ -10,22 +10,14 @@ parameter within the mixer, such as `x_proj.weight`.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..engines import full_tensor
-from ..theory.criteria import CRITERIA
-from ..theory.plan import PlanEntry, Selection
-from ..theory.selective import LayerInputs, StateMaps, complement
-
-# An observer runs a scan in the place of the model. It takes the scan's arguments by position, (u, time_step, A, B, C,
-# D, gate, time_step_bias, softplus), where D, gate and time_step_bias may be None, and returns (y, last_state).
-Observer = Callable[..., tuple[Tensor, Tensor]]
+from ..theory.plan import PlanEntry
 
 
 class Block(NamedTuple):
@@ -247,19 +239,29 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def masked(self, mixer: nn.Module, entry: PlanEntry) -> dict[str, Tensor]:
+    def masked(self, mixer: nn.Module, entry: PlanEntry) -> dict[str, Tensor | int]:
         """Return the tensors with which an uncut layer computes what it will compute after the cut.
 
         Losses are measured with these tensors in the place of the layer's own, before anything is changed. Every
         process has to call this method, since each may hold only a part of a tensor.
 
         Returns:
-            The whole tensors by path; those that stay as they are may be left out.
+            The whole tensors by path; those that stay as they are may be left out. Tensors may be as small as those
+            after the cut; a mixer that reads N gets it, too, by the name of its attribute.
         """
 
-    def padding_error(self, mixer: nn.Module, size: int) -> str | None:
-        """Return why a layer cannot be padded to N = `size`, or None, as here."""
-        return None
+    def pad(self, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Finish, in place, the tensors of a layer that gets states that do nothing, so that its output stays.
+
+        Args:
+            mixer: the mixer, still at its old size.
+            old: the whole state tensors, by path.
+            new: the same at the new size; entries of new states are zero.
+
+        Raises:
+            ValueError: the layer cannot have so many; here, never.
+        """
+        return  # rows of zeros do nothing
 
     def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
         """Fill, in place, the entries of the states that are new in a layer that grows to `size` states.
@@ -328,72 +330,3 @@ def whole_quotient(length: int, per_state: int, path: str) -> int:
     if length < 0 or length % per_state:
         raise ValueError(f"{path} has {length} entries for states, which come by {per_state}.")
     return length // per_state
-
-
-class SelectiveFamily(Family):
-    """A selective family has layers whose maps depend on their input: Mamba-1 and its kin.
-
-    A cut keeps some states of each layer as they are and drops the others. Each forward pass of a mixer runs one scan
-    over its D channels, with one B and one C for all of them (arXiv 2312.00752, algorithm 2).
-
-    Attributes:
-        decay: path of the parameter that holds log(-A), (D, N).
-        output_projection: path of the weight that mixes the D channels, (hidden, D).
-    """
-
-    needs_data = True
-    is_language_model = True
-    can_refit = True
-    can_allocate_globally = True
-    criteria = tuple(CRITERIA)
-    decay: str
-    output_projection: str
-
-    @abstractmethod
-    def maps(self, tensors: Mapping[str, Tensor], mixer: nn.Module, size: int | None = None) -> StateMaps:
-        """Return the maps of a layer, as views into its tensors, so that a change of a map changes the tensor.
-
-        Args:
-            tensors: the whole state tensors, by path, or other tensors of the same shapes, such as gradients.
-            size: the number of states that the tensors have, where it is not the mixer's own N.
-
-        Returns:
-            The rows that make B and those that make C, (N, D) each, and log(-A), (D, N).
-        """
-
-    @abstractmethod
-    def observed_scan(self, observer: Observer) -> AbstractContextManager[None]:
-        """Return a context manager within which the observer runs every scan of the family's models in eval mode."""
-
-    @abstractmethod
-    def layer_output(self, mixer: nn.Module) -> Callable[[StateMaps, LayerInputs], Tensor]:
-        """Return a function that computes what a layer adds to the residual stream from its maps and its inputs.
-
-        A refit fits the output of this function, so what no cut changes (a skip connection, a bias) may be left out.
-        Every process has to call this method, since each may hold only a part of a tensor.
-
-        Returns:
-            (maps, inputs) → (batch, hidden, L), differentiable in the maps.
-        """
-
-    def reduce(self, entry: Selection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        """Give the kept states, in place, the maps by which they make up for the dropped ones."""
-        kept = self.maps(new, mixer, len(entry.kept_states))
-        for target, value in zip(kept, entry.maps_after_cut(self.maps(old, mixer)), strict=True):
-            target.copy_(value)
-
-    def masked(self, mixer: nn.Module, entry: Selection) -> dict[str, Tensor]:
-        """Return the tensors with zero rows of B and C for dropped states, and the maps after the cut for kept ones.
-
-        Only a refit changes decay rates; a tensor that does not change is left out.
-        """
-        tensors = {path: full_tensor(mixer.get_parameter(path).detach()) for path in self.paths(mixer)}
-        changed = {path: tensor.clone() for path, tensor in tensors.items()}
-        whole = self.maps(changed, mixer)
-        after = entry.maps_after_cut(whole)
-        kept_states = entry.kept_states.to(whole.B_rows.device)
-        dropped = complement(kept_states, len(whole.B_rows))
-        for rows, values in ((whole.B_rows, after.B_rows), (whole.C_rows, after.C_rows)):
-            rows[dropped], rows[kept_states] = 0, values
-        whole.A_log[:, kept_states] = after.A_log
-        return {path: value for path, value in changed.items() if not torch.equal(value, tensors[path])}

@@ -252,15 +252,18 @@ class BalancedFamily(ScalarDecayFamily):
         """Return the new projections: a layer computes at the size of those that it is given."""
         return {path: value.to(mixer.in_proj.weight) for path, value in entry.tensors.items()}
 
-    def padding_error(self, mixer: nn.Module, size: int) -> str | None:
-        """Return an error for the N that the layer has before its projections: with so many it would not project."""
-        whole = mixer.ssm_state_size
-        if size < whole:
-            return None
-        return (
-            f"layer {mixer.layer_idx} has {whole} states before its projections and cannot be padded to {size} behind "
-            f"them: give at most {whole - 1}."
-        )
+    def pad(self, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Refuse the N that the layer has before its projections: with so many it would not project.
+
+        Raises:
+            ValueError: the size is not below that N.
+        """
+        whole, size = mixer.ssm_state_size, new["B_proj"].shape[1]
+        if size >= whole:
+            raise ValueError(
+                f"layer {mixer.layer_idx} has {whole} states before its projections and cannot be padded to {size} "
+                f"behind them: give at most {whole - 1}."
+            )
 
     def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
         """Yield the projections: there is no reason why they should be small."""

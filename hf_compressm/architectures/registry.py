@@ -2,15 +2,16 @@
 
 from torch import nn
 
+from .falcon_mamba import FALCON_MAMBA
 from .family import Family
+from .jamba import JAMBA
 from .lru.family import LRU
 from .mamba import MAMBA
 from .mamba2 import AXIS_FAMILIES, BALANCED_FAMILIES
 
 FAMILIES: dict[str, Family] = {}  # by model type
 UNSUPPORTED = {
-    "falcon_mamba": "it normalises B and C over the state, so a masked state is not inert",
-    **dict.fromkeys(("jamba", "zamba"), "hybrids of attention and state space layers are not handled yet"),
+    "zamba": "each of its heads has a B and a C of its own",
 }
 
 
@@ -34,5 +35,5 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-for served in (MAMBA, *AXIS_FAMILIES, *BALANCED_FAMILIES, LRU):
+for served in (MAMBA, FALCON_MAMBA, JAMBA, *AXIS_FAMILIES, *BALANCED_FAMILIES, LRU):
     register(served)

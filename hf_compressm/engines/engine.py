@@ -1,7 +1,8 @@
 """One small interface covers all ways in which a model's parameters are held while it trains."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,10 +55,29 @@ class Engine:
         return wrapper_restorer(self._wrapper) if self._wrapper is not None else lambda: None
 
 
-def run_with(model: nn.Module, function: Callable[[], Any], overrides: Mapping[str, Tensor]) -> Any:
-    """Call a function that runs an unwrapped model forward, with some of its parameters, by name, overridden."""
+def run_with(model: nn.Module, function: Callable[[], Any], overrides: Mapping[str, Tensor | int]) -> Any:
+    """Call a function that runs an unwrapped model forward, with some of its parameters, by name, overridden.
+
+    A number overrides an attribute of a module, such as the size at which it computes.
+    """
     run = run_sharded if is_sharded(model) else _run_whole
-    return run(model, function, overrides)
+    tensors = {name: value for name, value in overrides.items() if isinstance(value, Tensor)}
+    with _attributes(model, {name: value for name, value in overrides.items() if name not in tensors}):
+        return run(model, function, tensors)
+
+
+@contextmanager
+def _attributes(model: nn.Module, values: Mapping[str, int]) -> Iterator[None]:
+    """Give modules other attributes, by name in the model, within this block."""
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in values}
+    before = {name: getattr(owner, name.rpartition(".")[2]) for name, owner in owners.items()}
+    try:
+        for name, value in values.items():
+            setattr(owners[name], name.rpartition(".")[2], value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owners[name], name.rpartition(".")[2], value)
 
 
 def forget_compiled_code() -> None:

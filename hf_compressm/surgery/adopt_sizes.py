@@ -96,10 +96,15 @@ def _adopt_sizes(optimizer, model: nn.Module, state_dict: dict, prefix: str, *ar
 
 @torch.no_grad()
 def _resize_empty(layers: StateLayers, index: int, size: int, parts: OptimizerParts) -> None:
-    """Put new Parameters of the right shape in the place of the old; they are about to be overwritten."""
+    """Put new Parameters of the right shape in the place of the old; they are about to be overwritten.
+
+    A tensor whose shape stays may have been loaded already, and is left alone.
+    """
     for path, old in layers.parameters(index).items():
         shape = list(old.shape)
         shape[layers.family.tensors[path].axis] = layers.family.axis_length(layers[index], path, size)
+        if shape == list(old.shape):
+            continue
         module, name = layers.place(index, path)
         module._parameters[name] = new = new_parameter_like(old, old.new_zeros(shape))
         parts.swap_parameter(old, new, {})

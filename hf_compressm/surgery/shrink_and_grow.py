@@ -51,11 +51,12 @@ def pad_state(model: nn.Module, size: int) -> None:
     Raises:
         ValueError: a layer has more than `size` states, or cannot be padded to so many.
     """
-    layers = state_layers(unwrap(model))
-    for mixer in layers.values():
-        if error := layers.family.padding_error(mixer, size):
-            raise ValueError(error)
-    _enlarge(model, size, None, _leave_as_gathered)
+    family = family_of(unwrap(model))
+
+    def finish(index: int, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        family.pad(mixer, old, new)
+
+    _enlarge(model, size, None, finish)
 
 
 def grow_state(model: nn.Module, size: int, optimizer=None, generator: torch.Generator | None = None) -> None:

@@ -20,7 +20,7 @@ class LayerStates:
 
     Attributes:
         statistics: sums over the calibration data.
-        B_rows, C_rows: the rows of `x_proj.weight` that make B and C, (N, D) each.
+        B_rows, C_rows: the rows of `x_proj.weight` that make B and C, with weights of norms over them, (N, D) each.
         gradients: gives the gradient of the calibration loss (mean over its predictions) for these rows, (N, D) each.
             It computes them when it is first called, for all layers at once, so a criterion that does not call it
             costs no backward pass. Under FSDP2 it is refused.

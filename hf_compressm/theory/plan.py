@@ -15,12 +15,15 @@ class Selection:
     Attributes:
         kept_states: indices of the states that stay, sorted, (r,).
         compensation: the map G by which kept states predict dropped ones, (N - r, r), or None.
-        refit: what a refit adds to the maps of the kept states after that, or None.
+        refit: what a refit adds to the maps of the kept states in the end, or None.
+        norm_gains: what B and C are multiplied by before that, (2,), where they are normalised over the states; or
+            None.
     """
 
     kept_states: Tensor
     compensation: Tensor | None = None
     refit: StateMaps | None = None
+    norm_gains: Tensor | None = None
 
     starts_afresh = False  # the kept states are those of before, and so are their moments
 
@@ -36,18 +39,21 @@ class Selection:
 
     def cpu(self) -> "Selection":
         """Return the same entry on the CPU."""
-        compensation = None if self.compensation is None else self.compensation.cpu()
-        refit = None if self.refit is None else StateMaps(*(added.cpu() for added in self.refit))
-        return Selection(self.kept_states.cpu(), compensation, refit)
+        parts = {name: None if part is None else part.cpu() for name, part in vars(self).items() if name != "refit"}
+        return Selection(**parts, refit=None if self.refit is None else self.refit.map(Tensor.cpu))
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
         """Return all that the entry says beside the kept states, by name."""
-        added = (None,) * 3 if self.refit is None else self.refit
-        return {"compensation": self.compensation, **dict(zip(("B", "C", "A_log"), added, strict=True))}
+        added = (
+            {} if self.refit is None else {name.removesuffix("_rows"): one for name, one in vars(self.refit).items()}
+        )
+        return {"compensation": self.compensation, "norm_gains": self.norm_gains, **added}
 
     def maps_after_cut(self, whole: StateMaps) -> StateMaps:
-        """Return the maps of the kept states as the cut leaves them: W_C[K] + Gᵀ W_C[R], plus what a refit adds.
+        """Return the maps of the kept states as the cut leaves them.
+
+        They are W_C[K] + Gᵀ W_C[R], scaled where they are normalised, plus what a refit adds.
 
         Args:
             whole: the maps of all states.
@@ -58,8 +64,10 @@ class Selection:
             dropped = whole.C_rows[complement(kept_states, len(whole.C_rows))].double()
             C_rows = maps.C_rows.double() + self.compensation.to(dropped).mT @ dropped
             maps = replace(maps, C_rows=C_rows.to(maps.C_rows.dtype))
+        if self.norm_gains is not None:
+            maps = maps.scaled(*self.norm_gains.to(maps.C_rows))
         if self.refit is not None:
-            maps = StateMaps(*(kept + added.to(kept) for kept, added in zip(maps, self.refit, strict=True)))
+            maps = maps.map(lambda kept, added: kept + added.to(kept), self.refit)
         return maps
 
 

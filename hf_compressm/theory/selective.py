@@ -9,8 +9,8 @@ file gives the sums that decide which coordinates to drop (`Statistics`), the su
 the map that makes up for what was dropped (`compensation`). It holds mathematics only; sums accumulate in float64.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -126,18 +126,55 @@ class Statistics:
 
 @dataclass(frozen=True)
 class StateMaps:
-    """The states of a layer are made by rows of its projection for B and for C, (N, D) each, and log(-A), (D, N)."""
+    """The states of a layer are made by rows of its projection for B and for C, and by their decay rates.
+
+    Where a layer divides B and C by their root mean squares over the states (RMS norms), it has weights of these
+    norms, or a gain for each channel. Then the scale of the rows says nothing, and it is these that scale the output.
+
+    Attributes:
+        B_rows, C_rows: (N, D) each.
+        A_log: log(-A), (D, N).
+        B_weights, C_weights: what the normalised B and C are multiplied by, (N,) each, or None.
+        gains: what the scan's output is multiplied by, without the skip connection, (D,), or None.
+    """
 
     B_rows: Tensor
     C_rows: Tensor
     A_log: Tensor
+    B_weights: Tensor | None = None
+    C_weights: Tensor | None = None
+    gains: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.B_rows, self.C_rows, self.A_log))
+        return (value for value in vars(self).values() if value is not None)
+
+    @property
+    def norm_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Return the weights of the norms over B and C, ones where these have none, (N,) each; None without norms."""
+        if self.C_weights is not None:
+            return self.B_weights, self.C_weights
+        return None if self.gains is None else (torch.ones_like(self.A_log[0]),) * 2
+
+    def map(self, function: Callable[..., Tensor], *others: "StateMaps") -> "StateMaps":
+        """Return maps with what a function makes of each map, and of those of `others` of the same name."""
+        maps = (self, *others)
+        values = {name: [vars(each)[name] for each in maps] for name, own in vars(self).items() if own is not None}
+        return StateMaps(**{name: function(*each) for name, each in values.items()})
 
     def kept(self, keep: Tensor) -> "StateMaps":
         """Return the maps of the states `keep`, (r,)."""
-        return StateMaps(self.B_rows[keep], self.C_rows[keep], self.A_log[:, keep])
+        B_weights, C_weights = (None if each is None else each[keep] for each in (self.B_weights, self.C_weights))
+        return StateMaps(self.B_rows[keep], self.C_rows[keep], self.A_log[:, keep], B_weights, C_weights, self.gains)
+
+    def scaled(self, B_gain: Tensor | float, C_gain: Tensor | float) -> "StateMaps":
+        """Return maps of a layer with norms that make B and C larger by these factors.
+
+        The rows become smaller by them, so that ε, which the norms add to the mean square, counts as it did before.
+        """
+        maps = replace(self, B_rows=self.B_rows / B_gain, C_rows=self.C_rows / C_gain)
+        if self.gains is not None:
+            return replace(maps, gains=self.gains * (B_gain * C_gain))
+        return replace(maps, B_weights=self.B_weights * B_gain, C_weights=self.C_weights * C_gain)
 
 
 @dataclass(frozen=True)
@@ -214,6 +251,40 @@ def compensation(gated_covariance: Tensor, keep: Tensor) -> Tensor:
     dropped = complement(keep, gated_covariance.shape[0])
     kept_block = well_posed(gated_covariance[keep][:, keep])
     return torch.linalg.solve(kept_block, gated_covariance[keep][:, dropped]).mT
+
+
+def weighted_covariance(gated_covariance: Tensor, weights: Tensor) -> Tensor:
+    """Return Π as the rows of C see it where a norm multiplies what they make by weights, (N,)."""
+    weights = weights.to(gated_covariance)
+    return gated_covariance * weights * weights.unsqueeze(1)
+
+
+def norm_gains(
+    statistics: Statistics, keep: Tensor, norm_weights: tuple[Tensor, Tensor], prediction: Tensor | None = None
+) -> Tensor:
+    """Return by what kept entries of B and of C have to be multiplied to stay what they were, float64, (2,).
+
+    An RMS norm over N entries divides by √(Σ x² / N), one over the r kept ones by √(Σ_K x² / r). With the kept share
+    s = E[Σ_K x²] / E[Σ x²] these differ by √(s N / r). B is weighted by the drive (Δ u)², C by the gate w silu(z)².
+
+    Args:
+        keep: kept coordinates, sorted, (r,).
+        norm_weights: the weights of the norms over B and C, (N,) each.
+        prediction: G of `compensation`, which adds Gᵀ C_R to the kept entries C_K, (N - r, r), or None.
+    """
+    B, C = (inverse_weights(weights.to(statistics.output_map)) for weights in norm_weights)
+    B_energy = statistics.input_square.sum(0) * B.square()
+    C_products = weighted_covariance(statistics.sampled_output.sum(0), C)
+    mixed = torch.eye(len(C)).to(C_products)[keep]
+    if prediction is not None:
+        mixed[:, complement(keep, len(C))] = prediction.to(mixed).mT
+    shares = B_energy[keep].sum() / B_energy.sum(), ((mixed @ C_products) * mixed).sum() / C_products.trace()
+    return (torch.stack(shares) * len(C) / len(keep)).sqrt()
+
+
+def inverse_weights(weights: Tensor) -> Tensor:
+    """Return the inverses of weights, or zero where a weight is zero, since nothing is known behind it."""
+    return torch.where(weights == 0, 0, 1 / weights)
 
 
 def well_posed(covariance: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from conftest import (
 from scalar_decay_models import CONFIGS, build_scalar_decay
 from toy_family import toy_registered  # noqa: F401, a fixture
 from toy_ssm import ToyConfig, ToyForCausalLM
-from transformers import set_seed
+from transformers import FalconMambaConfig, FalconMambaForCausalLM, JambaConfig, JambaForCausalLM, set_seed
+from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
 from hf_compressm.architectures import registry, state_layers, state_sizes
@@ -40,10 +41,39 @@ def build_toy(seed: int) -> ToyForCausalLM:
     return ToyForCausalLM(ToyConfig())
 
 
+@from_origin
+def build_falcon_mamba(seed: int) -> FalconMambaForCausalLM:
+    set_seed(seed)
+    config = FalconMambaConfig(vocab_size=512, hidden_size=32, state_size=16, num_hidden_layers=2)
+    return FalconMambaForCausalLM(config)
+
+
+@from_origin
+def build_jamba(seed: int) -> JambaForCausalLM:
+    """Attention in the second layer of four, experts in two, and weights of norms that differ."""
+    set_seed(seed)
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_experts": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 4, "attn_layer_offset": 1}
+    model = JambaForCausalLM(JambaConfig(**sizes, **heads))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, JambaMambaMixer):
+                for norm in (module.b_layernorm, module.c_layernorm):
+                    norm.weight.uniform_(0.5, 1.5)
+    return model
+
+
 pytestmark = pytest.mark.usefixtures("toy_registered")
 
 # The one parameter that a new architecture adds: model type → what builds a small model of 512 tokens.
-CASES = {"mamba": build_model, "compressm_mamba": build_per_layer, "lru": build_lru, "toy_ssm": build_toy}
+CASES = {
+    "mamba": build_model,
+    "compressm_mamba": build_per_layer,
+    "falcon_mamba": build_falcon_mamba,
+    "jamba": build_jamba,
+    "lru": build_lru,
+    "toy_ssm": build_toy,
+}
 SCALAR_DECAY = [*CONFIGS, *(f"compressm_{model_type}" for model_type in CONFIGS)]
 CASES |= {model_type: partial(build_scalar_decay, model_type=model_type) for model_type in SCALAR_DECAY}
 

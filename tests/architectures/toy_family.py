@@ -9,7 +9,8 @@ from toy_ssm import ToyConfig, ToyForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compressm.architectures import register, registry
-from hf_compressm.architectures.family import Block, SelectiveFamily, StateTensor
+from hf_compressm.architectures.family import Block, StateTensor
+from hf_compressm.architectures.selective import SelectiveFamily
 from hf_compressm.kernels import selective_scan
 from hf_compressm.theory.selective import StateMaps
 
