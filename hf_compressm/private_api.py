@@ -142,7 +142,7 @@ PRIVATE_NAMES = (
     *_names(
         TRAINER,
         "The model first takes the size of a checkpoint, and weights that have other names in it are converted.",
-        "_load_best_model _load_from_checkpoint",
+        "_load_best_model _load_from_checkpoint _load_optimizer_and_scheduler",
     ),
     *_names(
         TRAINER,
@@ -194,6 +194,11 @@ PRIVATE_NAMES = (
         "reducer logger device_ids output_device dim forward_sync_buffers process_group bucket_bytes_cap "
         "bucket_bytes_cap_default find_unused_parameters gradient_as_bucket_view static_graph mixed_precision "
         "_comm_hooks",
+    ),
+    *_names(
+        DATA_PARALLEL,
+        "Parameters that a balanced model does not use yet are left out of the gradients that it waits for.",
+        "_ddp_params_and_buffers_to_ignore",
     ),
     *_names(DATA_PARALLEL, "An option that cannot follow a resize is refused.", "_delay_all_reduce_params"),
     *_names("torch.distributed.Reducer", "An old reducer lets go of its parameters.", "_remove_autograd_hooks"),
@@ -266,14 +271,14 @@ def remedy(package: str) -> str:
 
 
 def _exists(row: PrivateName) -> bool:
-    """Return whether the owner has the name: as an attribute, or in the source of a class whose methods set it."""
+    """Return whether the owner has the name: as an attribute, or in the source of a class whose methods use it."""
     try:
         owner = _resolve(row.owner)
     except (ImportError, AttributeError):
         return False
     if hasattr(owner, row.name):
         return True
-    assigned = re.compile(rf"\bself\.{row.name}\b")
+    assigned = re.compile(rf"\b(self|module)\.{row.name}\b")
     bases = [base for base in getattr(owner, "__mro__", ()) if base.__module__ != "builtins"]
     return any(row.name in vars(base).get("__annotations__", {}) or assigned.search(_source(base)) for base in bases)
 

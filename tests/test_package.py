@@ -117,6 +117,7 @@ def test_the_public_names_are_those_of_the_readme():
         "hankel",
         "install_scan",
         "parameter_groups",
+        "prepare",
         "push_compressed",
         "uninstall_scan",
     ]

@@ -107,7 +107,7 @@ class Family(ABC):
 
     def axis_length(self, mixer: nn.Module, path: str, size: int | None = None) -> int:
         """Return how many entries a tensor has on its state axis, at N = `size` or else at the mixer's own N."""
-        return sum(self._block_length(mixer, block, size) for block in self.tensors[path].blocks)
+        return sum(self.block_length(mixer, block, size) for block in self.tensors[path].blocks)
 
     def size_at(self, mixer: nn.Module, path: str, length: int) -> int:
         """Return the N at which a tensor has `length` entries on its state axis: the inverse of `axis_length`.
@@ -126,7 +126,7 @@ class Family(ABC):
         """
         start = 0
         for block in self.tensors[path].blocks:
-            length = self._block_length(mixer, block, size)
+            length = self.block_length(mixer, block, size)
             if block.name == name:
                 return slice(start, start + length)
             start += length
@@ -144,7 +144,7 @@ class Family(ABC):
         """
         positions, start = [], 0
         for block in self.tensors[path].blocks:
-            length, groups = self._block_length(mixer, block), self._entries_per_state(mixer, block)
+            length, groups = self.block_length(mixer, block), self._entries_per_state(mixer, block)
             if groups:
                 first = start + self.state_size(mixer) * torch.arange(groups, device=source.device).unsqueeze(1)
                 positions.append(torch.where(source < 0, -1, first + source).flatten())
@@ -305,7 +305,8 @@ class Family(ABC):
             for path, shape in shapes.items()
         )
 
-    def _block_length(self, mixer: nn.Module, block: Block, size: int | None = None) -> int:
+    def block_length(self, mixer: nn.Module, block: Block, size: int | None = None) -> int:
+        """Return how many entries a block has, at N = `size` or else at the mixer's own N."""
         per_state = self._entries_per_state(mixer, block)
         if not per_state:
             return getattr(mixer, block.name)

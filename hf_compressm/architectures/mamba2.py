@@ -104,8 +104,8 @@ class AxisFamily(ScalarDecayFamily):
             )
             parts = []
             for block in _FEATURES:
-                parts.append(multipliers[..., start : start + 1].expand(1, 1, self._block_length(mixer, block)))
-                start += self._block_length(mixer, block, old_size)
+                parts.append(multipliers[..., start : start + 1].expand(1, 1, self.block_length(mixer, block)))
+                start += self.block_length(mixer, block, old_size)
             mixer.mup_vector = torch.cat(parts, -1)
             mixer.groups_time_state_size = mixer.n_groups * size
 

@@ -1,6 +1,6 @@
 """In these models each layer of Mamba-2's kind has a smaller state, in a balanced basis of its own.
 
-Such a layer updates H_t = a_t H_{t-1} + Δ_t x_t B_tᵀ and reads y_t = H_t C_t + D x_t. Its decay a_t is one number for
+A layer updates H_t = a_t H_{t-1} + Δ_t x_t B_tᵀ and reads y_t = H_t C_t + D x_t. Its decay a_t is one number for
 a head, so it commutes with every change of basis: with B̃_t = W B_t and C̃_t = V C_t, for any W and V of shape (r, N),
 the smaller state is exactly H̃_t = H_t Wᵀ at every t. Each mixer has W and V for each of its groups as `B_proj` and
 `C_proj`, (G, r, N). They act after the convolution, the SiLU and the padding mask.
@@ -53,7 +53,7 @@ class BalancedConfig:
         """
         layers = [i for i, kind in enumerate(self.layer_types) if kind in ("linear_attention", "hybrid")]
         given, largest = self.balanced_state_size, getattr(self, self.state_size_field)
-        sizes = list(given) if isinstance(given, list | tuple) else [given] * len(layers)
+        sizes = given if isinstance(given, list | tuple) else [given] * len(layers)
         allowed = all(size is None or (type(size) is int and 1 <= size <= largest) for size in sizes)
         if not allowed or len(sizes) != len(layers):
             raise ValueError(
