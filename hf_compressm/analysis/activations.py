@@ -17,7 +17,7 @@ from .objective import model_outputs, run
 Observe = Callable[..., tuple[Tensor, Tensor]]  # (layer, attention mask, *arguments of a scan) → y, h_L
 
 
-class _StopForward(Exception):  # noqa: N818
+class StopForward(Exception):  # noqa: N818
     """It ends a forward pass whose later layers are not needed."""
 
 
@@ -52,7 +52,7 @@ def layer_inputs(
         if layer == index:
             inputs.append(LayerInputs(u, effective_time_step(time_step, time_step_bias, softplus), gate, mask))
             if may_end:
-                raise _StopForward
+                raise StopForward
         options = {"return_last_state": True}
         return selective_scan(u, time_step, A, B, C, D, gate, time_step_bias, softplus, **options)
 
@@ -74,7 +74,7 @@ def observe_layers(
         with layers.family.observed_scan(lambda *arguments: observe(running.pop(), mask, *arguments)):
             for batch in batches:
                 mask = batch.get("attention_mask")
-                with suppress(_StopForward):
+                with suppress(StopForward):
                     run(layers.model, partial(model_outputs, layers.model, batch), overrides)
     finally:
         for handle in handles:

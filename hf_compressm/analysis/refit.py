@@ -1,5 +1,6 @@
 """A refit fits the chosen and compensated states of each cut layer, on data, to what the layer did before."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..architectures import StateLayers
 from ..engines import raise_in_all_processes, sum_over_processes
-from ..theory.plan import Plan
+from ..theory.plan import Plan, PlanEntry
 from ..theory.selective import StateMaps
 from .activations import layer_inputs
 from .collate import Batch
@@ -16,6 +17,9 @@ from .losses import mean_loss
 from .masking import cut_layers, masked_parameters
 from .objective import Objective
 from .output_fit import OutputError, fit_states
+
+# layer index, what becomes of the layer, overrides that cut the layers before it → what becomes of it once refitted
+LayerFit = Callable[[int, PlanEntry, dict[str, Tensor | int]], PlanEntry]
 
 
 def refitted(
@@ -40,19 +44,36 @@ def refitted(
         data: batches to fit to.
         held_out: batches that decide.
     """
-    result, cut = dict(plan), cut_layers(layers, plan)
-    for index in tqdm(cut, desc="Refitting layers", leave=False, disable=len(cut) < 2):
-        earlier = masked_parameters(layers, {i: entry for i, entry in result.items() if i < index})
+
+    def fit(index: int, entry: PlanEntry, earlier: dict[str, Tensor | int]) -> PlanEntry:
         whole, output = whole_maps(layers, index), layers.family.layer_output(layers[index])
         with raise_in_all_processes():
             inputs = [layer_inputs(layers, batches, index, earlier) for batches in (data, held_out)]
         error, held_out_error = (OutputError(whole, output, some, sum_over_processes) for some in inputs)
-        kept, start = plan[index].kept_states, plan[index].maps_after_cut(whole)
+        kept, start = entry.kept_states, entry.maps_after_cut(whole)
         fitted = fit_states(error, held_out_error, start, covariances[index][kept][:, kept])
-        if fitted is not start:
-            added = fitted.map(torch.sub, start)
-            result[index] = replace(plan[index], refit=added)
-    if all(entry.refit is None for entry in result.values()):
+        return entry if fitted is start else replace(entry, refit=fitted.map(torch.sub, start))
+
+    return refitted_layer_by_layer(layers, plan, fit, objective, held_out)
+
+
+def refitted_layer_by_layer(
+    layers: StateLayers, plan: Plan, fit: LayerFit, objective: Objective, held_out: list[Batch]
+) -> Plan:
+    """Return the plan with its cut layers refitted, from the first to the last, or the plan where that did not help.
+
+    Args:
+        layers: the state layers of the model.
+        plan: what becomes of each layer.
+        fit: gives what becomes of a layer, in a model in which those before it are cut and refitted.
+        objective: the loss that the model is trained for.
+        held_out: batches on which that loss decides whether all refits together are kept.
+    """
+    result, cut = dict(plan), cut_layers(layers, plan)
+    for index in tqdm(cut, desc="Refitting layers", leave=False, disable=len(cut) < 2):
+        earlier = masked_parameters(layers, {i: entry for i, entry in result.items() if i < index})
+        result[index] = fit(index, plan[index], earlier)
+    if not any(entry.is_refitted for entry in result.values()):
         return plan
     before, after = (mean_loss(objective, held_out, masked_parameters(layers, some)) for some in (plan, result))
     return result if after < before else plan

@@ -13,6 +13,7 @@ from ..theory.group_criteria import GroupStates, choose_columns, rrqr
 from ..theory.plan import GroupSelection, Plan, PlanEntry, Projection, Selection
 from ..theory.scalar_decay import balanced_projections, group_singular_values, layer_singular_values
 from .collate import Batch
+from .group_refit import refitted_groups
 from .group_statistics import collect_group_statistics
 from .objective import Objective
 from .selective import DEFAULT_CRITERION, check_scores, check_tokens, state_gradients
@@ -74,7 +75,11 @@ class ScalarDecayAnalysis:
         key = tuple(sizes[index] for index in self.scores)
         if key not in self._plans:
             choose = self._project if self.is_balanced else self._select
-            self._plans[key] = {index: choose(index, sizes[index]) for index in self.scores}
+            plan = {index: choose(index, sizes[index]) for index in self.scores}
+            if self.config.refit and self.held_out:
+                of_all = self.layers, plan, self.gramians, self.objective
+                plan = refitted_groups(*of_all, self.batches, self.held_out)
+            self._plans[key] = plan
         return self._plans[key]
 
     def _score(self, criterion) -> dict[int, Tensor]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.bamba import modeling_bamba
 from transformers.models.falcon_h1 import modeling_falcon_h1
@@ -23,7 +24,7 @@ from ..theory.plan import GroupSelection, Projection
 from ..theory.selective import complement
 from .balanced import BALANCED_CLASSES
 from .family import Block, StateTensor, whole_quotient
-from .scalar_decay import ScalarDecayFamily
+from .scalar_decay import GroupLayerInputs, ScalarDecayFamily
 
 _CHANNELS = (Block("intermediate_size", 0), Block("B", "n_groups"), Block("C", "n_groups"))  # of the convolution
 _FEATURES = (Block("intermediate_size", 0), *_CHANNELS, Block("num_heads", 0))  # of in_proj: z, x, B, C, Δ
@@ -142,6 +143,35 @@ class AxisFamily(ScalarDecayFamily):
                     channels[self._entries(mixer, dropped)] = 0
                 masked[path] = tensor
         return masked
+
+    def channel_maps(
+        self, mixer: nn.Module, tensors: Mapping[str, Tensor], states: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the entries of B and C of some states, or of all, that a refit moves, by path.
+
+        Args:
+            tensors: the whole state tensors, by path.
+            states: (G, r), or None.
+        """
+        entries = {path: tensor[self.state_entries(mixer, path)] for path, tensor in tensors.items()}
+        if states is None:
+            return entries
+        kept = self._entries(mixer, states.cpu())
+        return {path: tensor[kept.to(tensor.device)] for path, tensor in entries.items()}
+
+    def input_and_output_maps(
+        self, mixer: nn.Module, maps: dict[str, Tensor], inputs: GroupLayerInputs
+    ) -> tuple[Tensor, Tensor]:
+        """Return B and C as `in_proj`, the convolution and its activation make them."""
+        taps, size = maps["conv1d.weight"], len(maps["conv1d.weight"]) // 2
+        projected = F.linear(inputs.features.to(taps), maps["in_proj.weight"], maps.get("in_proj.bias"))
+        if hasattr(mixer, "mup_vector"):
+            starts = [self.block_slice(mixer, "in_proj.weight", name).start for name in ("B", "C")]
+            multipliers = mixer.mup_vector.flatten()[starts].to(projected)
+            projected = projected * multipliers.repeat_interleave(size)
+        convolved = F.conv1d(projected.mT, taps, maps.get("conv1d.bias"), padding=taps.shape[-1] - 1, groups=len(taps))
+        BC = mixer.act(convolved[..., : projected.shape[1]]).mT
+        return tuple(each.unflatten(-1, (self.groups(mixer), -1)) for each in BC.split(size, -1))
 
     def _entries(self, mixer: nn.Module, states: Tensor) -> Tensor:
         """Return the positions of states, (G, r), where B and C lie side by side: those of B, then those of C."""
@@ -264,6 +294,16 @@ class BalancedFamily(ScalarDecayFamily):
                 f"layer {mixer.layer_idx} has {whole} states before its projections and cannot be padded to {size} "
                 f"behind them: give at most {whole - 1}."
             )
+
+    def input_and_output_maps(
+        self, mixer: nn.Module, maps: dict[str, Tensor], inputs: GroupLayerInputs
+    ) -> tuple[Tensor, Tensor]:
+        """Return the B and C of the layer as it is, projected by `B_proj` and `C_proj`."""
+        given = inputs.scan.B.to(maps["B_proj"]), inputs.scan.C.to(maps["C_proj"])
+        B, C = (
+            torch.einsum("blgn,grn->blgr", each, maps[path]) for each, path in zip(given, self.tensors, strict=True)
+        )
+        return B, C
 
     def undecayed(self, mixer: nn.Module) -> Iterator[nn.Parameter]:
         """Yield the projections: there is no reason why they should be small."""

@@ -3,15 +3,18 @@
 The mathematics is in `theory.scalar_decay`.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engines import full_tensor
+from ..kernels.scalar_decay_scan import scalar_decay_scan
 from .family import Family
 
 SCAN = "mamba2_chunk_scan"  # the function that the mixers call, a global of the module that defines them
@@ -35,6 +38,22 @@ class GroupInputs(NamedTuple):
     C: Tensor
 
 
+class GroupLayerInputs(NamedTuple):
+    """Group layer inputs are all that the output of a layer is made of, beside its parameters.
+
+    Attributes:
+        features: what `in_proj` is given, (batch, L, hidden).
+        scan: what the scan is given.
+        gate: z, (batch, L, heads · p).
+        mask: 1 for tokens that count, 0 for padding, (batch, L), or None.
+    """
+
+    features: Tensor
+    scan: GroupInputs
+    gate: Tensor
+    mask: Tensor | None
+
+
 # An observer is told of every scan: what it is given, and y, (batch, L, heads · p), with the skip connection D x.
 GroupObserver = Callable[[GroupInputs, Tensor], None]
 
@@ -49,6 +68,7 @@ class ScalarDecayFamily(Family):
 
     needs_data = True
     is_language_model = True
+    can_refit = True
     can_allocate_globally = True
 
     def __init__(
@@ -135,6 +155,48 @@ class ScalarDecayFamily(Family):
             return columns * gain / mean_square.flatten(-2)
 
         return weights
+
+    def layer_output(self, mixer: nn.Module) -> Callable[[dict[str, Tensor], GroupLayerInputs], Tensor]:
+        """Return a function that computes what a layer adds to the residual stream, but for a bias of `out_proj`.
+
+        Every process has to call this method, since each may hold only a part of a tensor.
+
+        Returns:
+            (maps, inputs) → (batch, hidden, L), differentiable in the maps: what `input_and_output_maps` takes.
+        """
+        D, projection = (full_tensor(each.detach()) for each in (mixer.D, mixer.out_proj.weight))
+        weight = getattr(mixer.norm, "weight", None)
+        weight = None if weight is None else full_tensor(weight.detach())
+        norm_comes_first = getattr(mixer.norm, "norm_before_gate", False)
+
+        def normalised(y: Tensor) -> Tensor:
+            groups = y.unflatten(-1, (mixer.n_groups, -1))
+            scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
+            return weight.to(y) * (groups * scale).flatten(-2)
+
+        def output(maps: dict[str, Tensor], inputs: GroupLayerInputs) -> Tensor:
+            with torch.autocast(inputs.features.device.type, enabled=False):
+                dtype = next(iter(maps.values())).dtype
+                x, time_step, A, *_ = (tensor.to(dtype) for tensor in inputs.scan)
+                y = scalar_decay_scan(x, time_step, A, *self.input_and_output_maps(mixer, maps, inputs))
+                y, gain = (y + x * D.to(x).unsqueeze(1)).flatten(2), F.silu(inputs.gate.to(dtype))
+                if weight is None:
+                    y = y * gain
+                else:
+                    y = normalised(y) * gain if norm_comes_first else normalised(y * gain)
+                return torch.einsum("hd,bld->bhl", projection.to(y), y)
+
+        return output
+
+    @abstractmethod
+    def input_and_output_maps(
+        self, mixer: nn.Module, maps: dict[str, Tensor], inputs: GroupLayerInputs
+    ) -> tuple[Tensor, Tensor]:
+        """Return B and C, (batch, L, G, r) each, that these maps make.
+
+        Args:
+            maps: by path, what a refit moves.
+        """
 
     def values_per_state(self, config: Mapping) -> int:
         """Return heads · p: each channel of each head has one number for each state."""
