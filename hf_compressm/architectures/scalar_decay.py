@@ -170,6 +170,8 @@ class ScalarDecayFamily(Family):
         norm_comes_first = getattr(mixer.norm, "norm_before_gate", False)
 
         def normalised(y: Tensor) -> Tensor:
+            if weight is None:
+                return y
             groups = y.unflatten(-1, (mixer.n_groups, -1))
             scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
             return weight.to(y) * (groups * scale).flatten(-2)
@@ -180,10 +182,7 @@ class ScalarDecayFamily(Family):
                 x, time_step, A, *_ = (tensor.to(dtype) for tensor in inputs.scan)
                 y = scalar_decay_scan(x, time_step, A, *self.input_and_output_maps(mixer, maps, inputs))
                 y, gain = (y + x * D.to(x).unsqueeze(1)).flatten(2), F.silu(inputs.gate.to(dtype))
-                if weight is None:
-                    y = y * gain
-                else:
-                    y = normalised(y) * gain if norm_comes_first else normalised(y * gain)
+                y = normalised(y) * gain if norm_comes_first else normalised(y * gain)
                 return torch.einsum("hd,bld->bhl", projection.to(y), y)
 
         return output
