@@ -40,9 +40,7 @@ class Selection:
     @property
     def tensors(self) -> dict[str, Tensor | None]:
         """Return all that the entry says beside the kept states, by name."""
-        added = (
-            {} if self.refit is None else {name.removesuffix("_rows"): one for name, one in vars(self.refit).items()}
-        )
+        added = {} if self.refit is None else vars(self.refit)
         return {"compensation": self.compensation, "norm_gains": self.norm_gains, **added}
 
     def maps_after_cut(self, whole: StateMaps) -> StateMaps:

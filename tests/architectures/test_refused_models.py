@@ -14,9 +14,8 @@ TARGET = CompreSSMConfig(target_state_size=4)
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("falcon_mamba", "normalises B and C over the state"),
         ("mamba2", "shared within heads and groups"),
-        ("jamba", "hybrids"),
+        ("zamba", "hybrids"),
         ("zamba2", "hybrids"),
         ("bamba", "hybrids"),
     ],
