@@ -15,13 +15,9 @@ def build_falcon_mamba(seed: int = 0) -> FalconMambaForCausalLM:
 
 @from_origin
 def build_jamba(seed: int = 0, **changes) -> JambaForCausalLM:
-    """Attention in the second layer of four, and weights of norms that differ.
-
-    It has no experts by default: Trainer does not find those of a Jamba in its own checkpoints, where they have other
-    names, so that they would start afresh when it resumes.
-    """
+    """Attention in the second layer of four, experts in two, and weights of norms that differ."""
     set_seed(seed)
-    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_experts": 1}
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_experts": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 4, "attn_layer_offset": 1}
     model = JambaForCausalLM(JambaConfig(**(sizes | heads | changes)))
     with torch.no_grad():

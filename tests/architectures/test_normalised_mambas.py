@@ -11,6 +11,9 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.jamba import modeling_jamba
 
 from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
+from hf_compressm.analysis.activations import layer_inputs
+from hf_compressm.analysis.output_fit import OutputError, fit_states
+from hf_compressm.analysis.refit import whole_maps
 from hf_compressm.architectures import registry, state_layers
 from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes
 from hf_compressm.surgery.shrink_and_grow import grow_state, pad_state, shrink_state
@@ -87,7 +90,7 @@ def test_a_kept_share_sets_the_factor(model, batches):
         torch.testing.assert_close(selection.norm_gains, torch.full((2,), math.sqrt(0.5 * 16 / 8)).double())
 
 
-def test_a_second_cut_composes_and_a_refit_gains(trained, batches):
+def test_a_second_cut_composes(trained, batches):
     for size, refit in ((10, False), (4, True)):
         config = CompreSSMConfig(target_state_size=size, refit=refit, calibration_batches=9 if refit else 8)
         report = analyze(trained, batches, config)
@@ -96,7 +99,20 @@ def test_a_second_cut_composes_and_a_refit_gains(trained, batches):
         with torch.no_grad():
             measured = sum(trained.eval()(**batch).loss.item() for batch in held_out) / len(held_out)
         assert measured == pytest.approx(report.loss_after, abs=2e-5)
-    assert report.is_refitted
+
+
+def test_a_refit_moves_all_that_makes_the_kept_states_and_lowers_the_error(trained, batches):
+    layers, analysed = state_layers(trained), CompreSSMConfig(target_state_size=3)
+    plan = analyze(trained, batches, analysed).plan
+    whole, output = whole_maps(layers, 0), layers.family.layer_output(layers[0])
+    start = plan[0].maps_after_cut(whole)
+    with torch.no_grad():
+        inputs = [layer_inputs(layers, some, 0, {}) for some in (batches[:4], batches[4:8])]
+    errors = [OutputError(whole, output, some, lambda tensors: None) for some in inputs]
+    fitted = fit_states(*errors, start, torch.eye(3, dtype=torch.float64))
+    assert errors[1].relative_error(fitted) < 0.9 * errors[1].relative_error(start)
+    assert all(not torch.equal(new, old) for new, old in zip(fitted, start, strict=True))
+    assert len(list(fitted)) == (4 if fitted.B_weights is None else 5)
 
 
 @pytest.mark.parametrize("criterion", [*CRITERIA, first_half])
@@ -158,7 +174,7 @@ def test_weights_that_come_in_parts_are_adopted(model, batches):
 
 
 def test_losses_of_a_mixture_of_experts_leave_its_routers_out(batches):
-    model = build_jamba(num_experts=3).eval()
+    model = build_jamba().eval()
     with torch.no_grad():
         losses = [model(**batch).loss.item() for batch in batches[1:4:2]]
     model.config.output_router_logits = True
