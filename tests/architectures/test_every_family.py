@@ -14,11 +14,11 @@ from conftest import (
     train_steps,
     weights_of,
 )
+from mamba1_models import build_falcon_mamba, build_jamba
 from scalar_decay_models import CONFIGS, build_scalar_decay
 from toy_family import toy_registered  # noqa: F401, a fixture
 from toy_ssm import ToyConfig, ToyForCausalLM
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, JambaConfig, JambaForCausalLM, set_seed
-from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+from transformers import set_seed
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
 from hf_compressm.architectures import registry, state_layers, state_sizes
@@ -39,28 +39,6 @@ def build_per_layer(seed: int) -> CompreSSMMambaForCausalLM:
 def build_toy(seed: int) -> ToyForCausalLM:
     set_seed(seed)
     return ToyForCausalLM(ToyConfig())
-
-
-@from_origin
-def build_falcon_mamba(seed: int) -> FalconMambaForCausalLM:
-    set_seed(seed)
-    config = FalconMambaConfig(vocab_size=512, hidden_size=32, state_size=16, num_hidden_layers=2)
-    return FalconMambaForCausalLM(config)
-
-
-@from_origin
-def build_jamba(seed: int) -> JambaForCausalLM:
-    """Attention in the second layer of four, experts in two, and weights of norms that differ."""
-    set_seed(seed)
-    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_experts": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 4, "attn_layer_offset": 1}
-    model = JambaForCausalLM(JambaConfig(**sizes, **heads))
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, JambaMambaMixer):
-                for norm in (module.b_layernorm, module.c_layernorm):
-                    norm.weight.uniform_(0.5, 1.5)
-    return model
 
 
 pytestmark = pytest.mark.usefixtures("toy_registered")
