@@ -6,13 +6,14 @@ from pathlib import Path
 
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..architectures.family import Family
 from ..architectures.recorded_sizes import recorded_state_sizes
-from ..architectures.registry import FAMILIES
+from ..architectures.registry import FAMILIES, family_of
 from .files import read_json
 from .history import History
 
@@ -61,6 +62,22 @@ def check_checkpoint(folder: str | Path) -> dict[int, int]:
                 f"{expected[index]}; the files do not belong together, take another checkpoint."
             )
     return expected
+
+
+def check_is_of(folder: str | Path, model: nn.Module) -> None:
+    """Refuse to resume a training of this model from a checkpoint of another family.
+
+    Raises:
+        ValueError: the checkpoint's config names a model type of another family.
+    """
+    file = Path(folder) / CONFIG_NAME
+    given = read_json(file).get("model_type") if file.is_file() else None  # sharded checkpoints have no config
+    if given is not None and FAMILIES.get(given) is not family_of(model):
+        raise ValueError(
+            f"{folder} holds a model of type '{given}', from which a run of one of type '{model.config.model_type}' "
+            "cannot go on: give the basis that its run had. Or start anew from its weights, by from_pretrained(…) and "
+            "without resume_from_checkpoint."
+        )
 
 
 def check_complete(folder: str | Path) -> None:

@@ -9,7 +9,13 @@ from ..architectures import state_sizes
 from ..engines import check_engine, from_first_process, process_index, raise_in_all_processes, unused_frozen, unwrap
 from ..private_api import check_private_names
 from ..sharing.model_card import CardDetails
-from ..storage.checkpoint import check_complete, history_of_checkpoint, last_complete_checkpoint, recorded_history
+from ..storage.checkpoint import (
+    check_complete,
+    check_is_of,
+    history_of_checkpoint,
+    last_complete_checkpoint,
+    recorded_history,
+)
 from ..storage.history import History
 from ..surgery.adopt_sizes import load_renamed_weights
 from ..surgery.shrink_and_grow import set_state_sizes
@@ -84,6 +90,7 @@ class _StateSizeFollower:
                     )
             else:
                 check_complete(given)
+            check_is_of(checkpoint, unwrap(self.model))
         return from_first_process(checkpoint)
 
     def call_model_init(self, *args, **kwargs):

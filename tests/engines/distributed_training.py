@@ -110,6 +110,7 @@ def train(
     rollback: str | None = None,
     communication_hook=None,
     goal: dict | None = None,
+    build=build_model,
     **options,
 ) -> tuple[Trainer, list[dict]]:
     """Twelve steps, cuts after the third and the sixth; and again, if asked.
@@ -119,7 +120,8 @@ def train(
         rollback: the cut after the third step is undone after the fourth, from "memory" or "disk"; or "of a run never
             cut": the same is done to a run without cuts.
         communication_hook: registered on the wrapper.
-        goal: what to keep; by default four states.
+        goal: what to keep; by default four states. An empty one leaves the callback out.
+        build: what builds the model.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if rollback:
@@ -128,35 +130,35 @@ def train(
         output_dir=str(folder),
         max_steps=12,
         per_device_train_batch_size=GLOBAL_BATCH // world_size,
-        adam_epsilon=1e-6,
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=True,
         ddp_backend="gloo" if world_size > 1 else None,
         fsdp="fsdp_config" in options,
         load_best_model_at_end=best_at is not None,
-        **({"save_strategy": "no", "learning_rate": 3e-3} | options),
+        **({"save_strategy": "no", "learning_rate": 3e-3, "adam_epsilon": 1e-6} | options),
     )
     if "fsdp_config" in options:
         enable_fsdp_on_cpu()
     watching = {"rollback_tolerance": 0.05, "rollback_storage": rollback} if rollback in ("memory", "disk") else {}
     callback = CompreSSMCallback(
-        CompreSSMConfig(calibration_batches=4, **(goal or {"target_state_size": 4})),
+        CompreSSMConfig(**{"calibration_batches": 4} | (goal or {"target_state_size": 4})),
         CompreSSMSchedule(end=0.5, events=2, **watching),
     )
+    is_cut = rollback != NEVER_CUT and goal != {}
     attached, after_each_step = attached or "fsdp_config" in options, WeightsAfterEachStep()
     worse_at = {4} if watching else set(range(2, 13, 2)) - {best_at} if best_at else set()
     trainer = Trainer(
-        build_model(),
+        build(),
         arguments,
         train_dataset=dataset,
         eval_dataset=dataset.select(range(16)),
         data_collator=default_data_collator,
-        callbacks=[WorseAt(*worse_at)] + [callback] * (not attached and rollback != NEVER_CUT),
+        callbacks=[WorseAt(*worse_at)] + [callback] * (not attached and is_cut),
     )
     if rollback == NEVER_CUT:
         trainer.add_callback(SnapshotAndRestore(3, 4))
-    elif attached:
+    elif attached and is_cut:
         callback.attach(trainer)
     trainer.add_callback(after_each_step)
     if communication_hook and world_size > 1:
@@ -166,14 +168,11 @@ def train(
     return trainer, [*after_each_step.weights, full_weights_of(trainer.model)]
 
 
-def check_engine(engine: str, trainer: Trainer, is_compiled: bool, is_per_layer: bool) -> None:
+def check_engine(engine: str, trainer: Trainer, is_compiled: bool) -> None:
     """The run was what it was meant to be."""
     assert dist.get_world_size() == 2
     wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
     assert (wrapped is not trainer.model_wrapped) == is_compiled
-    assert (
-        trainer.model.config.is_heterogeneous == isinstance(trainer.model, CompreSSMMambaForCausalLM) == is_per_layer
-    )
     if engine == "ddp":
         assert type(wrapped) is DistributedDataParallel
     else:
@@ -190,7 +189,9 @@ def main() -> None:
         options = ENGINES[engine][variant]
         resume_from = Path(checkpoint) if checkpoint else None
         trainer, weights = train(folder / engine / variant, dataset, resume_from, **options)
-        check_engine(engine, trainer, "torch_compile" in options, "goal" in options)
+        check_engine(engine, trainer, "torch_compile" in options)
+        is_per_layer = isinstance(trainer.model, CompreSSMMambaForCausalLM)
+        assert trainer.model.config.is_heterogeneous == is_per_layer == ("goal" in options)
         torch.save(weights, folder / f"{engine} {variant}{' resumed' if checkpoint else ''} {dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
