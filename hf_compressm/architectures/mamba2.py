@@ -206,12 +206,13 @@ class BalancedFamily(ScalarDecayFamily):
 
     def __init__(self, plain: AxisFamily):
         mixer = BALANCED_CLASSES[getattr(plain.modeling, plain.mixer_class)]
-        names = (getattr(plain, name) for name in ("heads_field", "head_dim_field", "groups_field"))
+        fields = ("heads_field", "head_dim_field", "groups_field", "convolution_field")
+        names = (getattr(plain, field) for field in fields)
         super().__init__(
             f"compressm_{plain.model_types[0]}",
             plain.modeling,
             mixer.__name__,
-            f"{plain.title} with a balanced state",
+            f"balanced {plain.title}",
             "balanced_state_size",
             *names,
         )
@@ -264,9 +265,27 @@ class BalancedFamily(ScalarDecayFamily):
         yield mixer.B_proj
         yield mixer.C_proj
 
+    def convolution_values(self, config: Mapping, size: int) -> int:
+        """Return what a plain layer of N states keeps: the projections act after the convolution."""
+        return super().convolution_values(config, max(size, config[self.plain.size_field]))
+
+    def removed_parameters(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping, states: int) -> int:
+        """Return minus the number of entries of the projections, which a plain layer has not."""
+        return -sum(map(math.prod, shapes.values()))
+
 
 AXIS_FAMILIES = (
-    AxisFamily("mamba2", modeling_mamba2, "Mamba2Mixer", "Mamba-2", "state_size", "num_heads", "head_dim", "n_groups"),
+    AxisFamily(
+        "mamba2",
+        modeling_mamba2,
+        "Mamba2Mixer",
+        "Mamba-2",
+        "state_size",
+        "num_heads",
+        "head_dim",
+        "n_groups",
+        "conv_kernel",
+    ),
     AxisFamily("bamba", modeling_bamba, "BambaMixer", "Bamba"),
     AxisFamily("falcon_h1", modeling_falcon_h1, "FalconH1Mixer", "Falcon-H1"),
     AxisFamily("granitemoehybrid", modeling_granitemoehybrid, "GraniteMoeHybridMambaLayer", "Granite hybrid"),
@@ -279,6 +298,7 @@ AXIS_FAMILIES = (
         "mamba_num_heads",
         "mamba_head_dim",
         "n_groups",
+        "conv_kernel",
     ),
     AxisFamily(
         "zamba2",

@@ -44,7 +44,8 @@ class ScalarDecayFamily(Family):
 
     Attributes:
         modeling: the module of Transformers that defines the mixer.
-        heads_field, head_dim_field, groups_field: the fields of the config that hold these numbers.
+        heads_field, head_dim_field, groups_field, convolution_field: the fields of the config that hold these numbers;
+            the last one is the length of the convolution.
     """
 
     needs_data = True
@@ -61,10 +62,12 @@ class ScalarDecayFamily(Family):
         heads_field: str = "mamba_n_heads",
         head_dim_field: str = "mamba_d_head",
         groups_field: str = "mamba_n_groups",
+        convolution_field: str = "mamba_d_conv",
     ):
         self.model_types, self.modeling, self.mixer_class, self.title = (model_type,), modeling, mixer_class, title
         self.size_field, self.heads_field = size_field, heads_field
         self.head_dim_field, self.groups_field = head_dim_field, groups_field
+        self.convolution_field = convolution_field
 
     def layer_count_of_config(self, config: Mapping) -> object:
         """Return the number of layers, which some models give by the list of their types alone."""
@@ -139,6 +142,11 @@ class ScalarDecayFamily(Family):
     def values_per_state(self, config: Mapping) -> int:
         """Return heads · p: each channel of each head has one number for each state."""
         return config[self.heads_field] * config[self.head_dim_field]
+
+    def convolution_values(self, config: Mapping, size: int) -> int:
+        """Return (heads · p + 2 G N) (k - 1): the convolution of k taps runs over x, B and C."""
+        channels = self.values_per_state(config) + 2 * config[self.groups_field] * size
+        return channels * (config[self.convolution_field] - 1)
 
 
 def _layer_types(config: Mapping) -> list | None:
