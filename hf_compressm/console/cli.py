@@ -143,6 +143,7 @@ def report_content(report: StateReport) -> dict:
             "state_size": before,
             "proposed_state_size": report.state_sizes[index],
             "score_discarded": report.score_discarded[index],
+            "predicted_error": report.predicted_error.get(index),
             "single_layer_loss_change": report.single_layer_loss_change.get(index),
             "scores": scores[index].tolist(),
             "hankel_singular_values": report.hankel_singular_values[index].tolist(),
