@@ -8,7 +8,8 @@ A *mixer* is the module of a layer that owns the state, and N is the number of i
 parameter within the mixer, such as `x_proj.weight`.
 """
 
-from abc import abstractmethod
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -21,7 +22,6 @@ from ..engines import full_tensor
 from ..theory.criteria import CRITERIA
 from ..theory.plan import PlanEntry, Selection
 from ..theory.selective import LayerInputs, StateMaps, complement
-from .counts import StateCounts
 
 # An observer runs a scan in the place of the model. It takes the scan's arguments by position, (u, time_step, A, B, C,
 # D, gate, time_step_bias, softplus), where D, gate and time_step_bias may be None, and returns (y, last_state).
@@ -57,7 +57,7 @@ class StateTensor(NamedTuple):
     is_optional: bool = False
 
 
-class Family(StateCounts):
+class Family(ABC):
     """A family declares one architecture; this class holds what all families have in common.
 
     The library calls its methods with the modules of an unwrapped Transformers model. A parameter may be sharded over
@@ -286,6 +286,36 @@ class Family(StateCounts):
             device_type: where the model is, such as "cpu" or "cuda".
         """
         return None
+
+    # Numbers for the model card
+
+    @abstractmethod
+    def values_per_state(self, config: Mapping) -> int:
+        """Return how many numbers a sequence carries for each state of a layer, by the content of a `config.json`."""
+
+    def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
+        """Return how many parameters each state of a layer has, from the shapes of its state tensors, by path.
+
+        As in `size_in_weights`, there is no mixer to ask: a family with groups has to override this method.
+        """
+        return sum(
+            sum(block.per_state for block in self.tensors[path].blocks)
+            * math.prod(shape)
+            // shape[self.tensors[path].axis]
+            for path, shape in shapes.items()
+        )
+
+    def removed_parameters(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping, states: int) -> int:
+        """Return how many parameters a layer has lost with so many states, below 0 where it has more.
+
+        Args:
+            shapes: those of its state tensors now, by path.
+        """
+        return states * self.parameters_per_state(shapes, config)
+
+    def convolution_values(self, config: Mapping, size: int) -> int:
+        """Return how many past inputs of its convolution a layer of N = `size` keeps for a sequence; 0: not counted."""
+        return 0
 
     def _block_length(self, mixer: nn.Module, block: Block, size: int | None = None) -> int:
         per_state = self._entries_per_state(mixer, block)

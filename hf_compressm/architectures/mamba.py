@@ -145,10 +145,6 @@ class MambaFamily(SelectiveFamily):
         """Return the number of channels: each has one number for each state."""
         return config["intermediate_size"]
 
-    def convolution_values(self, config: Mapping, size: int) -> int:
-        """Return D (k - 1): the convolution of k taps runs over the channels, whatever their number of states."""
-        return config["intermediate_size"] * (config["conv_kernel"] - 1)
-
 
 def _change_classes(model: nn.Module, is_uniform: bool) -> None:
     classes = PLAIN_CLASSES if is_uniform else PER_LAYER_CLASSES
