@@ -293,18 +293,6 @@ class Family(ABC):
     def values_per_state(self, config: Mapping) -> int:
         """Return how many numbers a sequence carries for each state of a layer, by the content of a `config.json`."""
 
-    def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
-        """Return how many parameters each state of a layer has, from the shapes of its state tensors, by path.
-
-        As in `size_in_weights`, there is no mixer to ask: a family with groups has to override this method.
-        """
-        return sum(
-            sum(block.per_state for block in self.tensors[path].blocks)
-            * math.prod(shape)
-            // shape[self.tensors[path].axis]
-            for path, shape in shapes.items()
-        )
-
     def removed_parameters(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping, states: int) -> int:
         """Return how many parameters a layer has lost with so many states, below 0 where it has more.
 
@@ -316,6 +304,18 @@ class Family(ABC):
     def convolution_values(self, config: Mapping, size: int) -> int:
         """Return how many past inputs of its convolution a layer of N = `size` keeps for a sequence; 0: not counted."""
         return 0
+
+    def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
+        """Return how many parameters each state of a layer has, from the shapes of its state tensors, by path.
+
+        As in `size_in_weights`, there is no mixer to ask: a family with groups has to override this method.
+        """
+        return sum(
+            sum(block.per_state for block in self.tensors[path].blocks)
+            * math.prod(shape)
+            // shape[self.tensors[path].axis]
+            for path, shape in shapes.items()
+        )
 
     def _block_length(self, mixer: nn.Module, block: Block, size: int | None = None) -> int:
         per_state = self._entries_per_state(mixer, block)
