@@ -134,7 +134,9 @@ def _format_of(model: PreTrainedModel) -> LayerFormat:
     layer = next((each for each in LAYER_FORMATS.values() if isinstance(model, each.model_class)), None)
     if layer is None:
         names = " or ".join(each.model_class.__name__ for each in LAYER_FORMATS.values())
-        raise ValueError(f"got a {type(model).__name__}, expected a {names}; unwrap it first.")
+        raise ValueError(
+            f"got a {type(model).__name__}, expected a {names}; unwrap it first. The format has no others."
+        )
     if "axis" not in family_of(model).bases:
         raise ValueError(
             f"got a {type(model).__name__}, whose layers project B and C onto balanced states; mamba_ssm has no such "
