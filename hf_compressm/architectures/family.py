@@ -223,13 +223,6 @@ class Family(ABC):
             "allocation='uniform'."
         )
 
-    def check_enlarged(self, mixer: nn.Module, index: int, size: int) -> None:
-        """Refuse a larger size that a layer cannot have; here, every layer can have any.
-
-        Raises:
-            ValueError: the layer cannot have so many states.
-        """
-
     def record_in_mixer(self, mixer: nn.Module, size: int) -> None:
         """Update what a mixer states of its size, after its tensors were resized to N = `size`."""
         setattr(mixer, self.size_attribute, size)

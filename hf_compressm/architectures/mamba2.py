@@ -255,19 +255,6 @@ class BalancedFamily(ScalarDecayFamily):
     def check_per_layer(self, model: nn.Module) -> None:
         """Let every model have layers of different sizes."""
 
-    def check_enlarged(self, mixer: nn.Module, index: int, size: int) -> None:
-        """Refuse N states and more: at N a layer would stop to project, though it has lost some directions.
-
-        Raises:
-            ValueError: there would be as many balanced states as features that they are made of.
-        """
-        if size >= mixer.ssm_state_size:
-            raise ValueError(
-                f"layer {index}: {self.state_size(mixer)} balanced states cannot be enlarged to {size}; allowed: less "
-                f"than N = {mixer.ssm_state_size}. For a model that other tools read, cut the original one with "
-                "basis='axis'."
-            )
-
     def record_in_mixer(self, mixer: nn.Module, size: int) -> None:
         """Update r in the mixer; one of N states does not project."""
         mixer.reduced_state_size = None if size == mixer.ssm_state_size else size

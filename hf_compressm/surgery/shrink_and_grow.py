@@ -49,7 +49,7 @@ def pad_state(model: nn.Module, size: int) -> None:
     is for tools that need a certain N; the states of `grow_state` learn.
 
     Raises:
-        ValueError: a layer has more than `size` states, or balanced ones that cannot be so many.
+        ValueError: a layer has more than `size` states.
     """
     _enlarge(model, size, None, _leave_as_gathered)
 
@@ -95,15 +95,12 @@ def set_state_sizes(
 
 
 def _enlarge(model: nn.Module, size: int, optimizer, edit: Edit) -> None:
-    layers = state_layers(unwrap(model))
-    sizes = layers.sizes
+    sizes = state_sizes(unwrap(model))
     largest = max(sizes.values())
     if size < largest:
         raise ValueError(f"cannot enlarge to {size} states: a layer has {largest}. Give at least {largest}.")
     sources = {}
     for index, old_size in sizes.items():
-        if old_size < size:
-            layers.family.check_enlarged(layers[index], index, size)
         sources[index] = torch.full((size,), -1)
         sources[index][:old_size] = torch.arange(old_size)
     resize(model, sources, optimizer, edit)
