@@ -53,6 +53,8 @@ class StateReport:
         single_layer_loss_change: layer → nats per prediction, measured by cutting that layer alone, on a few held-out
             sequences. Their sum falls short of, or exceeds, the measured change where layers interact. Empty without
             batches.
+        predicted_error: layer → squared error of the layer's output that the singular values predict, before a refit,
+            as a share of what its states add to the output. Empty where they are no such error, as in a Mamba-1.
         recall_before, recall_after: how well the model recalls pairs of tokens before and after; None unless
             `config.recall_pairs` asks for it.
         tokens: calibration tokens behind the statistics.
@@ -73,6 +75,7 @@ class StateReport:
     tokens: int
     seconds: float
     measuring_seconds: float
+    predicted_error: dict[int, float] = field(default_factory=dict)
     recall_before: RecallResult | None = None
     recall_after: RecallResult | None = None
     applied: bool = field(default=False)
@@ -110,12 +113,16 @@ class StateReport:
 
     @property
     def table(self) -> Table:
-        """Return the table of the layers: sizes, score discarded, and the single-layer loss change if measured."""
+        """Return the table of the layers: sizes, score discarded, error predicted, single-layer loss change."""
         rows = [
             [str(index), str(before), str(self.state_sizes[index]), f"{self.score_discarded[index]:.2%}"]
             for index, before in self.state_sizes_before.items()
         ]
         headings = ["layer", "N before", "N after", "score discarded"]
+        if self.predicted_error:
+            headings.append("output error predicted")
+            for row, index in zip(rows, self.state_sizes_before, strict=True):
+                row.append(f"{self.predicted_error[index]:.2%}")
         if self.loss_before is not None:
             headings.append("single-layer loss change")
             for row, index in zip(rows, self.state_sizes_before, strict=True):

@@ -11,7 +11,12 @@ from ..engines import raise_in_all_processes, sum_over_processes
 from ..theory.criteria import choose_states, criterion_name, score_power, seeded_generator, state_scores
 from ..theory.group_criteria import GroupStates, choose_columns, rrqr
 from ..theory.plan import GroupSelection, Plan, PlanEntry, Projection, Selection
-from ..theory.scalar_decay import balanced_projections, group_singular_values, layer_singular_values
+from ..theory.scalar_decay import (
+    balanced_projections,
+    expected_squared_error,
+    group_singular_values,
+    layer_singular_values,
+)
 from .collate import Batch
 from .group_refit import refitted_groups
 from .group_statistics import collect_group_statistics
@@ -81,6 +86,19 @@ class ScalarDecayAnalysis:
                 plan = refitted_groups(*of_all, self.batches, self.held_out)
             self._plans[key] = plan
         return self._plans[key]
+
+    def predicted_errors(self, plan: Plan) -> dict[int, float]:
+        """Return layer → expected squared error of a plan, before a refit, as a share of Σ σ_i²."""
+        errors, spectra = {}, self.hankel_singular_values()
+        for index, entry in plan.items():
+            squares = spectra[index].square()
+            if isinstance(entry, GroupSelection):
+                kept = torch.eye(len(squares), dtype=squares.dtype)[entry.kept_states.cpu()].to(squares.device)
+                error = expected_squared_error(self.statistics[index], kept, kept)
+            else:
+                error = squares.sum() - squares[entry.kept_states.to(squares.device)].sum()
+            errors[index] = max(float(error / squares.sum().clamp_min(1e-300)), 0.0)
+        return errors
 
     def _score(self, criterion) -> dict[int, Tensor]:
         """Return layer → score of each state, (G, N)."""

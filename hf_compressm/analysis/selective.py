@@ -109,6 +109,10 @@ class SelectiveAnalysis:
             self._plans[key] = plan
         return self._plans[key]
 
+    def predicted_errors(self, plan: Plan) -> dict[int, float]:
+        """Return an empty dict: the singular values of surrogates predict no error."""
+        return {}
+
     def _select(self, sizes: dict[int, int]) -> Plan:
         plan = {}
         for index, scores in self.scores.items():

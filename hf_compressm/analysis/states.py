@@ -49,6 +49,10 @@ class StateAnalysis(Protocol):
         """Return what becomes of each layer at these sizes."""
         ...
 
+    def predicted_errors(self, plan: Plan) -> dict[int, float]:
+        """Return layer → squared error of a plan as a share of Σ σ_i²; an empty dict where σ do not tell it."""
+        ...
+
 
 def analyze_states(
     layers: StateLayers,

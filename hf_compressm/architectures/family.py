@@ -293,6 +293,18 @@ class Family(ABC):
     def values_per_state(self, config: Mapping) -> int:
         """Return how many numbers a sequence carries for each state of a layer, by the content of a `config.json`."""
 
+    def removed_parameters(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping, states: int) -> int:
+        """Return how many parameters a layer has lost with so many states, below 0 where it has more.
+
+        Args:
+            shapes: those of its state tensors now, by path.
+        """
+        return states * self.parameters_per_state(shapes, config)
+
+    def convolution_values(self, config: Mapping, size: int) -> int:
+        """Return how many past inputs of its convolution a layer of N = `size` keeps for a sequence; 0: not counted."""
+        return 0
+
     def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
         """Return how many parameters each state of a layer has, from the shapes of its state tensors, by path.
 

@@ -74,8 +74,15 @@ class AxisFamily(ScalarDecayFamily):
 
     def size_in_weights(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
         """Return N of a layer of a checkpoint, from the number of channels of its convolution."""
-        channels = shapes["conv1d.weight"][0] - self.values_per_state(config)
-        return whole_quotient(channels, 2 * config[self.groups_field], "conv1d.weight")
+        inner, groups = self.values_per_state(config), self.count_of_config(config, self.groups_field)
+        channels = shapes["conv1d.weight"][0]
+        size = whole_quotient(channels - inner, 2 * groups, "conv1d.weight")
+        features = inner + channels + self.count_of_config(config, self.heads_field)
+        for path, shape in shapes.items():
+            expected = features if path.startswith("in_proj.") else channels
+            if shape[0] != expected:
+                raise ValueError(f"{path} has the shape {shape}; {expected} entries belong to {size} states.")
+        return size
 
     def is_per_layer(self, model: nn.Module) -> bool:
         """Return False: the classes of Transformers have one size for all layers."""
@@ -220,7 +227,9 @@ class AxisFamily(ScalarDecayFamily):
 
     def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
         """Return how many parameters the channels of B and C of a state have in all groups."""
-        return sum(2 * config[self.groups_field] * math.prod(shape[1:]) for shape in shapes.values())
+        return sum(
+            2 * self.count_of_config(config, self.groups_field) * math.prod(shape[1:]) for shape in shapes.values()
+        )
 
 
 class BalancedFamily(ScalarDecayFamily):
@@ -236,12 +245,13 @@ class BalancedFamily(ScalarDecayFamily):
 
     def __init__(self, plain: AxisFamily):
         mixer = BALANCED_CLASSES[getattr(plain.modeling, plain.mixer_class)]
-        names = (getattr(plain, name) for name in ("heads_field", "head_dim_field", "groups_field"))
+        fields = ("heads_field", "head_dim_field", "groups_field", "convolution_field")
+        names = (getattr(plain, field) for field in fields)
         super().__init__(
             f"compressm_{plain.model_types[0]}",
             plain.modeling,
             mixer.__name__,
-            f"{plain.title} with a balanced state",
+            f"balanced {plain.title}",
             "balanced_state_size",
             *names,
         )
@@ -254,7 +264,19 @@ class BalancedFamily(ScalarDecayFamily):
     def size_of_config(self, config: Mapping) -> int | list:
         """Return r of all layers, or a list of r by layer, from the content of a `config.json`."""
         whole, given = config.get(self.plain.size_field), super().size_of_config(config)
-        return [size or whole for size in given] if isinstance(given, list) else given or whole
+        if isinstance(given, list):
+            return [whole if size is None else size for size in given]
+        return whole if given is None else given
+
+    def size_in_weights(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
+        """Return r of a layer of a checkpoint, from its projections, (G, r, N) both."""
+        groups, whole = (self.count_of_config(config, name) for name in (self.groups_field, self.plain.size_field))
+        size = super().size_in_weights(shapes, config)
+        expected = (groups, size, whole)
+        for path, shape in shapes.items():
+            if shape != expected:
+                raise ValueError(f"{path} has the shape {shape}, expected {expected}.")
+        return size
 
     def is_per_layer(self, model: nn.Module) -> bool:
         """Return True: each layer has projections of its own size."""
@@ -310,9 +332,27 @@ class BalancedFamily(ScalarDecayFamily):
         yield mixer.B_proj
         yield mixer.C_proj
 
+    def convolution_values(self, config: Mapping, size: int) -> int:
+        """Return what a plain layer of N states keeps: the projections act after the convolution."""
+        return super().convolution_values(config, max(size, config[self.plain.size_field]))
+
+    def removed_parameters(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping, states: int) -> int:
+        """Return minus the number of entries of the projections, which a plain layer has not."""
+        return -sum(map(math.prod, shapes.values()))
+
 
 AXIS_FAMILIES = (
-    AxisFamily("mamba2", modeling_mamba2, "Mamba2Mixer", "Mamba-2", "state_size", "num_heads", "head_dim", "n_groups"),
+    AxisFamily(
+        "mamba2",
+        modeling_mamba2,
+        "Mamba2Mixer",
+        "Mamba-2",
+        "state_size",
+        "num_heads",
+        "head_dim",
+        "n_groups",
+        "conv_kernel",
+    ),
     AxisFamily("bamba", modeling_bamba, "BambaMixer", "Bamba"),
     AxisFamily("falcon_h1", modeling_falcon_h1, "FalconH1Mixer", "Falcon-H1"),
     AxisFamily("granitemoehybrid", modeling_granitemoehybrid, "GraniteMoeHybridMambaLayer", "Granite hybrid"),
@@ -325,6 +365,7 @@ AXIS_FAMILIES = (
         "mamba_num_heads",
         "mamba_head_dim",
         "n_groups",
+        "conv_kernel",
     ),
     AxisFamily(
         "zamba2",

@@ -63,7 +63,8 @@ class ScalarDecayFamily(Family):
 
     Attributes:
         modeling: the module of Transformers that defines the mixer.
-        heads_field, head_dim_field, groups_field: the fields of the config that hold these numbers.
+        heads_field, head_dim_field, groups_field, convolution_field: the fields of the config that hold these numbers;
+            the last one is the length of the convolution.
     """
 
     needs_data = True
@@ -81,10 +82,12 @@ class ScalarDecayFamily(Family):
         heads_field: str = "mamba_n_heads",
         head_dim_field: str = "mamba_d_head",
         groups_field: str = "mamba_n_groups",
+        convolution_field: str = "mamba_d_conv",
     ):
         self.model_types, self.modeling, self.mixer_class, self.title = (model_type,), modeling, mixer_class, title
         self.size_field, self.heads_field = size_field, heads_field
         self.head_dim_field, self.groups_field = head_dim_field, groups_field
+        self.convolution_field = convolution_field
 
     def layer_count_of_config(self, config: Mapping) -> object:
         """Return the number of layers, which some models give by the list of their types alone."""
@@ -199,7 +202,23 @@ class ScalarDecayFamily(Family):
 
     def values_per_state(self, config: Mapping) -> int:
         """Return heads · p: each channel of each head has one number for each state."""
-        return config[self.heads_field] * config[self.head_dim_field]
+        return self.count_of_config(config, self.heads_field) * self.count_of_config(config, self.head_dim_field)
+
+    def count_of_config(self, config: Mapping, field: str) -> int:
+        """Return a number from the content of a `config.json`.
+
+        Raises:
+            ValueError: it is no positive whole number, or missing.
+        """
+        value = config.get(field)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json has {field} = {value!r}; allowed: a whole number from 1.")
+        return value
+
+    def convolution_values(self, config: Mapping, size: int) -> int:
+        """Return (heads · p + 2 G N) (k - 1): the convolution of k taps runs over x, B and C."""
+        channels = self.values_per_state(config) + 2 * self.count_of_config(config, self.groups_field) * size
+        return channels * (self.count_of_config(config, self.convolution_field) - 1)
 
 
 def _layer_types(config: Mapping) -> list | None:

@@ -30,7 +30,7 @@ from .text import TEXT_UNIT_HELP, TEXT_UNITS, token_batches
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes, beside 0
 FORMATS = ("uniform", "bf16", "sharded", "mamba_ssm")
-DESCRIPTION = """Find out what the states of a Mamba language model do, remove those that do little, share the result.
+DESCRIPTION = """Find out what the states of a language model with Mamba layers do, remove those that do little, share the result.
 
 MODEL is a folder, or the name of a repository on the Hub; in the format of Transformers or of the original mamba_ssm.
 """
@@ -46,11 +46,12 @@ EXPORT_HELP = """Write MODEL in the form that another tool wants, into the new f
 with those of MODEL before anything is called done.
 
   uniform    one state size for all layers: smaller ones are padded with states that do nothing, exactly. For tools
-             that know one number for all layers, such as vLLM, which reads a scalar state_size; llama.cpp's CUDA
-             kernel wants --state-size 16.
+             that know one number for all layers, such as vLLM, which reads a scalar state_size, or that have kernels
+             for some sizes: llama.cpp's for CUDA want --state-size 16 (Mamba), and 128 or 256 (Mamba-2, hybrids).
   bf16       weights in bfloat16.
   sharded    safetensors files of at most --max-shard-size.
-  mamba_ssm  config.json and pytorch_model.bin as mamba_ssm's MambaLMHeadModel reads them; padded to one size."""
+  mamba_ssm  config.json and pytorch_model.bin as mamba_ssm's MambaLMHeadModel reads them; padded to one size. For
+             Mamba and Mamba-2; not for balanced states, which mamba_ssm does not know."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,6 +144,7 @@ def report_content(report: StateReport) -> dict:
             "state_size": before,
             "proposed_state_size": report.state_sizes[index],
             "score_discarded": report.score_discarded[index],
+            "predicted_error": report.predicted_error.get(index),
             "single_layer_loss_change": report.single_layer_loss_change.get(index),
             "scores": scores[index].tolist(),
             "hankel_singular_values": report.hankel_singular_values[index].tolist(),

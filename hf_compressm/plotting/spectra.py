@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..theory.criteria import scores_by_rank
 from ..theory.hankel import truncation_rank
 from .figures import (
     AUXILIARY,
@@ -26,17 +27,27 @@ if TYPE_CHECKING:
 
 Spectra = dict[int, Tensor]  # layer index → spectrum, (N,), descending
 SMALLEST_SHARE = 1e-4  # %, in the map of scores
+ERROR_LABEL = r"$\Sigma_{i>r}\,\sigma_i^2\,/\,\Sigma\,\sigma_i^2$"
 
 
-def plot_spectra(spectra: Spectra) -> "Figure":
+def plot_spectra(spectra: Spectra, with_error: bool = False) -> "Figure":
     """Draw the Hankel singular values of every layer, σ_i / σ_1 on a logarithmic axis, from 1e-10 on.
+
+    With the error a second axis shows, dashed, the squared output error that is predicted where r balanced states are
+    kept, Σ_{i>r} σ_i², as a share of Σ σ_i².
 
     Args:
         spectra: layer index → spectrum, (N,), descending, as in `StateReport.hankel_singular_values` or from
             `record.by_layer("hankel_singular_values")` of an event or an observation.
+        with_error: whether σ_i predict the error, as where a report or an event has a `predicted_error`.
     """
     spectra, (figure, axes) = _by_layer(spectra), new_figure()
-    _draw_layers(axes, {i: shares_of_largest(sigma) for i, sigma in spectra.items()})
+    lines = _draw_layers(axes, {i: shares_of_largest(sigma) for i, sigma in spectra.items()})
+    if with_error:
+        errors = add_error_axis(axes)
+        errors.set_ylabel(f"squared error predicted {ERROR_LABEL} (dashed)")
+        for line, sigma in zip(lines, spectra.values(), strict=True):
+            draw_error(errors, error_shares(sigma), line.get_color())
     axes.set(yscale="log", xlabel="rank $i$", ylabel=r"Hankel singular value $\sigma_i\,/\,\sigma_1$")
     return figure
 
@@ -71,7 +82,7 @@ def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | None = None) -
 
     Args:
         scores: layer index → score of each state, (N,), in any order, as in `StateReport.scores`. Spectra will do as
-            well. Beyond a layer's N the map is hatched.
+            well. Of groups, (G, N), those of equal rank are added up. Beyond a layer's N the map is hatched.
         state_sizes: layer index → states kept, as in `StateReport.state_sizes`. A line is drawn to the right of them.
 
     Raises:
@@ -79,6 +90,7 @@ def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | None = None) -
     """
     scores = _by_layer(scores)
     _check_scores(scores)
+    scores = {index: scores_by_rank(score) for index, score in scores.items()}
     if state_sizes is not None:
         _check_state_sizes(state_sizes, scores)
     figure, axes = new_figure(height=min(max(1.8 + 0.13 * len(scores), 2.4), 7))
@@ -87,6 +99,26 @@ def plot_score_map(scores: Spectra, state_sizes: dict[int, int] | None = None) -
         _draw_kept(axes, [state_sizes[index] for index in scores])
     axes.set(xlabel="state, by rank $i$", ylabel="layer")
     return figure
+
+
+def error_shares(sigma: Tensor) -> Tensor:
+    """Return Σ_{i>r} σ_i² / Σ σ_i² for r = 1 … N - 1, (N - 1,), where what is below 1e-10 is set to that."""
+    left = sigma.square().flip(0).cumsum(0).flip(0)  # from each rank on
+    return (left[1:] / left[0].clamp_min(1e-300)).clamp_min(FLOOR)
+
+
+def add_error_axis(axes: "Axes") -> "Axes":
+    """Return axes with the same ranks, whose logarithmic scale at the right is for predicted errors."""
+    errors = axes.twinx()
+    errors.spines[["top", "left", "bottom"]].set_visible(False)
+    errors.set_yscale("log")
+    return errors
+
+
+def draw_error(axes: "Axes", shares: Tensor, color) -> None:
+    """Draw the predicted error of r = 1 … N - 1 states."""
+    style = {"marker": "." if len(shares) == 1 else "", "label": "squared error predicted"}
+    axes.plot(range(1, len(shares) + 1), shares, color=color, linestyle="--", linewidth=0.9, **style)
 
 
 def shares_of_largest(sigma: Tensor) -> Tensor:
@@ -123,10 +155,10 @@ def _draw_layers(axes: "Axes", curves: dict[int, Tensor]) -> list:
 def _check_scores(scores: dict[int, Tensor]) -> None:
     for index, score in scores.items():
         wrong = int((~(score.isfinite() & (score >= 0))).sum())
-        if score.ndim != 1 or len(score) == 0 or wrong:
+        if score.ndim not in (1, 2) or score.numel() == 0 or wrong:
             raise ValueError(
                 f"the scores of layer {index} have the shape {tuple(score.shape)}, {wrong} of them are negative, "
-                "NaN or infinite; give (N,) finite numbers ≥ 0 for each layer."
+                "NaN or infinite; give (N,) finite numbers ≥ 0 for each layer, or (G, N) of groups."
             )
 
 
@@ -143,9 +175,9 @@ def _check_state_sizes(state_sizes: dict[int, int], scores: dict[int, Tensor]) -
 
 
 def _draw_map(axes: "Axes", scores: dict[int, Tensor]) -> None:
-    """Draw a row for each layer, the first on top, its states from the largest to the smallest, and the colour bar."""
+    """Draw a row for each layer, the first on top, and the colour bar; scores are descending."""
     mpl, layers = load_matplotlib(), list(scores)
-    shares = [100 * e.sort(descending=True).values / e.sum().clamp_min(1e-300) for e in scores.values()]
+    shares = [100 * score / score.sum().clamp_min(1e-300) for score in scores.values()]
     table = pad_sequence(shares, batch_first=True, padding_value=torch.nan)  # (layers, N), NaN where there is no state
     given = torch.cat(shares)
     largest = float(given.max()) or 100.0

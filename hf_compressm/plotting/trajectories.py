@@ -25,7 +25,7 @@ from .figures import (
     size_change,
     whole_numbers,
 )
-from .spectra import shares_of_largest
+from .spectra import ERROR_LABEL, add_error_axis, draw_error, error_shares, shares_of_largest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,8 @@ def plot_event_spectra(history: History) -> "Figure":
     The line is the geometric mean, over the ranks that every layer has; the band reaches from the smallest to the
     largest over layers, and grey lines are the means of the other events. Dashes stand to the right of the states that
     are kept: of their mean number, where layers differ, with a bar at the bottom from the fewest to the most. What is
-    below 1e-10 is shown there.
+    below 1e-10 is shown there. Where the singular values predict the error of a cut, a second axis shows it for every
+    rank, dashed: the geometric mean over layers of Σ_{i>r} σ_i² / Σ σ_i².
 
     Args:
         history: the history of a run, or of cuts after training.
@@ -88,7 +89,7 @@ def plot_event_spectra(history: History) -> "Figure":
         _draw_others(axes, [other[1] for other in ranges if other is not measured])
         _mark_sizes_kept(axes, event)
         axes.set_title(_title(event), fontsize=SMALL, loc="left")
-    _finish_grid(figure, panels, len(events), columns)
+    _finish_grid(figure, panels, len(events), columns, _draw_errors(panels, events, colors, columns))
     return figure
 
 
@@ -164,6 +165,25 @@ def _draw_range(axes: "Axes", smallest: Tensor, middle: Tensor, largest: Tensor,
     axes.fill_between(range(1, len(smallest) + 1), smallest, largest, **band)
 
 
+def _draw_errors(panels: list["Axes"], events: Sequence[ReductionEvent], colors: list, columns: int) -> list["Axes"]:
+    """Draw predicted errors in the panels of the events that have them, on second axes, which are returned."""
+    drawn = []
+    for i, (axes, event, color) in enumerate(zip(panels, events, colors, strict=False)):
+        spectra = [sigma.double() for sigma in event.hankel_singular_values if len(sigma) > 1]
+        if event.predicted_error is not None and spectra:
+            errors = add_error_axis(axes)
+            shares = [error_shares(sigma)[: min(map(len, spectra)) - 1] for sigma in spectra]
+            draw_error(errors, torch.stack(shares).log().mean(0).exp(), color)
+            is_last = i % columns == columns - 1 or i == len(events) - 1
+            errors.tick_params(labelright=is_last)
+            errors.set_ylabel(ERROR_LABEL if is_last else "", fontsize=SMALL)
+            drawn.append(errors)
+    limits = [errors.get_ylim() for errors in drawn]
+    for errors in drawn:
+        errors.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    return drawn
+
+
 def _draw_others(axes: "Axes", means: Sequence[Tensor]) -> None:
     for middle in means:
         style = {"color": "0.6", "linewidth": 0.6, "zorder": 1.5, "label": "other events"}
@@ -187,7 +207,7 @@ def _title(event: ReductionEvent) -> str:
     return f"{when}{undone}\n{change if event.is_cut else 'not cut'}"
 
 
-def _finish_grid(figure: "Figure", panels: list["Axes"], used: int, columns: int) -> None:
+def _finish_grid(figure: "Figure", panels: list["Axes"], used: int, columns: int, second: Sequence["Axes"]) -> None:
     """Name the axes once, number ranks below the lowest panel of every column, and draw one legend for all."""
     for axes in panels[used:]:
         axes.set_visible(False)
@@ -199,8 +219,8 @@ def _finish_grid(figure: "Figure", panels: list["Axes"], used: int, columns: int
     figure.supylabel(r"Hankel singular value $\sigma_i\,/\,\sigma_1$", fontsize="medium")
     named = {
         label: handle
-        for axes in reversed(panels)
+        for axes in [*reversed(panels), *second]
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     style = {"loc": "outside upper center", "frameon": False, "fontsize": SMALL}
-    figure.legend(named.values(), named.keys(), ncols=len(named), **style)
+    figure.legend(named.values(), named.keys(), ncols=len(named) if len(named) < 5 else 3, **style)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers.utils import CONFIG_NAME
@@ -16,15 +17,19 @@ from transformers.utils import CONFIG_NAME
 from ..architectures import state_layers
 from ..architectures.family import Family
 from ..architectures.registry import FAMILIES
+from ..architectures.remote_code import needs_code
+from ..architectures.scalar_decay import ScalarDecayFamily
 from ..engines import original_class, unwrap
 from ..report import LOSS_UNIT, cuts_table, loss_text
 from ..storage.checkpoint import check_checkpoint, state_tensor_shapes, weight_shapes
 from ..storage.files import read_json, write_aside
 from ..storage.history import History, load_history
+from ..storage.mamba_ssm_format import is_written
 from ..storage.records import sizes_text
 from .pictures import PICTURES
 
 CARD = "README.md"
+STATE_DTYPE, CONVOLUTION_DTYPE = torch.float32, torch.bfloat16  # in which a server keeps them, as the card counts
 TAGS = ("compressm", "mamba", "state-space-model")
 SECTION = "The state of this model"  # our title below a card that somebody else's code wrote
 # These lines mark a card that nobody wrote by hand: ours, and Trainer's, which asks whoever completes it to go.
@@ -71,7 +76,7 @@ class ReducedModel:
         config: the content of its `config.json`.
         state_sizes: N by layer index.
         parameters: how many parameters it has.
-        parameters_per_state: how many of them each state of a layer has, by layer index.
+        shapes: those of the state tensors, by layer index and path.
         history: the history of its reduction.
     """
 
@@ -80,7 +85,7 @@ class ReducedModel:
     config: dict
     state_sizes: dict[int, int]
     parameters: int
-    parameters_per_state: dict[int, int]
+    shapes: dict[int, dict[str, tuple[int, ...]]]
     history: History
 
     @classmethod
@@ -96,8 +101,7 @@ class ReducedModel:
         family = FAMILIES[config["model_type"]]
         shapes = state_tensor_shapes(folder, family)
         parameters = sum(math.prod(shape) for shape in weight_shapes(folder).values())
-        per_state = {index: family.parameters_per_state(shapes[index], config) for index in shapes}
-        return cls(family, config["architectures"][0], config, sizes, parameters, per_state, history)
+        return cls(family, config["architectures"][0], config, sizes, parameters, shapes, history)
 
     @classmethod
     def in_memory(cls, model: nn.Module, history: History) -> "ReducedModel":
@@ -106,10 +110,21 @@ class ReducedModel:
         family, model = layers.family, layers.model
         shapes = {index: {path: tuple(p.shape) for path, p in layers.parameters(index).items()} for index in layers}
         parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
-        config = model.config.to_dict()
-        per_state = {index: family.parameters_per_state(shapes[index], config) for index in shapes}
-        name = original_class(model).__name__
-        return cls(family, name, config, layers.sizes, parameters, per_state, history)
+        name, config = original_class(model).__name__, model.config.to_dict()
+        return cls(family, name, config, layers.sizes, parameters, shapes, history)
+
+    def cache_bytes(self, sizes: dict[int, int]) -> tuple[int, int]:
+        """Return the bytes that a sequence carries at these sizes: of states, and of past inputs of convolutions."""
+        values = self.family.values_per_state(self.config) * sum(sizes.values())
+        inputs = sum(self.family.convolution_values(self.config, size) for size in sizes.values())
+        return values * STATE_DTYPE.itemsize, inputs * CONVOLUTION_DTYPE.itemsize
+
+    def removed_parameters(self, before: dict[int, int]) -> int:
+        """Return how many parameters the model has lost since it had these sizes; fewer than 0 where it has more."""
+        return sum(
+            self.family.removed_parameters(shapes, self.config, before[index] - self.state_sizes[index])
+            for index, shapes in self.shapes.items()
+        )
 
 
 def write_model_card(
@@ -221,8 +236,8 @@ def _facts(model: ReducedModel) -> dict:
     cuts, before, live = history.standing_cuts, sizes, sizes
     if cuts:
         before, live = cuts[0].by_layer("state_sizes_before"), cuts[-1].by_layer("state_sizes_after")
-    removed = sum(count * (before[index] - sizes[index]) for index, count in model.parameters_per_state.items())
-    state_bytes = 4 * model.family.values_per_state(model.config)
+    state_before, inputs_before = model.cache_bytes(before)
+    state_after, inputs_after = model.cache_bytes(sizes)
     return {
         "architecture": model.family.title,
         "limits": model.family.limits,
@@ -230,11 +245,18 @@ def _facts(model: ReducedModel) -> dict:
         "sizes_before": sizes_text(before.values()),
         "sizes_after": sizes_text(live.values())
         + (f" (padded to {sizes_text(sizes.values())})" if sizes != live else ""),
-        "is_uniform": len(set(sizes.values())) == 1,
-        "parameters_before": f"{(model.parameters + removed) / 1e6:.2f} M",
+        "needs_code": needs_code(model.class_name),
+        "is_balanced": "axis" not in model.family.bases,
+        "has_groups": isinstance(model.family, ScalarDecayFamily),
+        "has_attention": "num_attention_heads" in model.config,
+        "mamba_ssm_reads_it": is_written(model.config["model_type"]),
+        "parameters_before": f"{(model.parameters + model.removed_parameters(before)) / 1e6:.2f} M",
         "parameters_after": f"{model.parameters / 1e6:.2f} M",
-        "state_before": _bytes_text(state_bytes * sum(before.values())),
-        "state_after": _bytes_text(state_bytes * sum(sizes.values())),
+        "state_before": _bytes_text(state_before),
+        "state_after": _bytes_text(state_after),
+        "inputs_before": _bytes_text(inputs_before) if inputs_after else None,
+        "inputs_after": _bytes_text(inputs_after),
+        "times_as_many": f"{(state_before + inputs_before) / (state_after + inputs_after):.1f}",
         "configuration": json.dumps({"config": history.config, "schedule": history.schedule}, indent=2),
         "library_version": history.library_version,
     }

@@ -54,8 +54,8 @@ def check_checkpoint(folder: str | Path) -> dict[int, int]:
             f"the weights in {folder} hold states of the layers {list(found)}, by {CONFIG_NAME} the layers "
             f"{list(expected)} have a state; the checkpoint is incomplete, take another."
         )
-    for index, shapes in found.items():
-        size = _size_of_layer(folder, family, index, shapes, config)
+    for index in found:
+        size = _size_of_layer(folder, family, index, found, config)
         if size != expected[index]:
             raise ValueError(
                 f"{folder}: layer {index} has {size} states, {CONFIG_NAME} says {family.size_field} = "
@@ -203,9 +203,12 @@ def state_tensor_shapes(folder: Path, family: Family) -> dict[int, dict[str, tup
     return dict(sorted(found.items()))
 
 
-def _size_of_layer(folder: Path, family: Family, index: int, shapes: dict[str, tuple[int, ...]], config: dict) -> int:
+def _size_of_layer(
+    folder: Path, family: Family, index: int, found: dict[int, dict[str, tuple[int, ...]]], config: dict
+) -> int:
     """Return N of a layer, as its weights have it."""
-    needed = {path for path, tensor in family.tensors.items() if not tensor.is_optional}
+    shapes, of_others = found[index], {path for shapes in found.values() for path in shapes}
+    needed = {path for path, tensor in family.tensors.items() if not tensor.is_optional or path in of_others}
     if missing := needed - shapes.keys():
         raise ValueError(f"{folder}: layer {index} has no {min(missing)}; take another checkpoint.")
     try:

@@ -59,7 +59,8 @@ def load_language_model(folder: str | Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, **TRUST)
         _check_shapes(folder, config)
-        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **TRUST)
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True} | TRUST  # the report is looked at below
+        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, **how)
     except Exception as error:  # of any kind: Transformers takes whatever values are there
         raise ValueError(f"{folder} cannot be loaded ({error}); take another checkpoint.") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

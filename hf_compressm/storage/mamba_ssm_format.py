@@ -1,7 +1,7 @@
-"""Checkpoints of the original `mamba_ssm` package (Mamba-1) are read and written here, without that package.
+"""Checkpoints of the original `mamba_ssm` package, Mamba-1 and Mamba-2, are read and written here without it.
 
 Such a checkpoint is what `mamba_ssm`'s `MambaLMHeadModel.from_pretrained` reads: `config.json` with the fields of its
-`MambaConfig`, and `pytorch_model.bin`, a pickled dict of tensors. The facts are those of mamba_ssm 2.3.2.
+`MambaConfig`, and `pytorch_model.bin`, a pickled dict of tensors. What its layers have is in `mamba_ssm_layers.py`.
 
 All that the model's function depends on is carried over. Three things are not: how new weights are drawn
 (`initializer_range`, `rescale_prenorm_residual`, `time_step_min`, `dt_min` and their like), which kernels compute the
@@ -14,15 +14,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, WEIGHTS_NAME, logging
 
-from ..architectures import state_sizes
+from ..architectures import family_of, state_sizes
+from ..architectures.registry import FAMILIES
 from .files import write_aside
+from .mamba_ssm_layers import LAYER_FORMATS, LayerFormat
 
 logger = logging.get_logger(__name__)
 
-# The fields of mamba_ssm's MambaConfig, and the arguments of its Mamba, with their defaults.
+# The fields of mamba_ssm's MambaConfig, with their defaults.
 FIELDS = {
     "d_model": 2560,
     "d_intermediate": 0,
@@ -38,46 +40,37 @@ FIELDS = {
     "tie_embeddings": True,
 }
 REQUIRED_FIELDS = ("d_model", "n_layer", "vocab_size")  # a default for one of these would be a guess at the weights
-SSM_FIELDS = {
-    "layer": "Mamba1",
-    "d_state": 16,
-    "d_conv": 4,
-    "expand": 2,
-    "dt_rank": "auto",
-    "conv_bias": True,
-    "bias": False,
-    "use_fast_path": True,
-}
-INITIALISER_FIELDS = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"}
-
-# Of options that only one of the two packages has, the values that the other one computes with.
-READABLE = {"layer": "Mamba1", "attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True}
-WRITABLE = {"layer_norm_epsilon": (1e-5,), "hidden_act": ("silu", "swish")}
+READABLE = {"attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True}  # what Transformers computes with
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIRECTORY = 0x10  # the bit of MS-DOS in the attributes of a record
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
-def write_mamba_ssm(model: MambaForCausalLM, folder: str | Path) -> None:
+def is_written(model_type: str) -> bool:
+    """Return whether models of this type can be written, once all of their layers have the same number of states."""
+    return any(FAMILIES[model_type] is FAMILIES[layer.config_class.model_type] for layer in LAYER_FORMATS.values())
+
+
+def write_mamba_ssm(model: PreTrainedModel, folder: str | Path) -> None:
     """Write a model so that `mamba_ssm` loads it; the folder is made where it is missing.
 
     The vocabulary is not padded and every tensor keeps its dtype, so `read_mamba_ssm` gives the same bits back.
 
     Raises:
-        ValueError: the model is not a plain `MambaForCausalLM`, or has layers of different sizes, a config that the
-            format cannot express, or weights that are not finite or do not fit the config; or the folder holds a
-            checkpoint of Transformers, whose config would be lost. Nothing has been written then.
+        ValueError: the model is no `MambaForCausalLM` and no `Mamba2ForCausalLM`, or has balanced states, layers of
+            different sizes, a config that the format cannot express, or weights that are not finite or do not fit the
+            config; or the folder holds a checkpoint of Transformers, whose config would be lost. Nothing has been
+            written then.
     """
     folder = Path(folder)
-    if not isinstance(model, MambaForCausalLM):
-        raise ValueError(f"got a {type(model).__name__}, expected a MambaForCausalLM; unwrap it first.")
+    layer = _format_of(model)
     sizes = sorted(set(state_sizes(model).values()))
     if len(sizes) > 1:
         raise ValueError(f"layers have {sizes} states, the format has one number for all; pad first (pad_state).")
-    fields = _original_fields(model.config)
+    fields = _original_fields(model.config, layer)
     tensors = {name.replace(".embeddings.", ".embedding."): tensor for name, tensor in model.state_dict().items()}
-    problem = _first_problem(tensors, model.config)
+    problem = _first_problem(tensors, model.config, layer)
     if problem is not None:
         raise ValueError(f"the model cannot be written: {problem}. Repair it, or load a whole one, first.")
     if (folder / CONFIG_NAME).is_file() and '"model_type"' in (folder / CONFIG_NAME).read_text(errors="replace"):
@@ -92,7 +85,7 @@ def write_mamba_ssm(model: MambaForCausalLM, folder: str | Path) -> None:
     write_aside(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(fields, indent=2) + "\n"))
 
 
-def read_mamba_ssm(folder: str | Path) -> MambaForCausalLM:
+def read_mamba_ssm(folder: str | Path) -> PreTrainedModel:
     """Read a checkpoint of `mamba_ssm`, in evaluation mode, on the CPU, every tensor in the dtype that it has there.
 
     `mamba_ssm` pads the vocabulary to a multiple; those rows are kept, so that the logits agree, and `vocab_size`
@@ -102,18 +95,21 @@ def read_mamba_ssm(folder: str | Path) -> MambaForCausalLM:
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: a file is damaged, is not of `mamba_ssm`, holds code in its pickle (which is not run), is of a
-            model other than a plain Mamba-1, or has tensors that do not fit the config; the error names it.
+            model other than a plain Mamba-1 or Mamba-2, or has tensors that do not fit the config; the error names it.
     """
     folder = Path(folder)
-    fields, ssm = _read_fields(folder / CONFIG_NAME)
+    fields, ssm, layer = _read_fields(folder / CONFIG_NAME)
     tensors = _read_tensors(folder / WEIGHTS_NAME)
     if fields["n_layer"] > len(tensors):  # before anything is made of so many layers
         raise ValueError(
             f"{folder / WEIGHTS_NAME} holds {len(tensors)} tensors, {CONFIG_NAME} says n_layer = {fields['n_layer']}; "
             "the files do not belong together, take another checkpoint."
         )
-    config = _transformers_config(fields, ssm)
-    problem = _first_problem(tensors, config)
+    try:
+        config = _transformers_config(fields, layer.to_transformers(ssm, fields["d_model"]), layer)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME}, ssm_cfg: {error}; take another checkpoint.") from error
+    problem = _first_problem(tensors, config, layer)
     if problem is not None:
         raise ValueError(f"{folder / WEIGHTS_NAME}: {problem}; take another checkpoint.")
     if config.vocab_size != fields["vocab_size"]:
@@ -122,35 +118,47 @@ def read_mamba_ssm(folder: str | Path) -> MambaForCausalLM:
             f"logits are those of mamba_ssm; ids from {fields['vocab_size']} on belong to no token."
         )
     with torch.device("meta"):  # nothing is drawn: all weights are those of the file
-        model = MambaForCausalLM(config)
+        model = layer.model_class(config)
     weights = {name.replace(".embedding.", ".embeddings."): _own_copy(tensor) for name, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model.eval()
 
 
-def _original_fields(config: MambaConfig) -> dict:
+def _format_of(model: PreTrainedModel) -> LayerFormat:
+    """Return the format of the layers of a model.
+
+    Raises:
+        ValueError: the format has no such model.
+    """
+    layer = next((each for each in LAYER_FORMATS.values() if isinstance(model, each.model_class)), None)
+    if layer is None:
+        names = " or ".join(each.model_class.__name__ for each in LAYER_FORMATS.values())
+        raise ValueError(
+            f"got a {type(model).__name__}, expected a {names}; unwrap it first. The format has no others."
+        )
+    if "axis" not in family_of(model).bases:
+        raise ValueError(
+            f"got a {type(model).__name__}, whose layers project B and C onto balanced states; mamba_ssm has no such "
+            "layer. Cut the original model with basis='axis' for this format."
+        )
+    return layer
+
+
+def _original_fields(config: PreTrainedConfig, layer: LayerFormat) -> dict:
     """Return the content of mamba_ssm's `config.json` for this config."""
-    allowed = WRITABLE | {"intermediate_size": (config.expand * config.hidden_size,)}
+    allowed = layer.writable | {"intermediate_size": (config.expand * config.hidden_size,)}
     for name, values in allowed.items():
-        if getattr(config, name) not in values:
+        if getattr(config, name, values[0]) not in values:  # the config of Mamba-2 has no intermediate_size
             raise ValueError(
                 f"mamba_ssm's format cannot express {name} = {getattr(config, name)!r}: mamba_ssm computes with "
                 f"{' or '.join(map(repr, values))}. Keep this model in Transformers' format (save_pretrained)."
             )
-    ssm = {
-        "d_state": config.state_size,
-        "d_conv": config.conv_kernel,
-        "expand": config.expand,
-        "dt_rank": int(config.time_step_rank),
-        "conv_bias": config.use_conv_bias,
-        "bias": config.use_bias,
-    }
     return {
         "d_model": config.hidden_size,
         "n_layer": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ssm_cfg": ssm,
+        "ssm_cfg": layer.to_original(config),
         "rms_norm": True,
         "residual_in_fp32": config.residual_in_fp32,
         "fused_add_norm": True,
@@ -159,25 +167,20 @@ def _original_fields(config: MambaConfig) -> dict:
     }
 
 
-def _transformers_config(fields: dict, ssm: dict) -> MambaConfig:
+def _transformers_config(fields: dict, of_layers: dict, layer: LayerFormat) -> PreTrainedConfig:
     multiple = fields["pad_vocab_size_multiple"]
-    return MambaConfig(
+    return layer.config_class(
         vocab_size=-(-fields["vocab_size"] // multiple) * multiple,
         hidden_size=fields["d_model"],
         num_hidden_layers=fields["n_layer"],
-        state_size=ssm["d_state"],
-        conv_kernel=ssm["d_conv"],
-        expand=ssm["expand"],
-        time_step_rank=ssm["dt_rank"],
-        use_conv_bias=ssm["conv_bias"],
-        use_bias=ssm["bias"],
         residual_in_fp32=fields["residual_in_fp32"],
         tie_word_embeddings=fields["tie_embeddings"],
+        **of_layers,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # the format has none; 0 would be a guess
     )
 
 
-def _read_fields(path: Path) -> tuple[dict, dict]:
+def _read_fields(path: Path) -> tuple[dict, dict, LayerFormat]:
     """Return all fields of the config and all of its `ssm_cfg`, with defaults where they were left out."""
     given = _read_json(path)
     if "model_type" in given:
@@ -185,27 +188,31 @@ def _read_fields(path: Path) -> tuple[dict, dict]:
     missing = [name for name in REQUIRED_FIELDS if name not in given]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is no config of mamba_ssm; take another checkpoint.")
-    fields = _completed_by_defaults(given, FIELDS, str(path))
-    ssm = {name: value for name, value in fields["ssm_cfg"].items() if name not in INITIALISER_FIELDS}
-    rank = -(-fields["d_model"] // 16)  # rounded up
-    if ssm.get("dt_rank") == SSM_FIELDS["dt_rank"]:
-        ssm["dt_rank"] = rank
-    ssm = _completed_by_defaults(ssm, SSM_FIELDS | {"dt_rank": rank}, f"{path}, ssm_cfg")
-    for name, value in READABLE.items():
+    fields = _completed_by_defaults(given, FIELDS, str(path), "model")
+    name = fields["ssm_cfg"].get("layer", "Mamba1")
+    if name not in list(LAYER_FORMATS):  # it may be of any type
+        allowed = ", ".join(map(repr, LAYER_FORMATS))
+        raise ValueError(f"{path}, ssm_cfg: layer = {name!r}; allowed: {allowed}. Take another checkpoint.")
+    layer = LAYER_FORMATS[name]
+    ssm = {name: value for name, value in fields["ssm_cfg"].items() if name not in layer.initialiser_fields}
+    ssm, defaults = layer.resolve(ssm, fields["d_model"])
+    ssm = _completed_by_defaults(ssm, defaults, f"{path}, ssm_cfg", layer.title)
+    for name, value in (READABLE | layer.readable).items():
         if (fields | ssm)[name] != value:
+            kind = layer.model_class.__name__.removesuffix("ForCausalLM")
             raise ValueError(
-                f"{path}: {name} = {(fields | ssm)[name]!r}, but Transformers' Mamba has {value!r} only; take a "
-                "checkpoint of a plain Mamba-1."
+                f"{path}: {name} = {(fields | ssm)[name]!r}, but Transformers' {kind} has {value!r} only; take a "
+                f"checkpoint of a plain {layer.title}."
             )
-    return fields, ssm
+    return fields, ssm, layer
 
 
-def _completed_by_defaults(given: dict, defaults: dict, where: str) -> dict:
+def _completed_by_defaults(given: dict, defaults: dict, where: str, what: str) -> dict:
     """Return `given` completed by `defaults`, or refuse names or types that those lack, and numbers too small."""
     unknown = sorted(given.keys() - defaults.keys())
     if unknown:
         raise ValueError(
-            f"{where}: mamba_ssm does not know {', '.join(unknown)}; its Mamba-1 has {', '.join(defaults)}. Take "
+            f"{where}: mamba_ssm does not know {', '.join(unknown)}; its {what} has {', '.join(defaults)}. Take "
             "another checkpoint, or remove what is not mamba_ssm's."
         )
     for name, value in given.items():
@@ -261,9 +268,9 @@ def _check_exists(path: Path) -> None:
         )
 
 
-def _first_problem(tensors: dict[str, Tensor], config: MambaConfig) -> str | None:
+def _first_problem(tensors: dict[str, Tensor], config: PreTrainedConfig, layer: LayerFormat) -> str | None:
     """Say why tensors, by mamba_ssm's names, cannot be the weights of a model of this config; None if they can."""
-    shapes = _shapes(config)
+    shapes = _shapes(config, layer)
     if missing := sorted(shapes.keys() - tensors.keys()):
         return f"{len(missing)} tensors that the config asks for are missing, {missing[0]} among them"
     if unknown := sorted(map(str, tensors.keys() - shapes.keys())):
@@ -287,27 +294,13 @@ def _first_problem(tensors: dict[str, Tensor], config: MambaConfig) -> str | Non
     return None
 
 
-def _shapes(config: MambaConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: PreTrainedConfig, layer: LayerFormat) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a model of this config, by mamba_ssm's names."""
-    hidden, inner, rank = config.hidden_size, config.intermediate_size, int(config.time_step_rank)
-    layer = {
-        "norm.weight": (hidden,),
-        "mixer.in_proj.weight": (2 * inner, hidden),
-        "mixer.conv1d.weight": (inner, 1, config.conv_kernel),
-        "mixer.x_proj.weight": (rank + 2 * config.state_size, inner),
-        "mixer.dt_proj.weight": (inner, rank),
-        "mixer.dt_proj.bias": (inner,),
-        "mixer.A_log": (inner, config.state_size),
-        "mixer.D": (inner,),
-        "mixer.out_proj.weight": (hidden, inner),
-    }
-    if config.use_conv_bias:
-        layer["mixer.conv1d.bias"] = (inner,)
-    if config.use_bias:
-        layer |= {"mixer.in_proj.bias": (2 * inner,), "mixer.out_proj.bias": (hidden,)}
+    hidden = config.hidden_size
+    of_layer = {"norm.weight": (hidden,)} | {f"mixer.{name}": shape for name, shape in layer.shapes(config).items()}
     shapes = {EMBEDDING: (config.vocab_size, hidden), "backbone.norm_f.weight": (hidden,)}
     for index in range(config.num_hidden_layers):
-        shapes |= {f"backbone.layers.{index}.{name}": shape for name, shape in layer.items()}
+        shapes |= {f"backbone.layers.{index}.{name}": shape for name, shape in of_layer.items()}
     return shapes | {HEAD: (config.vocab_size, hidden)}
 
 

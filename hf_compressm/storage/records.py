@@ -46,6 +46,9 @@ class ReductionEvent(KeyedByLayer):
         goal: what this event was to achieve: the name of the goal and its value.
         reasons: why it was this layer's turn: "settled" or "window ended"; None in a layer whose turn it was not. None
             altogether where the step was fixed.
+        predicted_error: squared error of the layer's output that the singular values predict, before a refit, as a
+            share of what the states add to it. None where they predict none: in a Mamba-1, and in an LRU, whose error
+            they only bound.
         recall_before, recall_after: how well pairs of tokens were recalled, {"loss", "accuracy"}; None where it was
             not asked for.
     """
@@ -71,6 +74,7 @@ class ReductionEvent(KeyedByLayer):
     reasons: list[str | None] | None = None
     recall_before: dict[str, float] | None = None
     recall_after: dict[str, float] | None = None
+    predicted_error: list[float] | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -199,6 +203,7 @@ ALLOWED = {
     "layers": _are_layers,
     "score_discarded": _are_numbers,
     "single_layer_loss_change": _none_or(_are_numbers),
+    "predicted_error": _none_or(_are_numbers),
     "movement": _none_or(_are_numbers),
     "weyl_bound": _none_or(_are_numbers),
     "rank_noise": _none_or(_are_numbers),
@@ -231,6 +236,7 @@ PER_LAYER = (
     "score_discarded",
     "hankel_singular_values",
     "single_layer_loss_change",
+    "predicted_error",
     "reasons",
     "movement",
     "weyl_bound",

@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import CONFIG_NAME, logging
 
 from ..architectures import family_of
-from ..architectures.per_layer import modeling_compressm_mamba
+from ..architectures.remote_code import CODE_FILES
 from ..engines import raise_in_all_processes, unwrap
 from ..sharing.hub import as_push_error, check_may_push
 from ..sharing.model_card import CARD, CardDetails, ReducedModel, check_details, may_be_written, write_model_card
@@ -19,7 +19,6 @@ from ..storage.history import HISTORY_FILE, SPECTRA_FILE, save_history
 
 logger = logging.get_logger(__name__)
 
-CODE_FILE = f"{modeling_compressm_mamba.MODULE}.py"
 # A detail of the card → the argument of Trainer's `create_model_card` that says it.
 DETAILS = {"license": "license", "language": "language", "base_model": "finetuned_from", "datasets": "dataset_tags"}
 
@@ -87,7 +86,7 @@ class Publisher:
         folder, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
         if self.is_world_process_zero() and (checkpoint / CONFIG_NAME).exists() and self._is_language_model:
             self._write_pictures(checkpoint)
-            for name in (CODE_FILE, HISTORY_FILE, SPECTRA_FILE, *PICTURES):
+            for name in (*CODE_FILES, HISTORY_FILE, SPECTRA_FILE, *PICTURES):
                 if (checkpoint / name).exists():
                     shutil.copy(checkpoint / name, folder)
             if may_be_written(folder / CARD):

@@ -324,7 +324,7 @@ def test_the_score_map_grows_with_depth():
     assert heights == pytest.approx([2.4, 4.92, 7])
 
 
-@pytest.mark.parametrize("score", [[1.0, -1.0], [1.0, math.nan], [math.inf], [], [[1.0]], 1.0])
+@pytest.mark.parametrize("score", [[1.0, -1.0], [1.0, math.nan], [math.inf], [], [[[1.0]]], 1.0])
 def test_a_map_of_what_are_no_scores_is_refused(score):
     with pytest.raises(ValueError, match=r"scores of layer 1 have the shape .* give \(N,\) finite numbers ≥ 0"):
         plot_score_map({0: torch.ones(2), 1: torch.tensor(score)})

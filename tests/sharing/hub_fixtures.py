@@ -18,7 +18,6 @@ from hf_compressm.sharing.model_card import CARD, CardDetails
 from hf_compressm.sharing.pictures import PICTURES
 from hf_compressm.storage.checkpoint import check_checkpoint
 from hf_compressm.storage.history import HISTORY_FILE, SPECTRA_FILE, History, load_history, save_history
-from hf_compressm.training.publishing import CODE_FILE
 
 NAME = "tester/model"
 UNIFORM = CompreSSMConfig(target_state_size=4, calibration_batches=2)
@@ -31,6 +30,7 @@ DETAILS = CardDetails(
     tags=["tiny"],
     log_history=[{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "eval_loss": 2.25}],
 )
+CODE_FILE = "modeling_compressm_mamba.py"
 RECORD = {HISTORY_FILE, SPECTRA_FILE, CARD}
 DRAWN = set(PICTURES) - {"settling.png"}  # of runs that compare no rankings
 WEIGHTS = {"config.json", "model.safetensors"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import assert_identical, weights_of
-from hub_fixtures import DETAILS, NAME, RECORD, WEIGHTS, check_card, linked_pictures, titles
+from hub_fixtures import CODE_FILE, DETAILS, NAME, RECORD, WEIGHTS, check_card, linked_pictures, titles
 from hub_server import STRANGER
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file
@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from hf_compressm.sharing.hub import push_compressed, push_folder
 from hf_compressm.sharing.model_card import CARD, CardDetails
 from hf_compressm.storage.history import load_history
-from hf_compressm.training.publishing import CODE_FILE
 
 STOCK = """
     import sys

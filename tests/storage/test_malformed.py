@@ -440,7 +440,8 @@ def ssm(**entries):
     (config(pad_vocab_size_multiple=HUGE), "has the shape"),
     (config(ssm_cfg=[]), r"ssm_cfg = \[\], expected dict"),
     (config(tie_embeddings=1), "tie_embeddings = 1, expected bool"),
-    (ssm(layer="Mamba2"), "layer = 'Mamba2', but Transformers' Mamba has 'Mamba1' only"),
+    (ssm(layer="Mamba3"), "layer = 'Mamba3'; allowed: 'Mamba1', 'Mamba2'"),
+    (ssm(layer=["Mamba2"]), "layer = .*; allowed: 'Mamba1', 'Mamba2'"),
     *(
         (ssm(d_state=value), "ssm_cfg: d_state = .*, expected int")
         for value in ("4", 4.0, [4], None, NAN, True, 0, -4)

@@ -209,7 +209,7 @@ NAN, INFINITE = torch.full((64,), float("nan")), torch.full((64,), float("-inf")
         ({"ssm_cfg": {"headdim": 64}}, "ssm_cfg: mamba_ssm does not know headdim"),
         ({"norm_epsilon": 1e-6}, "does not know norm_epsilon"),
         ({"model_type": "mamba"}, "is a config of Transformers, not of mamba_ssm; use from_pretrained"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "layer = 'Mamba2', but Transformers' Mamba has 'Mamba1' only"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg: layer = 'Mamba3'; allowed: 'Mamba1', 'Mamba2'."),
         ({"attn_layer_idx": [1]}, "attn_layer_idx = [1], but Transformers' Mamba has [] only"),
         ({"d_intermediate": 64}, "d_intermediate = 64, but Transformers' Mamba has 0 only"),
         ({"rms_norm": False}, "rms_norm = False, but Transformers' Mamba has True only"),
@@ -406,7 +406,9 @@ def test_weights_that_would_not_be_read_are_not_written(tmp_path):
         "the config asks for (12, 64)": spoil(lambda model: setattr(model.config, "state_size", 5)),
         "tensors have no place": spoil(lambda model: model.register_parameter("E", torch.nn.Parameter(torch.ones(1)))),
         "meta": spoil(lambda model: model.to("meta")),
-        "got a Sequential, expected a MambaForCausalLM; unwrap it": torch.nn.Sequential(random_model()),
+        "got a Sequential, expected a MambaForCausalLM or Mamba2ForCausalLM; unwrap it": torch.nn.Sequential(
+            random_model()
+        ),
         "got a LlamaForCausalLM": LlamaForCausalLM(
             LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
         ),
