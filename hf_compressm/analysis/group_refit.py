@@ -20,7 +20,8 @@ from .output_fit import OutputError, fit_maps
 from .refit import refitted_layer_by_layer
 
 Maps = dict[str, Tensor]  # by path
-FLOOR = 1e-4  # of the largest eigenvalue of a covariance; below it a direction counts as if it had that much
+# Of the largest eigenvalue of a covariance; below it a direction counts as if it had that much.
+FLOOR_OF_GRAMIANS, FLOOR_OF_FEATURES = 1e-6, 1e-4
 
 
 def refitted_groups(
@@ -87,10 +88,10 @@ def _before_projection(projections: Maps, present: Maps) -> Maps:
     return {path: projections[path] @ torch.linalg.pinv(present[path]) for path in present}
 
 
-def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+def _roots(covariance: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """Return S^½ and S^-½ of covariances, (..., n, n) each."""
     values, vectors = torch.linalg.eigh(covariance.double())
-    roots = values.clamp_min(FLOOR * values.amax(-1, keepdim=True).clamp_min(1e-300)).sqrt().unsqueeze(-2)
+    roots = values.clamp_min(floor * values.amax(-1, keepdim=True).clamp_min(1e-300)).sqrt().unsqueeze(-2)
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
@@ -98,7 +99,7 @@ def _projection_leaves(start: Maps, gramians: tuple[Tensor, Tensor]) -> tuple[li
     """Return what to fit of projections, and the function that makes projections of it."""
     whitened, back = [], []
     for value, gramian in zip(start.values(), gramians, strict=True):
-        root, inverse = (each.to(value) for each in _roots(gramian))
+        root, inverse = (each.to(value) for each in _roots(gramian, FLOOR_OF_GRAMIANS))
         scale = (value @ root).square().mean().sqrt().clamp_min(1e-12)
         whitened.append((value @ root / scale).requires_grad_())
         back.append(scale * inverse)
@@ -115,7 +116,8 @@ def _channel_leaves(start: Maps, covariance: Tensor) -> tuple[list[Tensor], Call
     Args:
         covariance: of what `in_proj` is given, (hidden, hidden), up to a factor.
     """
-    root, inverse = (each.to(start["in_proj.weight"]) for each in _roots(covariance / covariance.diagonal().mean()))
+    roots = _roots(covariance / covariance.diagonal().mean(), FLOOR_OF_FEATURES)
+    root, inverse = (each.to(start["in_proj.weight"]) for each in roots)
     rows, taps = start["in_proj.weight"] @ root, start["conv1d.weight"]
     of_rows, of_taps = (each.flatten(1).norm(dim=1).clamp_min(1e-12) for each in (rows, taps))
     share = (of_taps / of_rows).sqrt().unsqueeze(1)  # both get the root of the product of their sizes

@@ -30,8 +30,8 @@ from transformers import set_seed
 from hf_compressm.architectures.balanced import (
     BALANCED_CLASSES,
     balance_modules,
-    unbalance_modules,
 )
+from hf_compressm.surgery.basis import in_basis
 
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -198,15 +198,14 @@ def traces_of(model) -> dict:
 def test_there_and_back_leaves_no_trace(case, origin):
     model = origin(case=case)
     before = traces_of(model)
-    for _ in range(2):  # the second time does nothing
-        balance_modules(model)
-        assert all(type(module) not in BALANCED_CLASSES for module in model.modules())
-        assert all(mixer.reduced_state_size is None for mixer in mixers_of(model))
-        assert model.config.model_type == f"compressm_{before['config'][1]['model_type']}"
-    assert traces_of(model)["tied"] == before["tied"] and traces_of(model)["not split"] == before["not split"]
-    for _ in range(2):
-        unbalance_modules(model)
-        assert traces_of(model) == before
+    with in_basis(model, "balanced"):
+        for _ in range(2):  # the second time does nothing
+            assert all(type(module) not in BALANCED_CLASSES for module in model.modules())
+            assert all(mixer.reduced_state_size is None for mixer in mixers_of(model))
+            assert model.config.model_type == f"compressm_{before['config'][1]['model_type']}"
+            balance_modules(model)
+        assert traces_of(model)["tied"] == before["tied"] and traces_of(model)["not split"] == before["not split"]
+    assert traces_of(model) == before
 
 
 @every_case
@@ -265,11 +264,6 @@ def test_what_cannot_be_balanced_is_refused_and_left_as_it_was():
         with pytest.raises(ValueError, match=message):
             balance_modules(model)
         assert traces_of(model) == before
-    model = build_cut("bamba", [None, 3])
-    before = traces_of(model)
-    with pytest.raises(ValueError, match=r"layers \[2\] project their states, which no class of Transformers does"):
-        unbalance_modules(model)
-    assert traces_of(model) == before
 
 
 @every_case

@@ -9,7 +9,6 @@ from .modeling_compressm_balanced import (
     BalancedMixer,
     BalancedModel,
     balance_modules,
-    unbalance_modules,
 )
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "BalancedMixer",
     "BalancedModel",
     "balance_modules",
-    "unbalance_modules",
 ]
 
 for balanced in PLAIN_CLASSES:

@@ -367,21 +367,6 @@ def balance_modules(model: PreTrainedModel) -> None:
             mixer.add_projections(sizes[mixer.layer_idx])
 
 
-def unbalance_modules(model: PreTrainedModel) -> None:
-    """Turn a model that projects nothing, in place, into what it was before `balance_modules`.
-
-    Raises:
-        ValueError: a layer projects, or what `balance_modules` refuses.
-    """
-    mixers = [module for module in model.modules() if isinstance(module, BalancedMixer)]
-    if projecting := [mixer.layer_idx for mixer in mixers if mixer.reduced_state_size is not None]:
-        raise ValueError(f"layers {projecting} project their states, which no class of Transformers does.")
-    _change_classes(model, PLAIN_CLASSES)
-    for mixer in mixers:
-        del mixer.B_proj, mixer.C_proj, mixer.reduced_state_size
-    vars(model.config).pop("balanced_state_size", None)
-
-
 def _change_classes(model, classes):
     if type(model) not in classes.keys() | set(classes.values()):
         allowed = ", ".join(plain.__name__ for plain in classes if issubclass(plain, PreTrainedModel))
@@ -398,4 +383,4 @@ def _change_classes(model, classes):
             model.config.model_type = type(model.config).model_type
 
 
-__all__ = [balanced.__name__ for balanced in PLAIN_CLASSES] + ["balance_modules", "unbalance_modules"]
+__all__ = [balanced.__name__ for balanced in PLAIN_CLASSES] + ["balance_modules"]
