@@ -37,12 +37,14 @@ import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
 from hf_compressm.architectures.family import Family
 from hf_compressm.architectures.registry import FAMILIES
+from hf_compressm.architectures.scalar_decay import ScalarDecayFamily
 from hf_compressm.architectures.selective import SelectiveFamily
 from hf_compressm.architectures.time_invariant import TimeInvariantFamily
 from hf_compressm.console import cli
 from hf_compressm.sharing.hub import push_folder
 from hf_compressm.storage.records import TENSORS, Observation, ReductionEvent
 from hf_compressm.theory.criteria import CRITERIA
+from hf_compressm.theory.group_criteria import GROUP_CRITERIA
 
 READER = "hf_reader"  # the token of `user`, whom the pages let push, and who owns the checkpoints that they name
 SMALL = ["--length", "32", "--calibration-batches", "4"]  # of the console, where the text of the tests is short
@@ -282,9 +284,12 @@ def test_every_option_is_told_of_in_the_docs():
     assert not {name for name in names if not re.search(rf"\b{name}\b", text)}
 
 
+KINDS = (Family, SelectiveFamily, TimeInvariantFamily, ScalarDecayFamily)
+
+
 def test_the_check_list_for_an_architecture_is_complete():
     text = (ROOT / "docs" / "adding-an-architecture.md").read_text()
-    names = {name for kind in (Family, SelectiveFamily, TimeInvariantFamily) for name in public_names(kind)}
+    names = {name for kind in KINDS for name in public_names(kind)}
     assert not {name for name in names if f"`{name}`" not in text}
 
 
@@ -302,5 +307,5 @@ def test_the_page_of_the_theory_has_every_criterion_with_its_power():
     lines = (ROOT / "docs" / "theory.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
     told = {row[0].split("`")[1]: row[2] for row in rows if len(row) > 2}
-    powers = {name: str(criterion.power) for name, criterion in CRITERIA.items()}
+    powers = {name: str(criterion.power) for name, criterion in (CRITERIA | GROUP_CRITERIA).items()}
     assert {name: told.get(name) for name in powers} == powers

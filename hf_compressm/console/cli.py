@@ -30,7 +30,7 @@ from .text import TEXT_UNIT_HELP, TEXT_UNITS, token_batches
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes, beside 0
 FORMATS = ("uniform", "bf16", "sharded", "mamba_ssm")
-DESCRIPTION = """Find out what the states of a model with Mamba layers do, remove those that do little, share the result.
+DESCRIPTION = """Find out what the states of a model do, remove those that do little, share the result.
 
 MODEL is a folder, or the name of a repository on the Hub; in the format of Transformers or of the original mamba_ssm.
 """
