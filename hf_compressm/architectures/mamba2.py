@@ -206,8 +206,8 @@ class AxisFamily(ScalarDecayFamily):
         total = 0
         for path in (path for path in tensors if path.startswith("conv1d.")):
             entries = self.state_entries(mixer, path)
-            products = (gradients[path][entries].double() * tensors[path][entries].double()).flatten(1)
-            total = total + products.sum(1).view(2, self.groups(mixer), -1).sum(0)
+            products = gradients[path][entries].double() * tensors[path][entries].double()
+            total = total + products.view(len(products), -1).sum(1).view(2, self.groups(mixer), -1).sum(0)
         return total
 
     def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
