@@ -302,7 +302,7 @@ class Family(ABC):
         return states * self.parameters_per_state(shapes, config)
 
     def convolution_values(self, config: Mapping, size: int) -> int:
-        """Return how many past inputs of its convolution a layer of `size` states keeps; 0: they are not counted."""
+        """Return how many past inputs of its convolution a layer of N = `size` keeps of a sequence; 0: not told."""
         return 0
 
     def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
