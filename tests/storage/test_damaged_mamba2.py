@@ -73,7 +73,7 @@ def test_sound_ones_pass(sources):
             "conv1d.weight",
             0,
             CONV - 4,
-            f"in_proj.weight has the shape ({FEATURES}, 32); {FEATURES - 4} entries",
+            f"conv1d.bias has the shape ({CONV},); {CONV - 4} entries",
         ),
         ("axis", "in_proj.weight", 0, 9, f"in_proj.weight has the shape (9, 32); {FEATURES} entries belong to 16"),
         ("axis", "conv1d.bias", 0, 7, f"conv1d.bias has the shape (7,); {CONV} entries belong to 16 states"),
