@@ -139,17 +139,21 @@ class Mamba2Format(LayerFormat):
         "use_mem_eff_path": True,
     }
     initialiser_fields = frozenset({"conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor"})
-    readable = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}  # noqa: RUF012
+    readable = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}  # noqa: RUF012
     writable = {"layer_norm_epsilon": (1e-5,), "hidden_act": ("silu", "swish")}  # noqa: RUF012
 
     def resolve(self, given: dict, d_model: int) -> tuple[dict, dict]:
-        """Return both, without a width of the scan that is that of the layer anyhow."""
-        is_whole = given.get("d_ssm") == given.get("expand", self.defaults["expand"]) * d_model
-        return {name: value for name, value in given.items() if name != "d_ssm" or not is_whole}, self.defaults
+        """Return both with a number in the place of None, which lets the scan run over all channels."""
+        expand = given.get("expand")
+        inner = d_model * (expand if type(expand) is int else self.defaults["expand"])
+        given = {name: value for name, value in given.items() if (name, value) != ("d_ssm", None)}
+        return given, self.defaults | {"d_ssm": inner}
 
     def to_transformers(self, ssm: dict, d_model: int) -> dict:
         """Return the sizes, under Transformers' names."""
         inner, head_dim, groups, limit = ssm["expand"] * d_model, ssm["headdim"], ssm["ngroups"], ssm["dt_limit"]
+        if ssm["d_ssm"] != inner:
+            raise ValueError(f"d_ssm = {ssm['d_ssm']}, but Transformers' Mamba2 scans all {inner} channels")
         if inner % head_dim or (inner // head_dim) % groups:
             raise ValueError(
                 f"{inner} channels cannot be heads of headdim = {head_dim} in ngroups = {groups} groups of equal size"
