@@ -1,5 +1,6 @@
 """A run that cuts and saves, to be killed: `python killed_training.py FOLDER [FUNCTION:CALL | --full-after STEP]`.
 
+The folder around FOLDER is named after what is trained: a Mamba, or a Mamba-2 that is cut in one of its bases.
 With FUNCTION:CALL it kills itself at that call of a function of that name; with --full-after no file can grow large
 after that step. Otherwise it says when it starts and waits for whatever comes. If FOLDER holds a whole checkpoint, it
 goes on from there.
@@ -11,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from conftest import build_model, build_trainer, weights_of
+from conftest import build_mamba2, build_model, build_trainer, weights_of
 from datasets import load_from_disk
 from safetensors.torch import save_file
 from trainer_callbacks import cutting_callback
@@ -19,6 +20,12 @@ from transformers import TrainerCallback
 
 from hf_compressm import install_scan
 from hf_compressm.storage.checkpoint import last_complete_checkpoint
+
+RUNS = {  # name → what builds the model, and what else its configuration says
+    "mamba": (build_model, {}),
+    "mamba2-axis": (build_mamba2, {"basis": "axis"}),
+    "mamba2-balanced": (build_mamba2, {"basis": "balanced"}),
+}
 
 
 def kill_at(function: str, call: int) -> None:
@@ -49,9 +56,10 @@ class DiskFull(TrainerCallback):
 def main() -> None:
     folder = Path(sys.argv[1])
     install_scan()
-    callback = cutting_callback()
+    build, config = RUNS[folder.parent.name]
+    callback = cutting_callback(**config)
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
-    trainer = build_trainer(folder, load_from_disk(folder.parent / "dataset"), model=build_model(), **options)
+    trainer = build_trainer(folder, load_from_disk(folder.parent / "dataset"), model=build(), **options)
     callback.attach(trainer)
     if "--full-after" in sys.argv:
         trainer.add_callback(DiskFull(int(sys.argv[-1])))

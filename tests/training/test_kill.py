@@ -16,7 +16,7 @@ from hf_compressm.storage.history import load_history
 
 SCRIPT = ROOT / "tests" / "training" / "killed_training.py"
 MOMENTS = {
-    "analysis": "collect_statistics:3",  # of the second cut; the first is the trial at the start
+    "analysis": "choose_sizes:2",  # of the second cut
     "surgery": "swap_parameter:2",  # one tensor of the first cut is new, the others are not
     "saving": "_save_rng_state:8",  # weights and optimizer of step 8 are written, the rest is not
 }
@@ -26,10 +26,12 @@ def start(*arguments) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, dataset):
+@pytest.fixture(
+    scope="module", params=["mamba", pytest.param("mamba2-axis", marks=pytest.mark.slow), "mamba2-balanced"]
+)
+def undisturbed(request, tmp_path_factory, dataset):
     """(folder with the data, weights at the end, seconds of training)."""
-    folder = tmp_path_factory.mktemp("kill")
+    folder = tmp_path_factory.mktemp("kill") / request.param
     dataset.save_to_disk(folder / "dataset")
     run = start(folder / "undisturbed")
     assert run.stdout.readline() == "starting\n"
