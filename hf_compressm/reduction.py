@@ -26,7 +26,7 @@ from .report import StateReport
 from .storage.records import ReductionEvent
 from .surgery.checks import check_state_tensors
 from .surgery.shrink_and_grow import shrink_state
-from .theory.criteria import squared_errors
+from .theory.criteria import scores_by_rank, squared_errors
 from .theory.plan import plan_fingerprint
 
 
@@ -77,7 +77,7 @@ def analyze(
         allocation = allocation_of(config, layers)
         chosen = choose_sizes(
             config,
-            analysis.scores,
+            {index: scores_by_rank(scores) for index, scores in analysis.scores.items()},
             allocation,
             loss_of=lambda some: losses.loss(analysis.plan(sizes | some)),
             errors=_squared_errors(analysis) if allocation == "global" else None,

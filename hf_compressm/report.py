@@ -44,8 +44,9 @@ class StateReport:
         state_sizes_before: layer → N when it was analysed.
         criterion: how states were ranked: the name of a score, or "hankel" for balanced truncation.
         compensate: whether kept states make up for dropped ones.
-        scores: layer → score of each state, (N,): in stored order, or of the balanced states, descending.
-        hankel_singular_values: layer → spectrum, (N,), descending; for a selective layer that of its surrogate
+        scores: layer → score of each state, (N,): in stored order, or of the balanced states, descending; in an
+            axis-aligned layer with groups of heads (G, N).
+        hankel_singular_values: layer → spectrum, (N,), descending; for a Mamba-1 layer that of its surrogate
             Gramians, averaged over a sample of channels.
         loss_before, loss_after: nats per prediction, measured on held-out calibration batches: of the model, and of
             the model as the plan would leave it. None without batches.
@@ -78,13 +79,13 @@ class StateReport:
 
     @property
     def kept_states(self) -> dict[int, Tensor]:
-        """Return layer → kept states, sorted, (r,)."""
+        """Return layer → kept states, sorted, (r,), or in a layer with groups of heads (G, r)."""
         return {index: entry.kept_states for index, entry in self.plan.items()}
 
     @property
     def state_sizes(self) -> dict[int, int]:
         """Return layer → N as the plan would leave it."""
-        return {index: len(keep) for index, keep in self.kept_states.items()}
+        return {index: entry.size for index, entry in self.plan.items()}
 
     @property
     def is_cut(self) -> bool:
@@ -100,10 +101,11 @@ class StateReport:
     def score_discarded(self) -> dict[int, float]:
         """Return layer → share of the state score that the plan drops, in [0, 1]."""
         shares = {}
-        for index, keep in self.kept_states.items():
-            score = self.scores[index]
-            cut = len(keep) < len(score)
-            shares[index] = float(1 - score[keep].sum() / score.sum().clamp_min(1e-300)) if cut else 0.0
+        for index, entry in self.plan.items():
+            score, keep = self.scores[index], entry.kept_states
+            kept = score.gather(-1, keep.to(score.device)).sum()
+            is_cut = entry.size < score.shape[-1]
+            shares[index] = float(1 - kept / score.sum().clamp_min(1e-300)) if is_cut else 0.0
         return shares
 
     @property

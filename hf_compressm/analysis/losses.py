@@ -26,7 +26,7 @@ class LossMeter:
 
     def loss(self, plan: Plan) -> float:
         """Return the mean loss over all batches, nats per prediction; plans of the same sizes are measured once."""
-        key = tuple(len(entry.kept_states) for entry in plan.values())
+        key = tuple(entry.size for entry in plan.values())
         if key not in self._measured:
             overrides = masked_parameters(self.layers, plan)
             unchanged = plan and not overrides

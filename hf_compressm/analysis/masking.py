@@ -20,4 +20,4 @@ def masked_parameters(layers: StateLayers, plan: Plan) -> dict[str, Tensor | int
 
 def cut_layers(layers: StateLayers, plan: Plan) -> list[int]:
     """Return the indices of the layers that the plan takes states from."""
-    return [index for index, size in layers.sizes.items() if index in plan and len(plan[index].kept_states) < size]
+    return [index for index, size in layers.sizes.items() if index in plan and plan[index].size < size]

@@ -9,6 +9,7 @@ from ..architectures import StateLayers
 from ..architectures.mamba_scan import scan_installed
 from ..config import CompreSSMConfig
 from ..engines import can_run_unwrapped, raise_in_all_processes, sum_over_processes
+from ..theory.selective import heads_of
 from .activations import collect_statistics
 from .calibration import undisturbed
 from .checks import can_measure_losses, split_batches
@@ -60,7 +61,7 @@ def _observed_tokens(layers: StateLayers, batch: Batch) -> int:
     """
     with _explained(layers, batch, "forward pass"):
         statistics = collect_statistics(layers, [batch])
-    tokens = {index: int(each.tokens) for index, each in statistics.items()}
+    tokens = {index: int(heads_of(each)[0].tokens) for index, each in statistics.items()}
     if len(set(map(bool, tokens.values()))) > 1:
         passed = [index for index, count in tokens.items() if count == 0]
         raise ValueError(

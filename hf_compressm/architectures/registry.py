@@ -7,12 +7,13 @@ from .family import Family
 from .jamba import JAMBA
 from .lru.family import LRU
 from .mamba import MAMBA
+from .zamba import ZAMBA
 
 FAMILIES: dict[str, Family] = {}  # by model type
 UNSUPPORTED = {
     "mamba2": "its state is shared within heads and groups",
     **dict.fromkeys(
-        ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba", "zamba2"),
+        ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"),
         "hybrids of attention and state space layers are not handled yet",
     ),
 }
@@ -38,5 +39,5 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-for served in (MAMBA, FALCON_MAMBA, JAMBA, LRU):
+for served in (MAMBA, FALCON_MAMBA, JAMBA, ZAMBA, LRU):
     register(served)

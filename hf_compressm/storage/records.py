@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 REASONS = ("settled", "window ended")
-TENSORS = ("hankel_singular_values", "scores")  # float64, (N,) per layer; some entries have no scores
+TENSORS = ("hankel_singular_values", "scores")  # float64, (N,) or (G, N) per layer; some entries have no scores
 
 
 class KeyedByLayer:
@@ -32,7 +32,7 @@ class ReductionEvent(KeyedByLayer):
         step: optimizer steps done; None outside a training run.
         layers: the indices of the layers that have a state, ascending; other layers may lie between them.
         state_sizes_before, state_sizes_after: N; equal where nothing was cut.
-        kept_states: positions before the cut.
+        kept_states: positions before the cut; in an axis-aligned layer with groups of heads a list for each group.
         score_discarded: share of the state score that was dropped, by the criterion.
         single_layer_loss_change: change of the loss by cutting this layer alone, on one calibration batch, nats per
             prediction. None, like the losses, where no batches were given.
@@ -54,7 +54,7 @@ class ReductionEvent(KeyedByLayer):
     layers: list[int]
     state_sizes_before: list[int]
     state_sizes_after: list[int]
-    kept_states: list[list[int]]
+    kept_states: list[list[int] | list[list[int]]]
     score_discarded: list[float]
     single_layer_loss_change: list[float] | None
     loss_before: float | None
@@ -93,8 +93,8 @@ class Observation(KeyedByLayer):
             at the first observation after a resume.
         seconds: time of the measurement.
         hankel_singular_values: spectrum, (N,), descending.
-        scores: of each state by the criterion, (N,), in stored order. None, like what follows, where rankings are
-            not compared.
+        scores: of each state by the criterion, (N,) or for groups of heads (G, N), in stored order. None, like what
+            follows, where rankings are not compared.
         rank_noise, share_noise: how alike two calibration draws rank the states (Kendall's τ_b), and how far their
             score shares lie apart (total variation distance).
         compared_with: step of the earlier observation that the scores are compared with.
@@ -266,18 +266,25 @@ def _check_record(entry: ReductionEvent | Observation) -> None:
 
 def _check_scores(observation: Observation) -> None:
     for size, score in zip(observation.state_sizes, observation.scores, strict=True):
-        if score.shape != (size,) or not torch.isfinite(score).all() or (score < 0).any() or score.sum() <= 0:
+        if (
+            score.shape[-1:] != (size,)
+            or score.ndim > 2
+            or not torch.isfinite(score).all()
+            or (score < 0).any()
+            or score.sum() <= 0
+        ):
             raise TypeError(
                 f"scores of shape {tuple(score.shape)} are not of {size} states, or are negative, NaN, Inf or all 0"
             )
 
 
 def _check_cut(event: ReductionEvent) -> None:
-    if [len(keep) for keep in event.kept_states] != event.state_sizes_after:
-        raise TypeError("kept states are not as many as the state sizes after the cut say")
-    for size, keep in zip(event.state_sizes_before, event.kept_states, strict=True):
-        if not all(_is_count(position) and position < size for position in keep) or len(set(keep)) < len(keep):
-            raise TypeError(f"kept states {keep} of {size} are not distinct positions")
+    for before, after, kept in zip(event.state_sizes_before, event.state_sizes_after, event.kept_states, strict=True):
+        for keep in kept if kept and all(isinstance(each, list) for each in kept) else [kept]:
+            if len(keep) != after:
+                raise TypeError("kept states are not as many as the state sizes after the cut say")
+            if not all(_is_count(position) and position < before for position in keep) or len(set(keep)) < len(keep):
+                raise TypeError(f"kept states {keep} of {before} are not distinct positions")
     if not all(-1e-9 <= share <= 1 for share in event.score_discarded):
         raise TypeError(f"score_discarded = {event.score_discarded} holds what is no share from 0 to 1")
     if (event.loss_before is None) != (event.loss_after is None):

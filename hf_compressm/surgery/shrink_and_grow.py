@@ -49,7 +49,7 @@ def pad_state(model: nn.Module, size: int) -> None:
     is for tools that need a certain N; the states of `grow_state` learn.
 
     Raises:
-        ValueError: a layer has more than `size` states.
+        ValueError: a layer has more than `size` states, or cannot be padded to so many.
     """
     family = family_of(unwrap(model))
 
@@ -122,7 +122,7 @@ def _check_plan(plan: Plan, layers: StateLayers) -> None:
         )
     for index, size in layers.sizes.items():
         kept = plan[index].kept_states
-        if len(kept) == 0 or (kept.diff() <= 0).any() or kept[0] < 0 or kept[-1] >= size:
+        if kept.numel() == 0 or (kept.diff() <= 0).any() or kept.min() < 0 or kept.max() >= size:
             raise ValueError(
                 f"layer {index}: kept states must be sorted, distinct and within 0 … {size - 1}; got {kept}."
             )

@@ -174,6 +174,14 @@ def score_power(criterion: Criterion | str) -> int:
     return getattr(CRITERIA[criterion] if isinstance(criterion, str) else criterion, "power", 1)
 
 
+def scores_by_rank(scores: Tensor) -> Tensor:
+    """Return the scores in descending order, (N,); of groups, (G, N), the sums of those of equal rank.
+
+    A layer keeps equally many states of each group, so what it gains by the r-th is the sum of what the groups gain.
+    """
+    return scores.sort(descending=True).values.view(-1, scores.shape[-1]).sum(0)
+
+
 def squared_errors(scores: Tensor, power: int, covariance: Tensor | None = None) -> Tensor:
     """Return the squared error of the states that go when the r of largest score stay, r = 0 … N, (N + 1,).
 
@@ -204,9 +212,11 @@ def choose_states(score: Tensor, size: int, selection: str, generator: torch.Gen
     """Return the `size` states to keep, sorted, (r,): those of largest score, or for ablations the smallest or any.
 
     Args:
-        score: (N,), in any order.
+        score: (N,), in any order; of groups (G, N), then each keeps so many, (G, r).
         generator: a random generator on the CPU, for the random selection.
     """
+    if score.ndim == 2:
+        return torch.stack([choose_states(of_group, size, selection, generator) for of_group in score])
     if selection == "random":
         kept = torch.randperm(len(score), generator=generator)[:size].to(score.device)
     else:

@@ -27,7 +27,8 @@ class Ranking:
 
 
 def compare_rankings(left: Tensor, right: Tensor) -> Ranking:
-    """Compare two measurements of the scores of the same states, (N,) each."""
+    """Compare two measurements of the scores of the same states, (N,) or for groups (G, N) each."""
+    left, right = left.flatten(), right.flatten()
     return Ranking(rank_correlation(left, right), share_distance(left, right))
 
 

@@ -129,7 +129,7 @@ class Trigger:
         then, noise = comparable[-1], map(Ranking, observation.rank_noise, observation.share_noise)
         scores = then.by_layer("scores")
         moved = [
-            compare_rankings(scores[layer], now) if len(scores[layer]) == len(now) else None  # it was cut in between
+            compare_rankings(scores[layer], now) if scores[layer].shape == now.shape else None  # it was cut in between
             for layer, now in observation.by_layer("scores").items()
         ]
         stands = [m is not None and is_within_noise(m, floor) for m, floor in zip(moved, noise, strict=True)]

@@ -15,7 +15,6 @@ TARGET = CompreSSMConfig(target_state_size=4)
     ("model_type", "reason"),
     [
         ("mamba2", "shared within heads and groups"),
-        ("zamba", "hybrids"),
         ("zamba2", "hybrids"),
         ("bamba", "hybrids"),
     ],
