@@ -1,7 +1,6 @@
 """A refit fits the chosen and compensated states of each cut layer, on data, to what the layer did before."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from tqdm.auto import tqdm
 from ..architectures import StateLayers
 from ..engines import raise_in_all_processes, sum_over_processes
 from ..theory.plan import Plan, PlanEntry
-from ..theory.selective import StateMaps
+from ..theory.selective import StateMaps, heads_of
 from .activations import layer_inputs
 from .collate import Batch
 from .losses import mean_loss
@@ -39,20 +38,26 @@ def refitted(
     Args:
         layers: the state layers of the model.
         plan: what becomes of each layer.
-        covariances: layer → Π of its states, (N, N).
+        covariances: layer → Π of its states, (N, N), or of those of each head, (heads, N, N).
         objective: the loss that the model is trained for.
         data: batches to fit to.
         held_out: batches that decide.
     """
 
     def fit(index: int, entry: PlanEntry, earlier: dict[str, Tensor | int]) -> PlanEntry:
-        whole, output = whole_maps(layers, index), layers.family.layer_output(layers[index])
+        wholes, outputs = map(heads_of, (whole_maps(layers, index), layers.family.layer_output(layers[index])))
         with raise_in_all_processes():
             inputs = [layer_inputs(layers, batches, index, earlier) for batches in (data, held_out)]
-        error, held_out_error = (OutputError(whole, output, some, sum_over_processes) for some in inputs)
-        kept, start = entry.kept_states, entry.maps_after_cut(whole)
-        fitted = fit_states(error, held_out_error, start, covariances[index][kept][:, kept])
-        return entry if fitted is start else replace(entry, refit=fitted.map(torch.sub, start))
+        refits = []
+        for head, (whole, output) in enumerate(zip(wholes, outputs, strict=True)):
+            of_head = (some[len(some) // len(wholes) * head :][: len(some) // len(wholes)] for some in inputs)
+            error, held_out_error = (OutputError(whole, output, some, sum_over_processes) for some in of_head)
+            selection = entry.heads[head]
+            kept, start = selection.kept_states, selection.maps_after_cut(whole)
+            covariance = covariances[index].view(len(wholes), *covariances[index].shape[-2:])[head]
+            fitted = fit_states(error, held_out_error, start, covariance[kept][:, kept])
+            refits.append(None if fitted is start else fitted.map(torch.sub, start))
+        return entry.with_refits(refits)
 
     return refitted_layer_by_layer(layers, plan, fit, objective, held_out)
 
@@ -79,7 +84,11 @@ def refitted_layer_by_layer(
     return result if after < before else plan
 
 
-def whole_maps(layers: StateLayers, index: int) -> StateMaps:
-    """Return the maps of all states of a layer, in float32 at least."""
+def whole_maps(layers: StateLayers, index: int) -> StateMaps | tuple[StateMaps, ...]:
+    """Return the maps of all states of a layer, or of each of its heads, in float32 at least."""
     maps = layers.family.maps(layers.whole_tensors(index), layers[index])
+    return tuple(map(_in_float32, maps)) if isinstance(maps, tuple) else _in_float32(maps)
+
+
+def _in_float32(maps: StateMaps) -> StateMaps:
     return maps.map(lambda values: values.to(torch.promote_types(values.dtype, torch.float32)))

@@ -1,6 +1,6 @@
 """The states of a selective model are scored on calibration data, and a plan keeps some of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -19,10 +19,12 @@ from ..theory.criteria import (
     seeded_generator,
     state_scores,
 )
-from ..theory.plan import Plan, Selection
+from ..theory.plan import HeadSelection, Plan, Selection
 from ..theory.selective import (
+    StateMaps,
     Statistics,
     compensation,
+    heads_of,
     layer_hankel_singular_values,
     norm_gains,
     weighted_covariance,
@@ -51,9 +53,9 @@ class SelectiveAnalysis:
         score_power: 1 where the score is the amplitude of an error, 2 where it is the square of one.
         compensate: whether kept states make up for dropped ones.
         tokens: calibration tokens behind the statistics.
-        scores: layer → score of each state, in stored order, (N,).
-        norm_weights: layer → weights of the norms over B and C, (N,) each, or None without norms.
-        covariances: layer → Π, as the rows of C see it, (N, N).
+        scores: layer → score of each state, in stored order, (N,), or of each head's (heads, N).
+        norm_weights: layer → for each head the weights of the norms over B and C, (N,) each, or None without norms.
+        covariances: layer → Π, as the rows of C see it, (N, N), or of each head (heads, N, N).
     """
 
     gramians = None  # a selective layer has no Gramians of its own, only surrogates
@@ -74,9 +76,9 @@ class SelectiveAnalysis:
         self.compensate = config.compensate
         with raise_in_all_processes():
             self.statistics = collect_statistics(layers, batches)
-        for statistics in self.statistics.values():
+        for statistics in (head for of_layer in self.statistics.values() for head in heads_of(of_layer)):
             sum_over_processes(vars(statistics).values())
-        self.tokens = int(next(iter(self.statistics.values())).tokens)
+        self.tokens = int(heads_of(next(iter(self.statistics.values())))[0].tokens)
         with raise_in_all_processes():
             check_tokens(self.tokens)
         gradients = cache(
@@ -84,20 +86,25 @@ class SelectiveAnalysis:
         )  # computed for all layers when first asked for
         self.scores = score_states(layers, self.statistics, criterion, gradients, config.calibration_seed)
         self.norm_weights = {
-            index: layers.family.maps(layers.whole_tensors(index), mixer).norm_weights
+            index: tuple(
+                maps.norm_weights for maps in heads_of(layers.family.maps(layers.whole_tensors(index), mixer))
+            )
             for index, mixer in layers.items()
         }
         self.covariances = {
-            index: weighted_covariance(statistics.gated_covariance, weights[1])
-            if weights
-            else statistics.gated_covariance
-            for (index, statistics), weights in zip(self.statistics.items(), self.norm_weights.values(), strict=True)
+            index: like(statistics, map(_covariance, heads_of(statistics), self.norm_weights[index]))
+            for index, statistics in self.statistics.items()
         }
 
     def hankel_singular_values(self) -> dict[int, Tensor]:
         """Return layer → σ of its surrogate Gramians, averaged over a sample of channels, (N,), descending."""
         surrogate = "mean" if self.criterion == "mean" else "second_moment"
-        return {index: layer_hankel_singular_values(s, surrogate) for index, s in self.statistics.items()}
+        return {
+            index: torch.stack([layer_hankel_singular_values(head, surrogate) for head in heads_of(statistics)]).mean(
+                0
+            )
+            for index, statistics in self.statistics.items()
+        }
 
     def plan(self, sizes: dict[int, int]) -> Plan:
         """Return what is kept of each layer at these sizes; a plan is made once."""
@@ -116,16 +123,36 @@ class SelectiveAnalysis:
     def _select(self, sizes: dict[int, int]) -> Plan:
         plan = {}
         for index, scores in self.scores.items():
-            size, whole = sizes[index], len(scores)
             generator = seeded_generator(self.config.calibration_seed, index)
-            kept = choose_states(scores, size, self.config.selection, generator)
-            prediction = gains = None
-            if self.compensate and size < whole:
-                prediction = compensation(self.covariances[index], kept)
-            if self.norm_weights[index] and size < whole:
-                gains = norm_gains(self.statistics[index], kept, self.norm_weights[index], prediction)
-            plan[index] = Selection(kept, prediction, norm_gains=gains)
+            kept = choose_states(scores, sizes[index], self.config.selection, generator)
+            if scores.ndim == 1:
+                plan[index] = self._selection(index, 0, kept)
+            else:
+                plan[index] = HeadSelection(tuple(self._selection(index, *each) for each in enumerate(kept)))
         return plan
+
+    def _selection(self, index: int, head: int, kept: Tensor) -> Selection:
+        """Return what becomes of one head of a layer that keeps these states."""
+        statistics, norm_weights = heads_of(self.statistics[index])[head], self.norm_weights[index][head]
+        covariance = self.covariances[index].view(-1, *self.covariances[index].shape[-2:])[head]
+        prediction = gains = None
+        if self.compensate and len(kept) < len(covariance):
+            prediction = compensation(covariance, kept)
+        if norm_weights and len(kept) < len(covariance):
+            gains = norm_gains(statistics, kept, norm_weights, prediction)
+        return Selection(kept, prediction, norm_gains=gains)
+
+
+def _covariance(statistics: Statistics, norm_weights: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return Π of the states of one head, as the rows of C see it, (N, N)."""
+    covariance = statistics.gated_covariance
+    return weighted_covariance(covariance, norm_weights[1]) if norm_weights else covariance
+
+
+def like(part, values: Iterable[Tensor]) -> Tensor:
+    """Return the values of all heads, stacked, where a part of a layer is that of several; else the only one."""
+    values = list(values)
+    return torch.stack(values) if isinstance(part, tuple) else values[0]
 
 
 def check_tokens(count: int) -> None:
@@ -164,11 +191,11 @@ def score_states(
     gradients: Callable[[], dict[int, dict[str, Tensor]]],
     seed: int = 0,
 ) -> dict[int, Tensor]:
-    """Return layer → score of each state by a criterion, (N,).
+    """Return layer → score of each state by a criterion, (N,), or of the states of each head, (heads, N).
 
     Args:
         layers: the state layers of the model.
-        statistics: layer → sums over the calibration data.
+        statistics: layer → sums over the calibration data, or those of each head.
         criterion: the name of a criterion, or a function.
         gradients: computes layer → path → gradient for that state tensor.
         seed: the seed of random criteria.
@@ -178,18 +205,21 @@ def score_states(
     """
     scores = {}
     for index, mixer in layers.items():
-        maps = layers.family.maps(layers.whole_tensors(index), mixer)
-        weights = [1, 1] if maps.norm_weights is None else [each.unsqueeze(1) for each in maps.norm_weights]
+        generator, of_layer = seeded_generator(seed, index), layers.family.maps(layers.whole_tensors(index), mixer)
 
-        def gradient_rows(index=index, mixer=mixer, weights=weights) -> tuple[Tensor, Tensor]:
-            of_maps = layers.family.maps(gradients()[index], mixer)
-            return of_maps.B_rows / weights[0], of_maps.C_rows / weights[1]
+        def score(head: int, maps: StateMaps, index=index, mixer=mixer, generator=generator) -> Tensor:
+            weights = [1, 1] if maps.norm_weights is None else [each.unsqueeze(1) for each in maps.norm_weights]
 
-        generator = seeded_generator(seed, index)
-        layer = LayerStates(
-            statistics[index], maps.B_rows * weights[0], maps.C_rows * weights[1], gradient_rows, generator
-        )
-        scores[index] = state_scores(criterion, layer)
+            def gradient_rows() -> tuple[Tensor, Tensor]:
+                of_maps = heads_of(layers.family.maps(gradients()[index], mixer))[head]
+                return of_maps.B_rows / weights[0], of_maps.C_rows / weights[1]
+
+            rows = maps.B_rows * weights[0], maps.C_rows * weights[1]
+            return state_scores(
+                criterion, LayerStates(heads_of(statistics[index])[head], *rows, gradient_rows, generator)
+            )
+
+        scores[index] = like(of_layer, (score(*each) for each in enumerate(heads_of(of_layer))))
     check_scores(scores)
     return scores
 

@@ -246,17 +246,14 @@ class Family(ABC):
         process has to call this method, since each may hold only a part of a tensor.
 
         Returns:
-            The whole tensors by path; those that stay as they are may be left out. Tensors may be as small as those
-            after the cut; a mixer that reads N gets it, too, by the name of its attribute.
+            The whole tensors by path; those that stay may be left out. They may be those of the cut layer; then a
+            mixer that reads N gets it, too, by the name of its attribute.
         """
 
     def pad(self, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        """Finish, in place, the tensors of a layer that gets states that do nothing, so that its output stays.
+        """Finish, in place, the tensors `new` of a layer that gets states that do nothing, so that its output stays.
 
-        Args:
-            mixer: the mixer, still at its old size.
-            old: the whole state tensors, by path.
-            new: the same at the new size; entries of new states are zero.
+        Arguments are those of `reduce`; entries of new states are zero.
 
         Raises:
             ValueError: the layer cannot have so many; here, never.

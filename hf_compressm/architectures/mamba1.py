@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..engines import full_tensor
 from ..kernels import selective_scan
 from ..theory.selective import LayerInputs, StateMaps
-from .family import Block, StateTensor
+from .family import Block, Family, StateTensor
 from .mamba_scan import observed_scan, reference_loop_would_run
 from .selective import Observer, SelectiveFamily
 
@@ -79,20 +80,11 @@ class Mamba1Family(SelectiveFamily):
     def layer_output(self, mixer: nn.Module) -> Callable[[StateMaps, LayerInputs], Tensor]:
         """Return a function that computes W_out (silu(z) ⊙ y), where y is the scan without the skip connection D u."""
         projection = full_tensor(mixer.out_proj.weight.detach())
-
-        def output(maps: StateMaps, inputs: LayerInputs) -> Tensor:
-            with torch.autocast(inputs.u.device.type, enabled=False):
-                u, time_step = inputs.u.to(maps.A_log), inputs.time_step.to(maps.A_log)
-                y = selective_scan(u, time_step, -maps.A_log.exp(), *self.input_and_output_maps(mixer, maps, u))
-                y = y if maps.gains is None else y * maps.gains.unsqueeze(1)
-                y = y if inputs.gate is None else y * F.silu(inputs.gate.to(y))
-                return torch.einsum("hd,bdl->bhl", projection.to(y), y)
-
-        return output
+        return scan_output(projection, partial(self.input_and_output_maps, mixer))
 
     def input_and_output_maps(self, mixer: nn.Module, maps: StateMaps, u: Tensor) -> list[Tensor]:
         """Return B and C, (batch, N, L) each, for u, (batch, D, L)."""
-        return [torch.einsum("nd,bdl->bnl", rows, u) for rows in (maps.B_rows, maps.C_rows)]
+        return linear_maps(maps, u)
 
     def initialise(self, mixer: nn.Module, new: dict[str, Tensor], size: int, generator) -> None:
         """Draw rows of B as the initialiser does, leave rows of C at zero, and continue the decay rates -1, -2, …"""
@@ -107,13 +99,44 @@ class Mamba1Family(SelectiveFamily):
 
     def slow_scan(self, device_type: str) -> str | None:
         """Return a warning where Transformers' own loop would run, which is quadratic in the sequence length."""
-        if not reference_loop_would_run(device_type, self.model_types[0]):
-            return None
-        return (
-            f"Transformers' own {self.title} loop is about to run: its training step is quadratic in the sequence "
-            "length. Call hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
-        )
+        return slow_scan(self, device_type)
 
     def values_per_state(self, config: Mapping) -> int:
         """Return the number of channels: each has one number for each state."""
         return config["intermediate_size"]
+
+
+def linear_maps(maps: StateMaps, u: Tensor) -> list[Tensor]:
+    """Return B and C as rows make them of u, (batch, D, L): (batch, N, L) each."""
+    return [torch.einsum("nd,bdl->bnl", rows, u) for rows in (maps.B_rows, maps.C_rows)]
+
+
+def scan_output(
+    projection: Tensor, input_and_output_maps: Callable[[StateMaps, Tensor], list[Tensor]] = linear_maps
+) -> Callable[[StateMaps, LayerInputs], Tensor]:
+    """Return a function that computes W_out (silu(z) ⊙ y), where y is the scan without the skip connection D u.
+
+    Args:
+        projection: W_out, (hidden, D).
+        input_and_output_maps: maps, u → B and C, (batch, N, L) each.
+    """
+
+    def output(maps: StateMaps, inputs: LayerInputs) -> Tensor:
+        with torch.autocast(inputs.u.device.type, enabled=False):
+            u, time_step = inputs.u.to(maps.A_log), inputs.time_step.to(maps.A_log)
+            y = selective_scan(u, time_step, -maps.A_log.exp(), *input_and_output_maps(maps, u))
+            y = y if maps.gains is None else y * maps.gains.unsqueeze(1)
+            y = y if inputs.gate is None else y * F.silu(inputs.gate.to(y))
+            return torch.einsum("hd,bdl->bhl", projection.to(y), y)
+
+    return output
+
+
+def slow_scan(family: Family, device_type: str) -> str | None:
+    """Return a warning where Transformers' own loop would run, which is quadratic in the sequence length."""
+    if not reference_loop_would_run(device_type, family.model_types[0]):
+        return None
+    return (
+        f"Transformers' own {family.title} loop is about to run: its training step is quadratic in the sequence "
+        "length. Call hf_compressm.install_scan() before training, or install mamba-ssm on a GPU."
+    )

@@ -14,11 +14,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..engines import full_tensor
 from ..theory.plan import Selection
 from ..theory.selective import StateMaps
 from .family import Family
 from .mamba1 import Mamba1Family
+from .tensors import cut_tensors
 
 
 class NormalisedMambaFamily(Mamba1Family):
@@ -32,13 +32,7 @@ class NormalisedMambaFamily(Mamba1Family):
 
     def masked(self, mixer: nn.Module, entry: Selection) -> dict[str, Tensor | int]:
         """Return the tensors of the cut layer and its N, at which the uncut layer computes with them."""
-        old = {path: full_tensor(mixer.get_parameter(path).detach()) for path in self.tensors}
-        new = {}
-        for path, tensor in old.items():
-            kept = self.source_index(mixer, path, entry.kept_states.to(tensor.device))
-            new[path] = tensor.index_select(self.tensors[path].axis, kept)
-        self.reduce(entry, mixer, old, new)
-        return new | {self.size_attribute: len(entry.kept_states)}
+        return cut_tensors(self, mixer, entry)
 
     def pad(self, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         """Scale B and C, whose means are now over more states."""

@@ -1,4 +1,4 @@
-"""The registry lists every architecture that the library knows: those it serves, and those it refuses, with why."""
+"""The registry lists every architecture that the library serves."""
 
 from torch import nn
 
@@ -8,11 +8,9 @@ from .jamba import JAMBA
 from .lru.family import LRU
 from .mamba import MAMBA
 from .mamba2 import AXIS_FAMILIES, BALANCED_FAMILIES
+from .zamba import ZAMBA
 
 FAMILIES: dict[str, Family] = {}  # by model type
-UNSUPPORTED = {
-    "zamba": "each of its heads has a B and a C of its own",
-}
 
 
 def register(family: Family) -> None:
@@ -24,16 +22,16 @@ def family_of(model: nn.Module) -> Family:
     """Return the family of an unwrapped Transformers model.
 
     Raises:
-        ValueError: the architecture is refused or unknown; the message lists those that are served.
+        ValueError: the architecture is unknown; the message lists those that are served.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    reason = UNSUPPORTED.get(model_type, "it is not known to have a state that can be resized")
     raise ValueError(
-        f"cannot resize the state of model type '{model_type}': {reason}. Supported: {', '.join(FAMILIES)}."
+        f"cannot resize the state of model type '{model_type}': it is not known to have one. Supported: "
+        f"{', '.join(FAMILIES)}."
     )
 
 
-for served in (MAMBA, FALCON_MAMBA, JAMBA, *AXIS_FAMILIES, *BALANCED_FAMILIES, LRU):
+for served in (MAMBA, FALCON_MAMBA, JAMBA, ZAMBA, *AXIS_FAMILIES, *BALANCED_FAMILIES, LRU):
     register(served)

@@ -22,10 +22,11 @@ class SelectiveFamily(Family):
     """A selective family has layers whose maps depend on their input: Mamba-1 and its kin.
 
     A cut keeps some states of each layer as they are and drops the others. Each forward pass of a mixer runs one scan
-    over its D channels, with one B and one C for all of them (arXiv 2312.00752, algorithm 2).
+    over its D channels, with one B and one C for all of them (arXiv 2312.00752, algorithm 2), or, where it has heads,
+    one for each. Then `maps` and `layer_output` return tuples with an entry for each head.
 
     Attributes:
-        decay: path of the parameter that holds log(-A), (D, N).
+        decay: path of the parameter that holds log(-A), (D, N), or (heads, D, N).
         output_projection: path of the weight that mixes the D channels, (hidden, D).
     """
 
@@ -63,6 +64,10 @@ class SelectiveFamily(Family):
         Returns:
             (maps, inputs) → (batch, hidden, L), differentiable in the maps.
         """
+
+    def scans(self, mixer: nn.Module) -> int:
+        """Return how many scans a forward pass of a mixer runs: one for each head, here one."""
+        return 1
 
     def reduce(self, entry: Selection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         """Give the kept states, in place, the maps by which they make up for the dropped ones."""

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.registry import FAMILIES
+from ..architectures.tensors import gather
 
-# Factored second moments (Adafactor of Transformers and of torch): which axis of the parameter each one keeps.
-FACTORED = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1, "row_var": 0, "col_var": 1}
+# Factored second moments (Adafactor of Transformers and of torch): which axis of the parameter each one lacks.
+FACTORED = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2, "row_var": -1, "col_var": -2}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -38,15 +39,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def gather(tensor: Tensor, axis: int, source: Tensor) -> Tensor:
-    """Return the entries `source` of a tensor along an axis, zero where `source` is -1."""
-    source = source.to(tensor.device)
-    gathered = tensor.index_select(axis, source.clamp_min(0))
-    shape = [1] * tensor.ndim
-    shape[axis] = -1
-    return torch.where((source >= 0).view(shape), gathered, torch.zeros_like(gathered))
-
-
 def resized_state(where: str, name: str, state: dict, shape: torch.Size, axis: int, source: Tensor) -> dict:
     """Return what an optimizer's `state` of a parameter becomes once the entries along `axis` are taken from `source`.
 
@@ -58,14 +50,14 @@ def resized_state(where: str, name: str, state: dict, shape: torch.Size, axis: i
         state: the optimizer's state of the parameter, as whole tensors.
         shape: the parameter's shape before.
         axis: the state axis.
-        source: for each entry after the resize, its position before, or -1 where it is new, 1-D.
+        source: for each entry after the resize, its position before, or -1 where it is new, as for `gather`.
     """
     resized = {}
     for key, value in state.items():
         if key in FACTORED and isinstance(value, Tensor):
-            own_axis = FACTORED[key]
-            position = own_axis if value.ndim == len(shape) else 0
-            resized[key] = gather(value, position, source) if own_axis == axis else value.clone()
+            lacking = len(shape) + FACTORED[key]
+            position = axis - (value.ndim < len(shape) and axis > lacking)  # torch's keep the axis, with one entry
+            resized[key] = value.clone() if axis == lacking else gather(value, position, source)
         elif type(value) is Tensor and value.shape == shape:
             resized[key] = gather(value, axis, source)
         elif value is None or isinstance(value, int | float) or (type(value) is Tensor and value.ndim == 0):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..architectures import StateLayers, state_layers
 from ..architectures.recorded_sizes import record_state_sizes
+from ..architectures.tensors import gather
 from ..engines import Engine, check_replaceable, full_tensor, raise_in_all_processes, shard_like
 from .checks import check_state_tensors, state_parameters
 from .optimizer_parts import OptimizerParts
-from .optimizer_state import gather, resized_state
+from .optimizer_state import resized_state
 from .undo import Undo
 
 

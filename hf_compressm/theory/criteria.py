@@ -194,10 +194,12 @@ def squared_errors(scores: Tensor, power: int, covariance: Tensor | None = None)
     Args:
         scores: (N,), or for groups (G, N), in any order.
         power: the power of the score, see `score_power`.
-        covariance: Π, (N, N), where kept states make up for dropped ones; only what they do not predict then counts.
+        covariance: Π, (N, N) or (G, N, N), where kept states make up for dropped ones; only what they do not predict
+            then counts.
     """
     if scores.ndim == 2:
-        return torch.stack([squared_errors(of_group, power) for of_group in scores]).sum(0)
+        covariances = [None] * len(scores) if covariance is None else covariance
+        return sum(squared_errors(of_group, power, own) for of_group, own in zip(scores, covariances, strict=True))
     order, errors = scores.argsort(descending=True), scores.new_zeros(len(scores) + 1)
     single = scores ** (2 // power)
     errors[0] = single.sum()

@@ -1,8 +1,10 @@
 """A plan says what becomes of each layer: an entry keeps some of its states, or gives it a smaller system."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .selective import StateMaps, complement
@@ -36,6 +38,15 @@ class Selection:
     def is_refitted(self) -> bool:
         """Return whether a refit added something."""
         return self.refit is not None
+
+    @property
+    def heads(self) -> tuple["Selection"]:
+        """Return what becomes of each head: here of the only one."""
+        return (self,)
+
+    def with_refits(self, refits: Sequence[StateMaps | None]) -> "Selection":
+        """Return the same entry with what a refit adds to each head, or None: here to the only one."""
+        return replace(self, refit=refits[0])
 
     def cpu(self) -> "Selection":
         """Return the same entry on the CPU."""
@@ -99,6 +110,46 @@ class GroupSelection:
 
 
 @dataclass(frozen=True)
+class HeadSelection:
+    """A head selection says what each head of one layer keeps, where heads have a B and a C of their own.
+
+    Attributes:
+        heads: what becomes of each head; all keep equally many states.
+    """
+
+    heads: tuple[Selection, ...]
+    starts_afresh = False
+
+    @property
+    def kept_states(self) -> Tensor:
+        """Return the indices of the states that stay, sorted for each head, (heads, r)."""
+        return torch.stack([head.kept_states for head in self.heads])
+
+    @property
+    def size(self) -> int:
+        """Return how many states of each head stay."""
+        return self.heads[0].size
+
+    @property
+    def is_refitted(self) -> bool:
+        """Return whether a refit added something to a head."""
+        return any(head.is_refitted for head in self.heads)
+
+    def with_refits(self, refits: Sequence[StateMaps | None]) -> "HeadSelection":
+        """Return the same entry with what a refit adds to each head, or None."""
+        return HeadSelection(tuple(replace(head, refit=refit) for head, refit in zip(self.heads, refits, strict=True)))
+
+    def cpu(self) -> "HeadSelection":
+        """Return the same entry on the CPU."""
+        return HeadSelection(tuple(head.cpu() for head in self.heads))
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return all that the entry says beside the kept states, by head and name."""
+        return {f"{i}.{name}": tensor for i, head in enumerate(self.heads) for name, tensor in head.tensors.items()}
+
+
+@dataclass(frozen=True)
 class Projection:
     """A projection gives one layer new tensors for its balanced states.
 
@@ -124,7 +175,7 @@ class Projection:
         return replace(self, kept_states=self.kept_states.cpu(), tensors=tensors)
 
 
-PlanEntry = Selection | GroupSelection | Projection
+PlanEntry = Selection | HeadSelection | GroupSelection | Projection
 Plan = dict[int, PlanEntry]  # by layer index
 
 

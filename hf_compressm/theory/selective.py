@@ -11,7 +11,7 @@ the map that makes up for what was dropped (`compensation`). It holds mathematic
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ SAMPLED_CHANNELS = 16
 RIDGE = 1e-4  # of the mean diagonal of Π_KK, so that near-collinear states leave the solve well posed
 
 Surrogate = Literal["mean", "second_moment"]
+T = TypeVar("T")
 
 
 @dataclass
@@ -175,6 +176,11 @@ class StateMaps:
         if self.gains is not None:
             return replace(maps, gains=self.gains * (B_gain * C_gain))
         return replace(maps, B_weights=self.B_weights * B_gain, C_weights=self.C_weights * C_gain)
+
+
+def heads_of(part: T | tuple[T, ...]) -> tuple[T, ...]:
+    """Return what belongs to each head of a layer: a tuple with one entry a head, or what belongs to a single one."""
+    return part if isinstance(part, tuple) else (part,)
 
 
 @dataclass(frozen=True)

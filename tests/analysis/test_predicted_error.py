@@ -1,4 +1,4 @@
-"""Where singular values are those of the error itself, a plan says which error it will make; elsewhere it says none."""
+"""Where singular values are those of the error itself, a plan says which error it will make; elsewhere none."""
 
 from dataclasses import replace
 

@@ -1,9 +1,20 @@
-"""Small models of Mamba-1's kin, of 512 tokens."""
+"""Small models of Mamba-1's kin, of 512 tokens, and what their tests share."""
 
 import torch
 from conftest import from_origin
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, JambaConfig, JambaForCausalLM, set_seed
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    ZambaConfig,
+    ZambaForCausalLM,
+    set_seed,
+)
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+
+from hf_compressm.architectures import state_layers
+from hf_compressm.theory.selective import heads_of
 
 
 @from_origin
@@ -25,3 +36,41 @@ def build_jamba(seed: int = 0, **changes) -> JambaForCausalLM:
             for norm in (mixer.b_layernorm, mixer.c_layernorm):
                 norm.weight.uniform_(0.5, 1.5)
     return model
+
+
+@from_origin
+def build_zamba(seed: int = 0) -> ZambaForCausalLM:
+    """Two heads; the second and the third of four layers share attention."""
+    set_seed(seed)
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "n_mamba_heads": 2}
+    kinds = ["linear_attention", "hybrid", "hybrid", "linear_attention"]
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "layers_block_type": kinds}
+    return ZambaForCausalLM(ZambaConfig(**sizes, **heads))
+
+
+BUILDERS = {"falcon_mamba": build_falcon_mamba, "jamba": build_jamba, "zamba": build_zamba}
+
+
+@torch.no_grad()
+def logits_of(model, ids, **arguments) -> torch.Tensor:
+    return model.eval()(input_ids=ids, **arguments).logits
+
+
+@torch.no_grad()
+def make_twins(model) -> None:
+    """Let the second half of the states of each head do what the first half does."""
+    layers = state_layers(model)
+    for index, mixer in layers.items():
+        half = layers.sizes[index] // 2
+        for maps in heads_of(layers.family.maps(layers.parameters(index), mixer)):
+            maps.A_log.copy_((torch.rand(maps.A_log.shape) * 3).log())
+            maps.A_log[:, half:] = maps.A_log[:, :half]
+            for of_states in (maps.B_rows, maps.C_rows, maps.B_weights, maps.C_weights):
+                if of_states is not None:
+                    of_states[half:] = of_states[:half]
+
+
+def first_half(layer) -> torch.Tensor:
+    """A criterion that prefers the first half of the states."""
+    size = len(layer.B_rows)
+    return 1.0 + (torch.arange(size) < size // 2).double()

@@ -14,7 +14,7 @@ from conftest import (
     train_steps,
     weights_of,
 )
-from mamba1_models import build_falcon_mamba, build_jamba
+from mamba1_models import build_falcon_mamba, build_jamba, build_zamba
 from scalar_decay_models import CONFIGS, build_scalar_decay
 from toy_family import toy_registered  # noqa: F401, a fixture
 from toy_ssm import ToyConfig, ToyForCausalLM
@@ -49,6 +49,7 @@ CASES = {
     "compressm_mamba": build_per_layer,
     "falcon_mamba": build_falcon_mamba,
     "jamba": build_jamba,
+    "zamba": build_zamba,
     "lru": build_lru,
     "toy_ssm": build_toy,
 }

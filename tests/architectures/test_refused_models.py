@@ -14,8 +14,8 @@ TARGET = CompreSSMConfig(target_state_size=4)
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("zamba", "a C of its own"),
-        ("recurrent_gemma", "not known to have a state"),
+        ("recurrent_gemma", "not known to have one"),
+        ("qwen3_next", "not known to have one"),
     ],
 )
 def test_other_state_space_models_are_refused_by_name(batches, model_type, reason):

@@ -1,4 +1,4 @@
-"""Mamba-2 in the format of mamba_ssm: the same bits there and back, and hybrids and balanced states refused by name."""
+"""Mamba-2 in the format of mamba_ssm: the same bits there and back; hybrids and balanced states are refused."""
 
 import json
 import re
