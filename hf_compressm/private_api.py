@@ -89,6 +89,9 @@ PRIVATE_NAMES = (
     # Transformers: Trainer
     *_names(TRAINER, "The model first takes the size of the best checkpoint.", "_load_best_model"),
     *_names(
+        TRAINER, "FSDP2 would miss the state of parameters that were not used yet.", "_load_optimizer_and_scheduler"
+    ),
+    *_names(
         TRAINER,
         "What belongs to the weights is pushed with them, and a push that failed is reported.",
         "_push_from_checkpoint _finish_current_push push_in_progress",

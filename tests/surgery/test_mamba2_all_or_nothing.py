@@ -15,7 +15,6 @@ from test_all_or_nothing import (
     sharded,
     some_while_things_change,
     thorough,
-    while_things_change,
 )
 
 from hf_compressm import CompreSSMConfig, analyze, prepare
@@ -42,7 +41,7 @@ def report_of(make, batch, basis: str):  # noqa: F811
 CASES = {"axis": (tiny, "axis"), "prepared": (tiny_prepared, "balanced"), "not prepared": (tiny, "balanced")}
 
 
-@thorough(while_things_change)
+@thorough(some_while_things_change)
 @pytest.mark.parametrize("case", CASES)
 def test_a_cut_with_a_companion(case, choose, batch):  # noqa: F811
     make, basis = CASES[case]
