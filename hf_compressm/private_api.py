@@ -145,6 +145,9 @@ PRIVATE_NAMES = (
         "_load_best_model _load_from_checkpoint _load_optimizer_and_scheduler",
     ),
     *_names(
+        TRAINER, "FSDP2 would miss the state of parameters that were not used yet.", "_load_optimizer_and_scheduler"
+    ),
+    *_names(
         TRAINER,
         "What belongs to the weights is pushed with them, and a push that failed is reported.",
         "_push_from_checkpoint _finish_current_push push_in_progress",

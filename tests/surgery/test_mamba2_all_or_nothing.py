@@ -15,7 +15,6 @@ from test_all_or_nothing import (
     sharded,
     some_while_things_change,
     thorough,
-    while_things_change,
 )
 
 from hf_compressm import CompreSSMConfig, analyze, prepare
@@ -42,7 +41,13 @@ def report_of(make, batch, basis: str):  # noqa: F811
 CASES = {"axis": (tiny, "axis"), "prepared": (tiny_prepared, "balanced"), "not prepared": (tiny, "balanced")}
 
 
-@thorough(while_things_change)
+def some_and_the_end(lines: list) -> list[int]:
+    """A few lines while things change, and the last that could still undo them."""
+    last = max(number for number, (_, _, function) in enumerate(lines) if function == "__exit__")
+    return sorted({*some_while_things_change(lines), last})
+
+
+@thorough(some_and_the_end)
 @pytest.mark.parametrize("case", CASES)
 def test_a_cut_with_a_companion(case, choose, batch):  # noqa: F811
     make, basis = CASES[case]
