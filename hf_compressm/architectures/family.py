@@ -105,6 +105,10 @@ class Family(ABC):
         """Return N of one layer."""
         return getattr(mixer, self.size_attribute)
 
+    def scans(self, mixer: nn.Module) -> int:
+        """Return how many scans a forward pass of a mixer runs: one, or one for each head with a B and C of its own."""
+        return 1
+
     def axis_length(self, mixer: nn.Module, path: str, size: int | None = None) -> int:
         """Return how many entries a tensor has on its state axis, at N = `size` or else at the mixer's own N."""
         return sum(self.block_length(mixer, block, size) for block in self.tensors[path].blocks)

@@ -65,10 +65,6 @@ class SelectiveFamily(Family):
             (maps, inputs) → (batch, hidden, L), differentiable in the maps.
         """
 
-    def scans(self, mixer: nn.Module) -> int:
-        """Return how many scans a forward pass of a mixer runs: one for each head, here one."""
-        return 1
-
     def reduce(self, entry: Selection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         """Give the kept states, in place, the maps by which they make up for the dropped ones."""
         self.write_maps(entry.maps_after_cut(self.maps(old, mixer)), mixer, new)
