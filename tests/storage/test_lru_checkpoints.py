@@ -44,14 +44,7 @@ def test_a_model_adopts_any_sizes_layer_by_layer_from_the_weights_it_is_given():
         (lambda folder: edit_config(folder, state_size=[9, 5]), "layer 0 has 5 states, config.json says .* 9"),
         (lambda folder: edit_config(folder, state_size=5), "layer 1 has 9 states, config.json says .* 5"),
         (lambda folder: edit_config(folder, state_size=[5, 9, 9]), r"gives 2 layers the state sizes"),
-<<<<<<< HEAD
-        (
-            lambda folder: edit_config(folder, model_type="gpt2"),
-            "type 'gpt2'; supported: mamba, compressm_mamba",
-        ),
-=======
         (lambda folder: edit_config(folder, model_type="gpt2"), "type 'gpt2'; supported: mamba, compressm_mamba, "),
->>>>>>> mamba1-kin
         (lambda folder: cut_file(folder / "model.safetensors"), "truncated or damaged"),
         (lambda folder: cut_file(folder / "config.json"), "truncated or damaged"),
     ],
