@@ -102,7 +102,7 @@ class Family(ABC):
         return getattr(mixer, self.size_attribute)
 
     def scans(self, mixer: nn.Module) -> int:
-        """Return how many scans a forward pass of a mixer runs: one, or one for each head with a B and C of its own."""
+        """Return how many scans a forward pass of a mixer runs: one, or one for each head with its own B and C."""
         return 1
 
     def axis_length(self, mixer: nn.Module, path: str, size: int | None = None) -> int:
