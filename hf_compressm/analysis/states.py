@@ -9,6 +9,7 @@ from ..architectures.scalar_decay import ScalarDecayFamily
 from ..architectures.time_invariant import TimeInvariantFamily
 from ..config import CompreSSMConfig
 from ..theory.plan import Plan
+from ..theory.selective import heads_of
 from .activations import collect_statistics
 from .collate import Batch
 from .group_statistics import collect_group_statistics
@@ -72,4 +73,4 @@ def sampled_positions(layers: StateLayers, batches: list[Batch]) -> dict[int, in
     """Return layer → at how many positions its states are sampled in forward passes of a model in eval mode."""
     if isinstance(layers.family, ScalarDecayFamily):
         return {index: int(each.samples) for index, each in collect_group_statistics(layers, batches).items()}
-    return {index: int(each.tokens) for index, each in collect_statistics(layers, batches).items()}
+    return {index: int(heads_of(each)[0].tokens) for index, each in collect_statistics(layers, batches).items()}

@@ -238,7 +238,7 @@ def test_a_balanced_state_is_padded_to_less_than_its_whole_size(batches):
             ValueError, match=rf"layer 0 has 16 states .* cannot be padded to {size} .*give at most 15"
         ):
             pad_state(model, size)
-    with pytest.raises(ValueError, match="with a balanced state cannot grow; use pad_state"):
+    with pytest.raises(ValueError, match="balanced Mamba-2 cannot grow; use pad_state"):
         grow_state(model, 12)
     assert_identical(weights_of(model), weights)
 
