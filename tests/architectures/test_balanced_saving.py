@@ -65,6 +65,9 @@ def test_it_loads_with_the_package_and_no_flag(case, tmp_path):
     assert [mixer.reduced_state_size for mixer in mixers_of(loaded)] == sizes
     assert_identical(weights_of(loaded), weights_of(model))
     assert type(AutoModel.from_pretrained(tmp_path)) is type(model.base_model)
+    stock = build_stock(case=case).config  # whose fields say which kernels of attention and of experts are used
+    for field in ("_attn_implementation", "_experts_implementation"):
+        assert getattr(loaded.config, field) == getattr(stock, field)
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
