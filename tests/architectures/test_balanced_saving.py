@@ -9,6 +9,7 @@ from balanced_models import CASES, N, balanced, build, build_cut, build_stock, c
 from conftest import assert_identical, contents, weights_of
 from hub_fixtures import NAME
 from processes import run_program
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -48,7 +49,8 @@ WITHOUT_THE_PACKAGE = """
             again = AutoModelForCausalLM.from_pretrained(folder + "/again", **trusted)
             assert torch.equal(again(input_ids=ids).logits, logits)
         new = model.generate(ids[:, :7], attention_mask=torch.ones_like(ids[:, :7]), max_new_tokens=5, do_sample=False)
-        save_file({"logits": logits, "new": new}, folder + "/result.safetensors")
+        kernels = {name: getattr(model.config, f"_{name}_implementation") for name in ("attn", "experts")}
+        save_file({"logits": logits, "new": new}, folder + "/result.safetensors", kernels)
 """
 
 
@@ -65,9 +67,6 @@ def test_it_loads_with_the_package_and_no_flag(case, tmp_path):
     assert [mixer.reduced_state_size for mixer in mixers_of(loaded)] == sizes
     assert_identical(weights_of(loaded), weights_of(model))
     assert type(AutoModel.from_pretrained(tmp_path)) is type(model.base_model)
-    stock = build_stock(case=case).config  # whose fields say which kernels of attention and of experts are used
-    for field in ("_attn_implementation", "_experts_implementation"):
-        assert getattr(loaded.config, field) == getattr(stock, field)
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -84,6 +83,12 @@ def test_it_loads_without_the_package_but_never_without_consent(tmp_path):
         result, prompt = load_file(tmp_path / case / "result.safetensors"), tokens()[:, :7]
         with torch.no_grad():
             torch.testing.assert_close(result["logits"], model(input_ids=tokens()).logits, rtol=0, atol=1e-6)
+        with safe_open(tmp_path / case / "result.safetensors", "pt") as file:
+            stock = build_stock(case=case).config
+            assert file.metadata() == {
+                "attn": stock._attn_implementation,
+                "experts": stock._experts_implementation,
+            }
         options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False}
         assert torch.equal(result["new"], model.generate(prompt, **options))
 
