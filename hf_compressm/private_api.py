@@ -127,7 +127,7 @@ PRIVATE_NAMES = (
     *_names(
         "transformers.PreTrainedModel",
         "The models of this package set or override these.",
-        "_init_weights _no_split_modules supports_gradient_checkpointing",
+        "_can_set_experts_implementation _init_weights _no_split_modules supports_gradient_checkpointing",
     ),
     *_names(
         "transformers.PreTrainedModel",

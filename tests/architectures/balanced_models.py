@@ -82,16 +82,26 @@ def config_of(case: str, **changes):
     return getattr(transformers, f"{name}Config")(**(SIZES | STRONG | sizes | changes))
 
 
-def fresh(case: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A model of Transformers as it is built, in evaluation mode."""
-    set_seed(seed)
+def new(case: str, **changes) -> PreTrainedModel:
+    """A model of Transformers with the weights that its initialiser gives, in evaluation mode."""
+    set_seed(0)
     return getattr(transformers, f"{CASES[case][0]}ForCausalLM")(config_of(case, **changes)).eval()
+
+
+@torch.no_grad()
+def build(case: str, **changes) -> PreTrainedModel:
+    """A model of Transformers in which no bias and no other vector is at a neutral value of the initialiser."""
+    model = new(case, **changes)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.2 * torch.randn(parameter.shape)
+    return model
 
 
 @from_origin
 def build_stock(seed: int = 0, *, case: str, **changes) -> PreTrainedModel:
     """A model of Transformers that was saved and loaded, as users have theirs."""
-    return fresh(case, seed, **changes)
+    return build(case, **changes)
 
 
 def balanced(model: PreTrainedModel) -> PreTrainedModel:

@@ -12,15 +12,16 @@ from balanced_models import (
     GROUPS,
     N,
     balanced,
+    build,
     build_cut,
     build_stock,
     cache_for,
     config_of,
     cut,
     exact_scans,
-    fresh,
     mixers_of,
     module_of,
+    new,
     states_of,
     tokens,
 )
@@ -44,7 +45,7 @@ def gradients_of(model, ids) -> dict[str, torch.Tensor | None]:
 
 
 @every_case
-@pytest.mark.parametrize("origin", [fresh, build_stock], ids=["built", "loaded"])
+@pytest.mark.parametrize("origin", [build, build_stock], ids=["built", "loaded"])
 def test_what_projects_nothing_is_the_stock_model_bit_for_bit(case, origin):
     model, ids = origin(case=case), tokens()
     same = balanced(model)
@@ -63,7 +64,7 @@ def test_what_projects_nothing_is_the_stock_model_bit_for_bit(case, origin):
 def test_a_new_model_has_the_weights_of_a_new_stock_one(case):
     """No random number more is drawn; projections of N rows are identities, and used; Δ is clamped likewise."""
     clamped = {"time_step_min": 0.05} if case in ("nemotron_h", "zamba2") else {"time_step_limit": (0.5, 0.9)}
-    model, ids = fresh(case, **clamped), tokens()
+    model, ids = new(case, **clamped), tokens()
     config = BALANCED_CLASSES[type(model.config)].from_dict(model.config.to_dict() | {"balanced_state_size": N})
     set_seed(0)
     built = BALANCED_CLASSES[type(model)](config).eval()
@@ -194,7 +195,7 @@ def traces_of(model) -> dict:
 
 
 @every_case
-@pytest.mark.parametrize("origin", [fresh, build_stock], ids=["built", "loaded"])
+@pytest.mark.parametrize("origin", [build, build_stock], ids=["built", "loaded"])
 def test_there_and_back_leaves_no_trace(case, origin):
     model = origin(case=case)
     before = traces_of(model)

@@ -15,7 +15,6 @@ This file needs nothing but transformers. It is saved beside the weights of ever
 import os
 import shutil
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +69,7 @@ class BalancedMixer:
     there. The fused kernel of training cannot project, so it serves only while nothing is projected.
     """
 
-    functions: ModuleType
+    functions = None  # the module of Transformers' mixer
     reduced_state_size: int | None = None  # r; None while the mixer does not project
 
     def add_projections(self, size: int | None) -> None:
@@ -99,20 +98,17 @@ class BalancedMixer:
         projected = self._project_input(mask(hidden_states, attention_mask))
         gate, xBC, time_step = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         xBC = mask(self._convolve(xBC.transpose(1, 2), cache_params, kwargs).transpose(1, 2), attention_mask)
-        states = self.n_groups * self.ssm_state_size
-        x, B, C = xBC.split([self.intermediate_size, states, states], dim=-1)
-        B, C = (each.unflatten(-1, (self.n_groups, self.ssm_state_size)) for each in (B, C))
+        x, BC = xBC.tensor_split([self.intermediate_size], dim=-1)
+        B, C = BC.unflatten(-1, (2, self.n_groups, self.ssm_state_size)).unbind(-3)
         B = torch.einsum("blgn,grn->blgr", B, self.B_proj)
         C = torch.einsum("blgn,grn->blgr", C, self.C_proj)
         y = self._scan(x.unflatten(-1, (self.num_heads, self.head_dim)), time_step, B, C, cache_params, kwargs)
         return self.out_proj(self._gate_output(y, gate).to(dtype))
 
     def _project_input(self, hidden_states: Tensor) -> Tensor:
-        """Return gate, x, B, C and Δ before the convolution, side by side."""
         return self.in_proj(hidden_states)
 
     def _gate_output(self, y: Tensor, gate: Tensor) -> Tensor:
-        """Return the output of the scan, gated and normalised."""
         return self.norm(y, gate)
 
     def _convolve(self, xBC: Tensor, cache, kwargs: dict) -> Tensor:
@@ -160,6 +156,11 @@ class BalancedModel:
         super()._init_weights(module)
         if isinstance(module, BalancedMixer):
             module.initialise_projections()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        plain = next(kind for kind in cls.__mro__ if kind.__module__.startswith("transformers.models."))
+        return plain._can_set_experts_implementation()  # it is read from the source of the class's module
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         """Save the model as Transformers does, and this file beside it."""
