@@ -5,15 +5,15 @@ import textwrap
 
 import pytest
 import torch
-from balanced_models import CASES, N, balanced, build, build_cut, build_stock, config_of, cut, mixers_of, tokens
-from conftest import assert_identical, contents, weights_of
+from balanced_models import CASES, N, balanced, build, build_cut, build_stock, cut, mixers_of, tokens
+from conftest import assert_identical, weights_of
 from hub_fixtures import NAME
 from processes import run_program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from hf_compressm.architectures.balanced import BALANCED_CLASSES, unbalance_modules
+from hf_compressm.architectures.balanced import BALANCED_CLASSES
 from hf_compressm.architectures.balanced.modeling_compressm_balanced import MODULE
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -124,20 +124,6 @@ def test_a_stock_checkpoint_fills_a_balanced_model_whose_projections_start_as_id
     with torch.no_grad():
         same = kind.from_pretrained(tmp_path, config=config)
         assert torch.equal(same(input_ids=ids).logits, stock(input_ids=ids).logits)
-
-
-def test_a_saved_model_goes_back_to_a_stock_one_that_is_saved_as_such(tmp_path):
-    stock = build("mamba2")
-    kind = BALANCED_CLASSES[type(stock)]
-    model = kind(kind.config_class(**config_of("mamba2").to_dict() | {"model_type": kind.config_class.model_type}))
-    model.load_state_dict(stock.state_dict(), strict=False)
-    model.save_pretrained(tmp_path / "other", is_main_process=False)
-    assert not (tmp_path / "other" / CODE).exists()
-    model.save_pretrained(tmp_path / "balanced")
-    unbalance_modules(model)
-    for each, folder in ((stock, "stock"), (model, "back")):
-        each.save_pretrained(tmp_path / folder)
-    assert contents(tmp_path / "back") == contents(tmp_path / "stock")
 
 
 def test_a_push_takes_the_code_with_it(hub, tmp_path):
