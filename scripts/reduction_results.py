@@ -68,7 +68,7 @@ def costs(group: list[dict], remedy: str) -> list[str]:
     """Return the table of seconds and memory."""
     seconds = values(group, "rises", "seconds", criterion="output", remedy=remedy, divisor=4)
     peaks = [result["peak_bytes"][remedy] for result in group]
-    return [f"{statistics.median(seconds):.1f}", mebibytes(None if None in peaks else max(peaks))]
+    return [f"{statistics.median(seconds):.1f}" if seconds else "–", mebibytes(None if None in peaks else max(peaks))]
 
 
 def points_of(group: list[dict], of_all_layers: bool) -> list[dict]:

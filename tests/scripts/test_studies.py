@@ -299,7 +299,7 @@ def test_every_reduction_is_compared_and_a_finished_comparison_only_reported(tmp
 
 def test_reductions_of_a_mamba2_are_compared_in_both_bases(tmp_path):
     options = [*REDUCTIONS, "--model_type", "mamba2", "--texts", "bible:16", "--criteria", "output", "balanced"]
-    run_script("compare_reductions", *options, "--refitted", "balanced", "--output_dir", tmp_path)
+    run_script("compare_reductions", *options, "--refitted", "balanced", "--curve", "1", "--output_dir", tmp_path)
     result = json.loads((tmp_path / "bible-16-0.json").read_text())
     found = {(e["criterion"], e["remedy"]) for e in result["rises"]}
     assert found == {("output", "none"), ("balanced", "none"), ("balanced", "refit")}
