@@ -61,6 +61,8 @@ class ScalarDecayAnalysis:
             check_tokens(min(int(statistics.samples) for statistics in self.statistics.values()))
         self.gramians = {index: statistics.gramians for index, statistics in self.statistics.items()}
         self._sigma = {index: group_singular_values(statistics) for index, statistics in self.statistics.items()}
+        # All of a layer's, once: a loss budget asks for many sizes.
+        self._projections = cache(lambda index: balanced_projections(self.statistics[index], len(self.scores[index])))
         self.is_balanced = not layers.family.criteria
         if self.is_balanced:
             self.criterion, self.score_power = "hankel", 2
@@ -131,7 +133,7 @@ class ScalarDecayAnalysis:
         generator = seeded_generator(self.config.calibration_seed, index)
         kept = choose_states(whole, size, self.config.selection, generator)
         present = self.layers.whole_tensors(index)
-        every = balanced_projections(self.statistics[index], len(whole))
+        every = self._projections(index)
         tensors = {
             path: (projection[:, kept] @ present[path].double())
             for path, projection in zip(("B_proj", "C_proj"), every, strict=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..theory.plan import PlanEntry
+from ..theory.plan import PlanEntry, Projection
 
 
 class Block(NamedTuple):
@@ -329,6 +329,23 @@ class Family(ABC):
         return getattr(mixer, block.per_state) if isinstance(block.per_state, str) else block.per_state
 
 
+class ProjectedFamily(Family):
+    """A projected family has layers that a cut gives new tensors, in new coordinates of the state.
+
+    So gradients and optimizer state of these tensors start afresh.
+    """
+
+    def reduce(self, entry: Projection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        """Copy the tensors of the smaller layer into `new`."""
+        for path in entry.tensors:
+            new[path].copy_(entry.tensors[path])
+
+    def masked(self, mixer: nn.Module, entry: Projection) -> dict[str, Tensor]:
+        """Return the tensors of the smaller layer: a layer computes at the size of the tensors that it is given."""
+        parameters = {path: mixer.get_parameter(path) for path in entry.tensors}
+        return {path: entry.tensors[path].to(old.device, old.dtype) for path, old in parameters.items()}
+
+
 def _has(mixer: nn.Module, path: str) -> bool:
     """Return whether a mixer has this parameter."""
     module_path, _, name = path.rpartition(".")
@@ -344,3 +361,23 @@ def whole_quotient(length: int, per_state: int, path: str) -> int:
     if length < 0 or length % per_state:
         raise ValueError(f"{path} has {length} entries for states, which come by {per_state}.")
     return length // per_state
+
+
+def check_projections(mixer: nn.Module, index: int, name: str) -> None:
+    """Refuse a mixer whose projection `name` is no plain linear layer, or whose `out_proj` is packed.
+
+    Raises:
+        ValueError: it is of another class, or the weight of `out_proj` is no parameter.
+    """
+    projection = getattr(mixer, name)
+    is_plain = {
+        name: type(projection) is nn.Linear or type(projection).__name__ == "FSDPLinear",
+        "out_proj": isinstance(mixer.out_proj.weight, nn.Parameter),
+    }
+    for path, plain in is_plain.items():
+        if not plain:
+            given = type(getattr(mixer, path))
+            raise ValueError(
+                f"layer {index}: {path}.weight belongs to a {given.__module__}.{given.__qualname__}, expected a "
+                "plain nn.Linear. Merge adapters first, and quantise after the cut."
+            )

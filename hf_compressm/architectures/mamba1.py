@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..engines import full_tensor
 from ..kernels import selective_scan
 from ..theory.selective import LayerInputs, StateMaps
-from .family import Block, Family, StateTensor
+from .family import Block, Family, StateTensor, check_projections
 from .mamba_scan import observed_scan, reference_loop_would_run
 from .selective import Observer, SelectiveFamily
 
@@ -41,17 +41,7 @@ class Mamba1Family(SelectiveFamily):
             ValueError: `x_proj` is of another class, the weight of `out_proj` is no parameter, or a tensor does not
                 have the size that the mixer states.
         """
-        is_plain = {
-            "x_proj": type(mixer.x_proj) is nn.Linear or type(mixer.x_proj).__name__ == "FSDPLinear",
-            "out_proj": isinstance(mixer.out_proj.weight, nn.Parameter),
-        }
-        for name, plain in is_plain.items():
-            if not plain:
-                given = type(getattr(mixer, name))
-                raise ValueError(
-                    f"layer {index}: {name}.weight belongs to a {given.__module__}.{given.__qualname__}, expected a "
-                    "plain nn.Linear. Merge adapters first, and quantise after the cut."
-                )
+        check_projections(mixer, index, "x_proj")
         super().check_mixer(mixer, index)
 
     def is_per_layer(self, model: nn.Module) -> bool:

@@ -20,10 +20,10 @@ from transformers.models.zamba2 import modeling_zamba2
 
 from ..engines import full_tensor, original_class
 from ..theory.group_criteria import GROUP_CRITERIA
-from ..theory.plan import GroupSelection, Projection
+from ..theory.plan import GroupSelection
 from ..theory.selective import complement
 from .balanced import BALANCED_CLASSES
-from .family import Block, StateTensor, whole_quotient
+from .family import Block, ProjectedFamily, StateTensor, check_projections, whole_quotient
 from .scalar_decay import GroupLayerInputs, ScalarDecayFamily
 
 _CHANNELS = (Block("intermediate_size", 0), Block("B", "n_groups"), Block("C", "n_groups"))  # of the convolution
@@ -54,17 +54,7 @@ class AxisFamily(ScalarDecayFamily):
             ValueError: `in_proj` is of another class, the weight of `out_proj` is no parameter, the activation is not
                 zero at zero, or a tensor does not have the size that the mixer states.
         """
-        is_plain = {
-            "in_proj": type(mixer.in_proj) is nn.Linear or type(mixer.in_proj).__name__ == "FSDPLinear",
-            "out_proj": isinstance(mixer.out_proj.weight, nn.Parameter),
-        }
-        for name, plain in is_plain.items():
-            if not plain:
-                given = type(getattr(mixer, name))
-                raise ValueError(
-                    f"layer {index}: {name}.weight belongs to a {given.__module__}.{given.__qualname__}, expected a "
-                    "plain nn.Linear. Merge adapters first, and quantise after the cut."
-                )
+        check_projections(mixer, index, "in_proj")
         if mixer.act(torch.zeros(1)) != 0:
             raise ValueError(
                 f"layer {index}: the activation {mixer.activation!r} of B and C is not zero at zero, as silu is, so "
@@ -232,7 +222,7 @@ class AxisFamily(ScalarDecayFamily):
         )
 
 
-class BalancedFamily(ScalarDecayFamily):
+class BalancedFamily(ProjectedFamily, ScalarDecayFamily):
     """The balanced classes keep balanced states: B and C are projected by W and V, (G, r, N) each, before the scan."""
 
     bases = ("balanced",)
@@ -294,15 +284,6 @@ class BalancedFamily(ScalarDecayFamily):
         mixers = self.mixers_in(model)
         reduced = [mixers[index].reduced_state_size for index in sizes]
         model.config.balanced_state_size = reduced[0] if len(set(reduced)) == 1 else reduced
-
-    def reduce(self, entry: Projection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        """Copy the new projections into `new`."""
-        for path in entry.tensors:
-            new[path].copy_(entry.tensors[path])
-
-    def masked(self, mixer: nn.Module, entry: Projection) -> dict[str, Tensor]:
-        """Return the new projections: a layer computes at the size of those that it is given."""
-        return {path: value.to(mixer.in_proj.weight) for path, value in entry.tensors.items()}
 
     def pad(self, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         """Refuse the N that the layer has before its projections: with so many it would not project.

@@ -4,15 +4,11 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
-from ..theory.plan import Projection
-from .family import Family
+from .family import ProjectedFamily
 
 
-class TimeInvariantFamily(Family):
-    """A time-invariant family has diagonal layers, whose system balanced truncation replaces by a smaller one.
-
-    The cut layer has new coordinates, so its gradients and its optimizer state start afresh.
-    """
+class TimeInvariantFamily(ProjectedFamily):
+    """A time-invariant family has diagonal layers, whose system balanced truncation replaces by a smaller one."""
 
     needs_data = False
     is_language_model = False
@@ -31,13 +27,3 @@ class TimeInvariantFamily(Family):
     @abstractmethod
     def tensors_of(self, mixer: nn.Module, eigenvalues: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
         """Return the state tensors, float64, by path, of a layer that has this system: the inverse of `system`."""
-
-    def reduce(self, entry: Projection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        """Copy the tensors of the smaller system into `new`."""
-        for path in entry.tensors:
-            new[path].copy_(entry.tensors[path])
-
-    def masked(self, mixer: nn.Module, entry: Projection) -> dict[str, Tensor]:
-        """Return the tensors of the smaller system: a layer computes at the size of the tensors that it is given."""
-        parameters = {path: mixer.get_parameter(path) for path in entry.tensors}
-        return {path: entry.tensors[path].to(old.device, old.dtype) for path, old in parameters.items()}

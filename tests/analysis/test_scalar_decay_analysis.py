@@ -244,3 +244,14 @@ def test_a_basis_that_a_model_does_not_have_is_refused(batches):
         analyze(model, batches, CompreSSMConfig(target_state_size=6, criterion="ghost"))
     with pytest.raises(ValueError, match=r"criterion = 'ghost'; allowed: none with basis = 'balanced'"):
         CompreSSMConfig(target_state_size=6, criterion="ghost", basis="balanced")
+
+
+def test_an_adapter_on_the_projection_is_refused(batches):
+    class LoraLinear(torch.nn.Linear):
+        pass
+
+    model = build_scalar_decay()
+    mixer = state_layers(model)[1]
+    mixer.in_proj = LoraLinear(32, mixer.in_proj.out_features, bias=False)
+    with pytest.raises(ValueError, match=r"layer 1: in_proj\.weight belongs to a .*LoraLinear, .*Merge adapters"):
+        analyze(model, batches, CompreSSMConfig(target_state_size=6))
