@@ -3,8 +3,8 @@
 import sys
 from importlib.metadata import version
 
-from .architectures.lru import LRUConfig, LRUForSequenceClassification, LRUModel
-from .architectures.mamba_scan import install_scan, uninstall_scan
+from .architectures.selective.mamba_scan import install_scan, uninstall_scan
+from .architectures.time_invariant.lru import LRUConfig, LRUForSequenceClassification, LRUModel
 from .config import CompreSSMConfig
 from .console.environment import env_report
 from .reduction import analyze, compress

@@ -4,6 +4,7 @@ A server imports torch and Transformers once, and nothing of ours; each program 
 itself is to be proved, or what is read from the environment while importing, a test starts a whole interpreter.
 """
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -96,6 +97,7 @@ def _checked(done: CompletedProcess, check: bool) -> CompletedProcess:
 def _become(program: Path | str, arguments: list[str], environment: Mapping[str, str], folder: Path) -> None:
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), stream)
+    faulthandler.enable(2)  # a crash says where
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(program), *arguments]

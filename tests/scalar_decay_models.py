@@ -9,7 +9,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_compressm.architectures import balanced  # noqa: F401, for the Auto classes
+from hf_compressm.architectures.scalar_decay import balanced  # noqa: F401, for the Auto classes
 
 BASE = dict(vocab_size=VOCABULARY, hidden_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=True)
 ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2)

@@ -37,9 +37,9 @@ import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule
 from hf_compressm.architectures.family import Family
 from hf_compressm.architectures.registry import FAMILIES
-from hf_compressm.architectures.scalar_decay import ScalarDecayFamily
-from hf_compressm.architectures.selective import SelectiveFamily
-from hf_compressm.architectures.time_invariant import TimeInvariantFamily
+from hf_compressm.architectures.scalar_decay.family import ScalarDecayFamily
+from hf_compressm.architectures.selective.family import SelectiveFamily
+from hf_compressm.architectures.time_invariant.family import TimeInvariantFamily
 from hf_compressm.console import cli
 from hf_compressm.sharing.hub import push_folder
 from hf_compressm.storage.records import TENSORS, Observation, ReductionEvent

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..architectures import StateLayers
-from ..architectures.scalar_decay import GroupInputs, GroupLayerInputs
+from ..architectures.scalar_decay.family import GroupInputs, GroupLayerInputs
 from ..engines import is_sharded
 from ..kernels.scalar_decay_scan import sampled_states
 from ..theory.scalar_decay import GroupStatistics

@@ -5,8 +5,8 @@ from typing import Protocol
 from torch import Tensor
 
 from ..architectures import StateLayers
-from ..architectures.scalar_decay import ScalarDecayFamily
-from ..architectures.time_invariant import TimeInvariantFamily
+from ..architectures.scalar_decay.family import ScalarDecayFamily
+from ..architectures.time_invariant.family import TimeInvariantFamily
 from ..config import CompreSSMConfig
 from ..theory.plan import Plan
 from ..theory.selective import heads_of

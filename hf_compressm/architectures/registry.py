@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from .falcon_mamba import FALCON_MAMBA
 from .family import Family
-from .jamba import JAMBA
-from .lru.family import LRU
-from .mamba import MAMBA
-from .mamba2 import AXIS_FAMILIES, BALANCED_FAMILIES
-from .zamba import ZAMBA
+from .scalar_decay.mamba2 import AXIS_FAMILIES, BALANCED_FAMILIES
+from .selective.falcon_mamba import FALCON_MAMBA
+from .selective.jamba import JAMBA
+from .selective.mamba import MAMBA
+from .selective.zamba import ZAMBA
+from .time_invariant.lru.family import LRU
 
 FAMILIES: dict[str, Family] = {}  # by model type
 

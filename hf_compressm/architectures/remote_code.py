@@ -1,7 +1,7 @@
 """Models of some classes of this package are saved with the file of code that defines them."""
 
-from .balanced import modeling_compressm_balanced
-from .per_layer import modeling_compressm_mamba
+from .scalar_decay.balanced import modeling_compressm_balanced
+from .selective.per_layer import modeling_compressm_mamba
 
 _MODULES = (modeling_compressm_mamba, modeling_compressm_balanced)
 CODE_FILES = tuple(f"{module.MODULE}.py" for module in _MODULES)  # beside the weights

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..architectures import state_sizes
-from ..architectures.mamba_scan import install_scan
+from ..architectures.selective.mamba_scan import install_scan
 from ..config import CompreSSMConfig
 from ..plotting import plot_score_map, save_figure
 from ..reduction import analyze, compress

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..architectures.mamba_scan import scan_in_force
+from ..architectures.selective.mamba_scan import scan_in_force
 
 PACKAGES = (
     "hf_compressm torch transformers accelerate datasets safetensors huggingface_hub numpy matplotlib mamba-ssm "

@@ -18,7 +18,7 @@ from ..architectures import state_layers
 from ..architectures.family import Family
 from ..architectures.registry import FAMILIES
 from ..architectures.remote_code import needs_code
-from ..architectures.scalar_decay import ScalarDecayFamily
+from ..architectures.scalar_decay.family import ScalarDecayFamily
 from ..engines import original_class, unwrap
 from ..report import LOSS_UNIT, cuts_table, loss_text
 from ..storage.checkpoint import check_checkpoint, state_tensor_shapes, weight_shapes

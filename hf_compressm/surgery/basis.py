@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..architectures import StateLayers, state_layers
-from ..architectures.balanced import balance_modules
-from ..architectures.mamba2 import AxisFamily, can_be_balanced
 from ..architectures.recorded_sizes import record_state_sizes
+from ..architectures.scalar_decay.balanced import balance_modules
+from ..architectures.scalar_decay.mamba2 import AxisFamily, can_be_balanced
 from ..engines import Engine, is_sharded, unwrap
 from .optimizer_parts import OptimizerParts
 from .undo import Undo

@@ -17,7 +17,7 @@ from hf_compressm import (
 )
 from hf_compressm.analysis.allocation import choose_sizes, predicted_changes
 from hf_compressm.architectures import state_sizes
-from hf_compressm.architectures.per_layer import CompreSSMMambaForCausalLM
+from hf_compressm.architectures.selective.per_layer import CompreSSMMambaForCausalLM
 
 N = 12
 ENERGIES = {

@@ -17,7 +17,7 @@ from hf_compressm.analysis.objective import Objective
 from hf_compressm.analysis.output_fit import OutputError, fit_states
 from hf_compressm.analysis.refit import refitted
 from hf_compressm.architectures import state_layers
-from hf_compressm.architectures.mamba import MAMBA
+from hf_compressm.architectures.selective.mamba import MAMBA
 from hf_compressm.engines import sum_over_processes
 from hf_compressm.theory.selective import LayerInputs, StateMaps
 

@@ -12,7 +12,7 @@ from conftest import from_origin
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, set_seed
 
-from hf_compressm.architectures.balanced import BALANCED_CLASSES, BalancedMixer, balance_modules
+from hf_compressm.architectures.scalar_decay.balanced import BALANCED_CLASSES, BalancedMixer, balance_modules
 
 N, GROUPS = 8, 2
 SIZES = {"vocab_size": 64, "hidden_size": 32, "eos_token_id": None, "pad_token_id": 0}

@@ -28,7 +28,7 @@ from balanced_models import (
 from conftest import weights_of
 from transformers import set_seed
 
-from hf_compressm.architectures.balanced import (
+from hf_compressm.architectures.scalar_decay.balanced import (
     BALANCED_CLASSES,
     balance_modules,
 )

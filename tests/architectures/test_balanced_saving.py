@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from hf_compressm.architectures.balanced import BALANCED_CLASSES
-from hf_compressm.architectures.balanced.modeling_compressm_balanced import MODULE
+from hf_compressm.architectures.scalar_decay.balanced import BALANCED_CLASSES
+from hf_compressm.architectures.scalar_decay.balanced.modeling_compressm_balanced import MODULE
 
 every_case = pytest.mark.parametrize("case", CASES)
 CODE = f"{MODULE}.py"

@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress, parameter_groups
 from hf_compressm.architectures import registry, state_layers, state_sizes
-from hf_compressm.architectures.per_layer import CompreSSMMambaConfig, CompreSSMMambaForCausalLM
+from hf_compressm.architectures.selective.per_layer import CompreSSMMambaConfig, CompreSSMMambaForCausalLM
 from hf_compressm.storage.checkpoint import check_checkpoint
 
 

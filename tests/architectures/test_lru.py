@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, set_seed
 
 from hf_compressm import LRUConfig, LRUForSequenceClassification, LRUModel
-from hf_compressm.architectures.lru import modeling_lru
-from hf_compressm.architectures.lru.linear_recurrence import linear_recurrence
-from hf_compressm.architectures.lru.modeling_lru import LRUMixer
+from hf_compressm.architectures.time_invariant.lru import modeling_lru
+from hf_compressm.architectures.time_invariant.lru.linear_recurrence import linear_recurrence
+from hf_compressm.architectures.time_invariant.lru.modeling_lru import LRUMixer
 
 
 def recurrence_loop(eigenvalues: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from torch.func import hessian, jvp, vmap
 from transformers import set_seed
 
 from hf_compressm import LRUForSequenceClassification, LRUModel
-from hf_compressm.architectures.lru import modeling_lru
-from hf_compressm.architectures.lru.linear_recurrence import linear_recurrence
+from hf_compressm.architectures.time_invariant.lru import modeling_lru
+from hf_compressm.architectures.time_invariant.lru.linear_recurrence import linear_recurrence
 
 INPUT_IDS = torch.arange(18).view(2, 9)
 

@@ -9,7 +9,7 @@ from mamba1_models import BUILDERS, first_half, logits_of
 
 from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
 from hf_compressm.architectures import registry, state_layers
-from hf_compressm.architectures.mamba_scan import MODULES
+from hf_compressm.architectures.selective.mamba_scan import MODULES
 from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes
 from hf_compressm.theory.criteria import CRITERIA
 

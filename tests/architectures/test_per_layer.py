@@ -22,7 +22,11 @@ from hf_compressm import (
     parameter_groups,
 )
 from hf_compressm.architectures import state_sizes
-from hf_compressm.architectures.per_layer import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
+from hf_compressm.architectures.selective.per_layer import (
+    CompreSSMMambaConfig,
+    CompreSSMMambaForCausalLM,
+    CompreSSMMambaModel,
+)
 from hf_compressm.storage.checkpoint import check_checkpoint
 from hf_compressm.surgery.shrink_and_grow import pad_state, shrink_state
 from hf_compressm.theory.plan import Selection

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compressm.architectures import register, registry
 from hf_compressm.architectures.family import Block, StateTensor
-from hf_compressm.architectures.selective import SelectiveFamily
+from hf_compressm.architectures.selective.family import SelectiveFamily
 from hf_compressm.kernels import selective_scan
 from hf_compressm.theory.selective import StateMaps
 

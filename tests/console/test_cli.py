@@ -14,7 +14,7 @@ from processes import run_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_compressm.architectures import state_sizes
-from hf_compressm.architectures.per_layer import CompreSSMMambaForCausalLM
+from hf_compressm.architectures.selective.per_layer import CompreSSMMambaForCausalLM
 from hf_compressm.console import cli
 from hf_compressm.console.cli import main
 from hf_compressm.storage.history import load_history

@@ -20,7 +20,7 @@ from trainer_callbacks import SnapshotAndRestore, WorseAt
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan
-from hf_compressm.architectures.per_layer import CompreSSMMambaForCausalLM
+from hf_compressm.architectures.selective.per_layer import CompreSSMMambaForCausalLM
 
 GLOBAL_BATCH = 16
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}

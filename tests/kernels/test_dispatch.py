@@ -9,7 +9,7 @@ from scan_reference import OPTIONAL, relative_error, require_gradients, scan_inp
 from torch.library import opcheck
 
 from hf_compressm import env_report, install_scan, uninstall_scan
-from hf_compressm.architectures.mamba_scan import scan_in_force
+from hf_compressm.architectures.selective.mamba_scan import scan_in_force
 from hf_compressm.kernels import dispatch, selective_scan
 from hf_compressm.kernels.dispatch import choose_scan, scan_name
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.mamba import modeling_mamba
 
 from hf_compressm import env_report, install_scan, uninstall_scan
-from hf_compressm.architectures.mamba_kernels import reference_of
-from hf_compressm.architectures.mamba_scan import kernel_in_force, reference_loop_would_run, scan_in_force
+from hf_compressm.architectures.selective.mamba_kernels import reference_of
+from hf_compressm.architectures.selective.mamba_scan import kernel_in_force, reference_loop_would_run, scan_in_force
 
 FUNCTIONS = ("mamba_selective_scan", "mamba_inner_fn")
 DEVICES = ("cpu", "cuda", "xpu")
@@ -116,7 +116,7 @@ import torch
 from kernels import KernelizeFallback, LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from transformers import MambaConfig, MambaForCausalLM
 from hf_compressm import install_scan
-from hf_compressm.architectures.mamba_scan import kernel_in_force, scan_in_force
+from hf_compressm.architectures.selective.mamba_scan import kernel_in_force, scan_in_force
 
 model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=7)).eval()
 ids = torch.randint(61, (3, 11))

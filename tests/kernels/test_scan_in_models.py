@@ -12,7 +12,7 @@ from torch.library import opcheck
 from transformers.models.mamba import modeling_mamba
 
 from hf_compressm import install_scan, uninstall_scan
-from hf_compressm.architectures.mamba_scan import observed_scan, scan_installed, scan_is_installed
+from hf_compressm.architectures.selective.mamba_scan import observed_scan, scan_installed, scan_is_installed
 from hf_compressm.kernels import cpp_scan
 from hf_compressm.kernels.scan import sampled_scan
 
@@ -241,7 +241,7 @@ from torch.library import opcheck
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 from hf_compressm import install_scan
-from hf_compressm.architectures.mamba_scan import reference_loop_would_run, scan_in_force
+from hf_compressm.architectures.selective.mamba_scan import reference_loop_would_run, scan_in_force
 
 def refused(function, *arguments):
     try:

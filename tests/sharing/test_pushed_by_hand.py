@@ -46,7 +46,7 @@ OURS = """
     for kind in ("uniform", "per_layer"):
         model = AutoModelForCausalLM.from_pretrained(f"tester/{kind}")
         save_file({n: t.clone() for n, t in model.state_dict().items()}, f"{sys.argv[1]}/{kind}.safetensors")
-    assert type(model) is hf_compressm.architectures.per_layer.CompreSSMMambaForCausalLM
+    assert type(model) is hf_compressm.architectures.selective.per_layer.CompreSSMMambaForCausalLM
 """
 
 

@@ -11,7 +11,7 @@ from conftest import build_mamba2
 from safetensors.torch import load_file, save_file
 
 from hf_compressm.architectures import state_sizes
-from hf_compressm.architectures.balanced import BALANCED_CLASSES
+from hf_compressm.architectures.scalar_decay.balanced import BALANCED_CLASSES
 from hf_compressm.storage.checkpoint import check_checkpoint
 from hf_compressm.storage.loading import load_language_model
 

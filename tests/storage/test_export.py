@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MambaForCausalLM
 
 from hf_compressm.architectures import state_sizes
-from hf_compressm.architectures.per_layer import CompreSSMMambaForCausalLM
+from hf_compressm.architectures.selective.per_layer import CompreSSMMambaForCausalLM
 from hf_compressm.console.cli import main
 from hf_compressm.storage import export
 from hf_compressm.storage.export import export_bf16, export_mamba_ssm, export_sharded, export_uniform

@@ -14,11 +14,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..theory.plan import Selection
-from ..theory.selective import StateMaps
-from .family import Family
+from ...theory.plan import Selection
+from ...theory.selective import StateMaps
+from ..family import Family
+from ..tensors import cut_tensors
 from .mamba1 import Mamba1Family
-from .tensors import cut_tensors
 
 
 class NormalisedMambaFamily(Mamba1Family):

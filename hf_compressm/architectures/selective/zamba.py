@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from ..engines import full_tensor
-from ..theory.plan import HeadSelection
-from ..theory.selective import LayerInputs, StateMaps
-from .family import Block, StateTensor
+from ...engines import full_tensor
+from ...theory.plan import HeadSelection
+from ...theory.selective import LayerInputs, StateMaps
+from ..family import Block, StateTensor
+from ..tensors import cut_tensors
+from .family import Observer, SelectiveFamily
 from .mamba1 import LIMITS, scan_output, slow_scan
 from .mamba_scan import observed_scan
-from .selective import Observer, SelectiveFamily
-from .tensors import cut_tensors
 
 
 class ZambaFamily(SelectiveFamily):

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engines import full_tensor
-from ..kernels import selective_scan
-from ..theory.selective import LayerInputs, StateMaps
-from .family import Block, Family, StateTensor, check_projections
+from ...engines import full_tensor
+from ...kernels import selective_scan
+from ...theory.selective import LayerInputs, StateMaps
+from ..family import Block, Family, StateTensor, check_projections
+from .family import Observer, SelectiveFamily
 from .mamba_scan import observed_scan, reference_loop_would_run
-from .selective import Observer, SelectiveFamily
 
 LIMITS = (
     "The reduction is axis-aligned (a state is dropped for all channels of a layer at once), and selective layers "

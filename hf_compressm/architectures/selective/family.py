@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from ..engines import full_tensor
-from ..theory.criteria import CRITERIA
-from ..theory.plan import Selection
-from ..theory.selective import LayerInputs, StateMaps, complement
-from .family import Family
+from ...engines import full_tensor
+from ...theory.criteria import CRITERIA
+from ...theory.plan import Selection
+from ...theory.selective import LayerInputs, StateMaps, complement
+from ..family import Family
 
 # An observer runs a scan in the place of the model. It takes the scan's arguments by position, (u, time_step, A, B, C,
 # D, gate, time_step_bias, softplus), where D, gate and time_step_bias may be None, and returns (y, last_state).

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from ..family import StateTensor
-from ..time_invariant import TimeInvariantFamily
+from ...family import StateTensor
+from ..family import TimeInvariantFamily
 
 
 class LRUFamily(TimeInvariantFamily):

@@ -9,8 +9,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers import JambaConfig
 
-from ..theory.selective import StateMaps
-from .family import StateTensor
+from ...theory.selective import StateMaps
+from ..family import StateTensor
 from .mamba1 import Mamba1Family
 from .normalised_mamba import NormalisedMambaFamily
 

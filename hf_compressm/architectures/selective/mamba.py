@@ -8,7 +8,7 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, MambaModel
 from transformers.models.mamba.modeling_mamba import MambaBlock
 
-from ..engines import change_class, original_class
+from ...engines import change_class, original_class
 from .mamba1 import Mamba1Family
 from .per_layer import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..theory.selective import StateMaps
-from .family import Block, StateTensor
+from ...theory.selective import StateMaps
+from ..family import Block, StateTensor
 from .mamba1 import Mamba1Family
 from .normalised_mamba import NormalisedMambaFamily
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engines import full_tensor
-from ..kernels.scalar_decay_scan import scalar_decay_scan
-from .family import Family
+from ...engines import full_tensor
+from ...kernels.scalar_decay_scan import scalar_decay_scan
+from ..family import Family
 
 SCAN = "mamba2_chunk_scan"  # the function that the mixers call, a global of the module that defines them
 LAYERS_WITH_STATE = ("linear_attention", "hybrid", "mamba")  # the last is the older name of the first

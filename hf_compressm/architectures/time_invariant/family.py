@@ -4,7 +4,7 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
-from .family import ProjectedFamily
+from ..family import ProjectedFamily
 
 
 class TimeInvariantFamily(ProjectedFamily):

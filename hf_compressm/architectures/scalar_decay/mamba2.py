@@ -18,13 +18,13 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.zamba2 import modeling_zamba2
 
-from ..engines import full_tensor, original_class
-from ..theory.group_criteria import GROUP_CRITERIA
-from ..theory.plan import GroupSelection
-from ..theory.selective import complement
+from ...engines import full_tensor, original_class
+from ...theory.group_criteria import GROUP_CRITERIA
+from ...theory.plan import GroupSelection
+from ...theory.selective import complement
+from ..family import Block, ProjectedFamily, StateTensor, check_projections, whole_quotient
 from .balanced import BALANCED_CLASSES
-from .family import Block, ProjectedFamily, StateTensor, check_projections, whole_quotient
-from .scalar_decay import GroupLayerInputs, ScalarDecayFamily
+from .family import GroupLayerInputs, ScalarDecayFamily
 
 _CHANNELS = (Block("intermediate_size", 0), Block("B", "n_groups"), Block("C", "n_groups"))  # of the convolution
 _FEATURES = (Block("intermediate_size", 0), *_CHANNELS, Block("num_heads", 0))  # of in_proj: z, x, B, C, Δ

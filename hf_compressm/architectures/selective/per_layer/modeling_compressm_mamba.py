@@ -6,7 +6,7 @@ This file needs nothing but transformers. It is saved beside the weights of ever
 The configuration follows the schema that Transformers has for such models. Once its own `MambaModel` builds each
 layer from `config.per_layer_config[i]`, this file can go: in `config.json` `model_type` becomes "mamba" and
 `architectures` ["MambaForCausalLM"], and `auto_map` falls away; the weights stay as they are. In hf_compressm the
-folder `per_layer` and the changes of class in `architectures/mamba.py` go with it.
+folder `per_layer` and the changes of class in `architectures/selective/mamba.py` go with it.
 """
 
 import os

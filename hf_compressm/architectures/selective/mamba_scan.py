@@ -16,13 +16,13 @@ from transformers.models.jamba import modeling_jamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.zamba import modeling_zamba
 
-from ..kernels.cpp_scan import step as cpp_step
-from ..kernels.dispatch import FOREIGN, requested_scan, scan_name
-from ..kernels.scan import selective_scan
-from ..kernels.torch_scan import torch_transforms
-from ..private_api import check_private_names
+from ...kernels.cpp_scan import step as cpp_step
+from ...kernels.dispatch import FOREIGN, requested_scan, scan_name
+from ...kernels.scan import selective_scan
+from ...kernels.torch_scan import torch_transforms
+from ...private_api import check_private_names
+from .family import Observer
 from .mamba_kernels import can_take_kernels, kernel_of, reference_of
-from .selective import Observer
 
 MODULES = {  # by model type
     "mamba": modeling_mamba,

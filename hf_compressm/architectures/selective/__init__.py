@@ -1,0 +1,1 @@
+"""Selective families have layers whose maps depend on their input: Mamba-1 and its kin."""
