@@ -1,6 +1,6 @@
 """Check that a configuration fits a model, and give an analysis its batches."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from transformers.utils import logging
 
@@ -82,10 +82,19 @@ def split_batches(
     """
     with raise_in_all_processes():
         taken = _checked_batches(layers, batches, config)
-    taken = taken[: smallest_over_processes(len(taken))]
+    return _split(taken[: smallest_over_processes(len(taken))], layers, config)
+
+
+def batch_counts(count: int, layers: StateLayers, config: CompreSSMConfig) -> tuple[int, int, int]:
+    """Return how many of so many batches are for statistics, decide on refits, and are for losses."""
+    statistics_batches, held_out, others = _split(range(count), layers, config)
+    return len(statistics_batches), len(held_out), len(others)
+
+
+def _split(batches: Sequence, layers: StateLayers, config: CompreSSMConfig) -> tuple[Sequence, Sequence, Sequence]:
     if not layers.family.needs_data:
-        return [], [], taken
-    return (taken[0::3], taken[1::3], taken[2::3]) if config.refit else (taken[0::2], [], taken[1::2])
+        return [], [], batches
+    return (batches[0::3], batches[1::3], batches[2::3]) if config.refit else (batches[0::2], [], batches[1::2])
 
 
 def _checked_batches(layers: StateLayers, batches: Iterable[dict] | None, config: CompreSSMConfig) -> list[Batch]:

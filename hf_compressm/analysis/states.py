@@ -10,9 +10,9 @@ from ..architectures.time_invariant.family import TimeInvariantFamily
 from ..config import CompreSSMConfig
 from ..theory.plan import Plan
 from ..theory.selective import heads_of
-from .activations import collect_statistics
+from .activations import collect_statistics, empty_statistics
 from .collate import Batch
-from .group_statistics import collect_group_statistics
+from .group_statistics import collect_group_statistics, empty_group_statistics
 from .objective import Objective
 from .scalar_decay import ScalarDecayAnalysis
 from .selective import SelectiveAnalysis
@@ -74,3 +74,12 @@ def sampled_positions(layers: StateLayers, batches: list[Batch]) -> dict[int, in
     if isinstance(layers.family, ScalarDecayFamily):
         return {index: int(each.samples) for index, each in collect_group_statistics(layers, batches).items()}
     return {index: int(heads_of(each)[0].tokens) for index, each in collect_statistics(layers, batches).items()}
+
+
+def statistics_bytes(layers: StateLayers) -> int:
+    """Return how much memory the statistics of all layers take; the model may lie on the meta device."""
+    if not layers.family.needs_data:
+        return 0
+    empty = empty_group_statistics if isinstance(layers.family, ScalarDecayFamily) else empty_statistics
+    sums = (each for of_layer in empty(layers).values() for each in heads_of(of_layer))
+    return sum(tensor.nbytes for each in sums for tensor in vars(each).values())

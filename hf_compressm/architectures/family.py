@@ -302,6 +302,10 @@ class Family(ABC):
         """
         return states * self.parameters_per_state(shapes, config)
 
+    def refit_values(self, config: Mapping, size: int) -> int:
+        """Return how many numbers for each token a refit of a layer of N = `size` is given; 0: it has none."""
+        return 0
+
     def convolution_values(self, config: Mapping, size: int) -> int:
         """Return how many past inputs of its convolution a layer of N = `size` keeps of a sequence; 0: not told."""
         return 0

@@ -1,4 +1,4 @@
-"""The console command `hf-compressm` has five parts: analyze, compress, export, push, env."""
+"""The console command `hf-compressm` has six parts: estimate, analyze, compress, export, push, env."""
 
 import argparse
 import sys
@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..architectures import state_sizes
+from ..analysis.cost import analysis_cost, seconds_per_pass
+from ..architectures import state_layers, state_sizes
 from ..architectures.selective.mamba_scan import install_scan
 from ..config import CompreSSMConfig
 from ..plotting import plot_score_map, save_figure
@@ -23,7 +24,7 @@ from ..sharing.pictures import write_pictures
 from ..storage.export import export_bf16, export_mamba_ssm, export_sharded, export_uniform, in_one_dtype
 from ..storage.files import check_new, folder_aside, write_json
 from ..storage.history import HISTORY_FILE, History, load_history, save_history
-from ..storage.loading import load_language_model, local_folder
+from ..storage.loading import language_model_without_weights, load_language_model, local_folder
 from .environment import env_report
 from .options import add_config_options, config_from
 from .text import TEXT_UNIT_HELP, TEXT_UNITS, token_batches
@@ -35,6 +36,7 @@ DESCRIPTION = """Find out what the states of a model do, remove those that do li
 MODEL is a folder, or the name of a repository on the Hub; in the format of Transformers or of the original mamba_ssm.
 """
 EXAMPLES = """examples:
+  hf-compressm estimate nvidia/Nemotron-H-8B-Base-8K --target-state-size 16
   hf-compressm analyze runs/mamba --text my.txt --loss-budget 0.01
   hf-compressm compress state-spaces/mamba-130m-hf small --text my.txt --loss-budget 0.02
   hf-compressm export small padded --to uniform --state-size 16
@@ -42,6 +44,9 @@ EXAMPLES = """examples:
   hf-compressm env
 
 exit codes: 0 done, 2 bad input (nothing was changed), 1 the work or the Hub failed, 130 interrupted"""
+ESTIMATE_HELP = """Say how much memory an analysis of MODEL would take, and how often it would run the model, from
+its config alone: no weight is loaded, or fetched from the Hub. What the forward pass of a batch takes for itself
+depends on the kernels and is not told; with a goal for which sizes are searched (--loss-budget) there are more."""
 EXPORT_HELP = """Write MODEL in the form that another tool wants, into the new folder OUTPUT. The logits are compared
 with those of MODEL before anything is called done.
 
@@ -68,6 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def run_estimate(options: argparse.Namespace) -> None:
+    """Show what an analysis would take, from the config alone."""
+    config = config_from(options)
+    model = language_model_without_weights(options.model)
+    print(analysis_cost(state_layers(model), config, options.batch_size, options.length))
 
 
 def run_analyze(options: argparse.Namespace) -> None:
@@ -182,7 +194,10 @@ def _analyzed(
         _check_ids(batches, tokenizer, model)
         progress.update()
         progress.set_description(f"analysing {len(state_sizes(model))} layers")
-        report = analyze(model.to(options.device), batches, config)
+        model = model.to(options.device)
+        cost = analysis_cost(state_layers(model), config, options.batch_size, options.length)
+        progress.write(f"{cost}\n{cost.time(seconds_per_pass(model, batches[0]))}", sys.stderr)
+        report = analyze(model, batches, config)
         progress.update()
     return model, report
 
@@ -213,13 +228,19 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    estimate = command("estimate", run_estimate, description=ESTIMATE_HELP)
     analysis = command("analyze", run_analyze, description="Find out what each layer's states do; nothing is changed.")
     reduction = command("compress", run_compress, description="Reduce a trained model, without training.")
     for added in (analysis, reduction):
         added.add_argument("model", metavar="MODEL")
         if added is reduction:
             added.add_argument("output", type=Path, metavar="OUTPUT", help="new folder for the reduced model")
-        _add_analysis_options(added)
+        _add_text_options(added)
+    estimate.add_argument("model", metavar="MODEL")
+    for added in (estimate, analysis, reduction):
+        added.add_argument("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
+        added.add_argument("--batch-size", type=int, default=4, help="sequences per batch (default: %(default)s)")
+        add_config_options(added)
     analysis.add_argument("--output", type=Path, help="folder for analysis.json and scores.png")
 
     export = command("export", run_export, description=EXPORT_HELP)
@@ -243,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     text = parser.add_argument_group("text")
     text.add_argument("--text", required=True, help="calibration text: a .txt, .jsonl or .parquet file, or a dataset")
@@ -251,9 +272,6 @@ def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
     unit = f"{TEXT_UNIT_HELP} (default: %(default)s)"
     text.add_argument("--text-unit", choices=TEXT_UNITS, default=TEXT_UNITS[0], help=unit)
     text.add_argument("--tokenizer", help="folder or name (default: the model's own)")
-    text.add_argument("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
-    text.add_argument("--batch-size", type=int, default=4, help="sequences per batch (default: %(default)s)")
-    add_config_options(parser)
 
 
 if __name__ == "__main__":

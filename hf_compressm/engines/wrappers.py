@@ -49,7 +49,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         )
     if len(devices) > 1 or "mps" in {device.type for device in devices}:
         raise ValueError(
-            f"the model is on {sorted(map(str, devices))}: use one CPU or CUDA device (float64 is needed)."
+            f"the model is on {sorted(map(str, devices))}: use one CPU or CUDA device (float64 is needed); where it "
+            "does not fit, FSDP2 in several processes."
         )
     if is_sharded(model):
         reshard(model)

@@ -30,11 +30,16 @@ def local_folder(name: str | Path, revision: str | None = None, token: str | Non
     Raises:
         FileNotFoundError: `name` is neither a folder nor the name of a repository.
     """
+    _check_name(name)
     if Path(name).is_dir():
         return Path(name)
-    if str(name).count("/") != 1 or Path(name).exists() or str(name).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name} is neither a folder nor the name of a repository (user/name).")
     return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=NEEDED))
+
+
+def _check_name(name: str | Path) -> None:
+    is_name = str(name).count("/") == 1 and not Path(name).exists() and not str(name).startswith((".", "/", "~"))
+    if not (Path(name).is_dir() or is_name):
+        raise FileNotFoundError(f"{name} is neither a folder nor the name of a repository (user/name).")
 
 
 def load_language_model(folder: str | Path) -> PreTrainedModel:
@@ -70,6 +75,25 @@ def load_language_model(folder: str | Path) -> PreTrainedModel:
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{folder}: {name} holds NaN or Inf; take a checkpoint from before training diverged.")
     return model.eval()
+
+
+def language_model_without_weights(name: str | Path) -> PreTrainedModel:
+    """Make the model that a config describes on the meta device, where it takes no memory.
+
+    Args:
+        name: a folder, or a repository on the Hub, of which nothing but the `config.json` is read.
+
+    Raises:
+        FileNotFoundError: `name` is neither a folder nor the name of a repository.
+        ValueError: there is no such config, or Transformers has no language model for it.
+    """
+    _check_name(name)
+    try:
+        config = AutoConfig.from_pretrained(name, **TRUST)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=config.dtype, **TRUST)
+    except Exception as error:  # of any kind: Transformers takes whatever values are there
+        raise ValueError(f"{name} has no config of a language model of Transformers ({error}).") from error
 
 
 def _check_own_weights(folder: Path, config: dict) -> None:

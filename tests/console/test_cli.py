@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from hf_compressm.console.cli import main
 from hf_compressm.storage.history import load_history
 from hf_compressm.storage.loading import load_language_model
 
-COMMANDS = ("analyze", "compress", "export", "push", "env")
+COMMANDS = ("estimate", "analyze", "compress", "export", "push", "env")
 SMALL = ["--length", "32", "--calibration-batches", "4"]
 
 
@@ -40,12 +41,27 @@ def test_the_real_command_analyzes_and_a_bad_one_says_so(models, text, tmp_path)
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "layer" in done.stdout and "reading the text" in done.stderr and "Traceback" not in done.stderr
+    assert "Memory in GB: weights" in done.stderr and "A forward pass takes" in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["analysis"] and contents(models) == before
     command = "import sys; from hf_compressm.console.cli import main; sys.exit(main())"
     bad = run_program(command, "analyze", tmp_path / "none", *text, "--output", tmp_path / "bad", check=False)
     assert bad.returncode == 2 and bad.stdout == "" and "Traceback" not in bad.stderr
     assert bad.stderr.splitlines()[-1].startswith(f"hf-compressm analyze: {tmp_path / 'none'} is neither a folder nor")
     assert sorted(os.listdir(tmp_path)) == ["analysis"]
+
+
+def test_an_estimate_needs_nothing_but_a_config(models, tmp_path, capsys):
+    shutil.copy(models / "whole" / "config.json", tmp_path)
+    assert run("estimate", tmp_path, "--target-state-size", 4, *SMALL) == 0
+    printed = capsys.readouterr().out
+    parameters = load_language_model(models / "whole").num_parameters()
+    assert f"{LAYERS} layers with a state, {parameters:,} parameters; 4 batches of 128 tokens." in printed
+    assert run("estimate", tmp_path / "none", "--target-state-size", 4) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"hf-compressm estimate: {tmp_path / 'none'} is neither a folder nor the name")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert run("estimate", tmp_path, "--target-state-size", 4) == 2
+    assert "cannot resize the state of model type 'bert'" in capsys.readouterr().err
 
 
 def test_analyze_prints_a_table_and_writes_json_and_a_picture(models, text, tmp_path, capsys):

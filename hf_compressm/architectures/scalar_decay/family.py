@@ -215,6 +215,13 @@ class ScalarDecayFamily(Family):
             raise ValueError(f"config.json has {field} = {value!r}; allowed: a whole number from 1.")
         return value
 
+    def refit_values(self, config: Mapping, size: int) -> int:
+        """Return those that `in_proj` is given and gives, and those that the convolution makes of x, B and C."""
+        inner, groups = self.values_per_state(config), self.count_of_config(config, self.groups_field)
+        return (
+            config["hidden_size"] + 3 * inner + 4 * groups * size + 2 * self.count_of_config(config, self.heads_field)
+        )
+
     def convolution_values(self, config: Mapping, size: int) -> int:
         """Return (heads · p + 2 G N) (k - 1): the convolution of k taps runs over x, B and C."""
         channels = self.values_per_state(config) + 2 * self.count_of_config(config, self.groups_field) * size

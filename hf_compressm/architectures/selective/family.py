@@ -89,3 +89,7 @@ class SelectiveFamily(Family):
             rows[dropped], rows[kept_states] = 0, values
         whole.A_log[:, kept_states] = after.A_log
         return {path: value for path, value in changed.items() if not torch.equal(value, tensors[path])}
+
+    def refit_values(self, config: Mapping, size: int) -> int:
+        """Return 4 D: those of u and Δ, and what `in_proj` gives, of which the gate is a view."""
+        return 4 * self.values_per_state(config)
