@@ -204,17 +204,6 @@ class ScalarDecayFamily(Family):
         """Return heads · p: each channel of each head has one number for each state."""
         return self.count_of_config(config, self.heads_field) * self.count_of_config(config, self.head_dim_field)
 
-    def count_of_config(self, config: Mapping, field: str) -> int:
-        """Return a number from the content of a `config.json`.
-
-        Raises:
-            ValueError: it is no positive whole number, or missing.
-        """
-        value = config.get(field)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"config.json has {field} = {value!r}; allowed: a whole number from 1.")
-        return value
-
     def convolution_values(self, config: Mapping, size: int) -> int:
         """Return (heads · p + 2 G N) (k - 1): the convolution of k taps runs over x, B and C."""
         channels = self.values_per_state(config) + 2 * self.count_of_config(config, self.groups_field) * size
