@@ -22,10 +22,6 @@ from datasets import Dataset
 from safetensors.torch import save_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
@@ -138,29 +134,9 @@ def build_model(seed: int = 0, **changes) -> MambaForCausalLM:
     return MambaForCausalLM(MambaConfig(**(sizes | changes)))
 
 
-TOKENS = {"vocab_size": VOCABULARY, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-@from_origin
-def build_mamba2(seed: int = 0, **changes) -> Mamba2ForCausalLM:
-    """A small Mamba-2, of two heads for each B and C; its states count for something."""
-    set_seed(seed)
-    sizes = {"num_hidden_layers": LAYERS, "state_size": STATE_SIZE, "num_heads": 4, "head_dim": 16, "n_groups": 2}
-    return _with_states_that_count(Mamba2ForCausalLM(Mamba2Config(**(TOKENS | sizes | {"chunk_size": 16} | changes))))
-
-
-@from_origin
-def build_bamba(seed: int = 0, **changes) -> BambaForCausalLM:
-    """A small hybrid: attention between two layers like those of `build_mamba2`."""
-    set_seed(seed)
-    sizes = {"num_hidden_layers": 3, "mamba_d_state": STATE_SIZE, "mamba_n_heads": 4, "mamba_n_groups": 2}
-    attention = {"attn_layer_indices": [1], "num_attention_heads": 4, "num_key_value_heads": 2}
-    options = sizes | attention | {"intermediate_size": 48, "mamba_chunk_size": 16}
-    return _with_states_that_count(BambaForCausalLM(BambaConfig(**(TOKENS | options | changes))))
-
-
 @torch.no_grad()
-def _with_states_that_count(model: PreTrainedModel) -> PreTrainedModel:
+def with_states_that_count(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with larger projections: with those of the initialiser states hardly matter."""
     for name, parameter in model.named_parameters():
         if "in_proj" in name or "out_proj" in name:
             parameter *= 4

@@ -1,13 +1,10 @@
 """Small models with layers of Mamba-2's kind, of every family that has them, plain and balanced."""
 
+from functools import partial
+
 import torch
-from conftest import VOCABULARY, from_origin
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    set_seed,
-)
+from conftest import VOCABULARY, from_origin, with_states_that_count
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
 from hf_compressm.architectures.scalar_decay import balanced  # noqa: F401, for the Auto classes
 
@@ -37,19 +34,24 @@ CONFIGS = {
 }
 
 
+def config_of(model_type: str, **changes) -> PreTrainedConfig:
+    """What a small model of the family has, or of its balanced class, and changes."""
+    return AutoConfig.for_model(model_type, **(CONFIGS[model_type.removeprefix("compressm_")] | changes))
+
+
 @from_origin
 def build_scalar_decay(seed: int = 0, model_type: str = "mamba2", **changes) -> PreTrainedModel:
     """Build a model of a family, or of its balanced class with a state of 12; its states count for something."""
     set_seed(seed)
-    plain = model_type.removeprefix("compressm_")
-    if plain != model_type:
+    if model_type.startswith("compressm_"):
         changes = {"balanced_state_size": 12} | changes
-    config = AutoConfig.for_model(model_type, **(CONFIGS[plain] | changes))
-    model = AutoModelForCausalLM.from_config(config)
+    model = with_states_that_count(AutoModelForCausalLM.from_config(config_of(model_type, **changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "in_proj" in name or "out_proj" in name:
-                parameter *= 4
             if "B_proj" in name or "C_proj" in name:
                 parameter += 0.2 * torch.randn(parameter.shape)
     return model
+
+
+build_mamba2 = partial(build_scalar_decay, model_type="mamba2")
+build_bamba = partial(build_scalar_decay, model_type="bamba")

@@ -26,11 +26,13 @@ def collect_statistics(
     layers: StateLayers, batches: list[Batch]
 ) -> dict[int, Statistics] | dict[int, tuple[Statistics, ...]]:
     """Return layer → `Statistics` over the batches, or those of each head, from forward passes in eval mode."""
-    family, statistics, weights = layers.family, empty_statistics(layers), {}
+    family, statistics, weights = layers.family, {}, {}
     for index, mixer in layers.items():
-        output_projection = attrgetter(family.output_projection)(mixer)  # it may be parametrized
+        decay, output_projection = attrgetter(family.decay, family.output_projection)(mixer)  # it may be parametrized
+        of_heads = [Statistics.empty(*decay.shape[-2:], device=decay.device) for _ in range(family.scans(mixer))]
+        statistics[index] = tuple(of_heads) if decay.ndim == 3 else of_heads[0]
         weight = full_tensor(output_projection.detach()).double().square().sum(0)
-        weights[index] = weight.view(family.scans(mixer), -1)
+        weights[index] = weight.view(len(of_heads), -1)
     heads = {index: cycle(range(len(of_layer))) for index, of_layer in weights.items()}
 
     def observe(index: int, mask: Tensor | None, *arguments):
@@ -40,16 +42,6 @@ def collect_statistics(
         return y, last_state
 
     observe_layers(layers, batches, {}, observe)
-    return statistics
-
-
-def empty_statistics(layers: StateLayers) -> dict[int, Statistics] | dict[int, tuple[Statistics, ...]]:
-    """Return layer → `Statistics` over nothing, or those of each head, on the device of the layer."""
-    family, statistics = layers.family, {}
-    for index, mixer in layers.items():
-        decay = attrgetter(family.decay)(mixer)
-        of_heads = [Statistics.empty(*decay.shape[-2:], device=decay.device) for _ in range(family.scans(mixer))]
-        statistics[index] = tuple(of_heads) if decay.ndim == 3 else of_heads[0]
     return statistics
 
 

@@ -15,8 +15,11 @@ from .collate import Batch
 
 def collect_group_statistics(layers: StateLayers, batches: list[Batch]) -> dict[int, GroupStatistics]:
     """Return layer → `GroupStatistics` over the batches, from forward passes of a model in eval mode."""
-    statistics = empty_group_statistics(layers)
-    weights = {index: layers.family.channel_weights(mixer) for index, mixer in layers.items()}
+    family, statistics, weights = layers.family, {}, {}
+    for index, mixer in layers.items():
+        device = mixer.in_proj.weight.device
+        statistics[index] = GroupStatistics.empty(family.groups(mixer), family.state_size(mixer), device)
+        weights[index] = family.channel_weights(mixer)
 
     def observe(index: int, inputs: GroupLayerInputs, y: Tensor) -> None:
         of_layer, (_, scan, gate, mask) = statistics[index], inputs
@@ -28,15 +31,6 @@ def collect_group_statistics(layers: StateLayers, batches: list[Batch]) -> dict[
 
     observe_group_layers(layers, batches, {}, observe)
     return statistics
-
-
-def empty_group_statistics(layers: StateLayers) -> dict[int, GroupStatistics]:
-    """Return layer → `GroupStatistics` over nothing, on the device of the layer."""
-    family, empty = layers.family, GroupStatistics.empty
-    return {
-        index: empty(family.groups(mixer), family.state_size(mixer), mixer.in_proj.weight.device)
-        for index, mixer in layers.items()
-    }
 
 
 def group_layer_inputs(

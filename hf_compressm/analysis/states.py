@@ -10,9 +10,8 @@ from ..architectures.time_invariant.family import TimeInvariantFamily
 from ..config import CompreSSMConfig
 from ..theory.plan import Plan
 from ..theory.selective import heads_of
-from .activations import collect_statistics, empty_statistics
 from .collate import Batch
-from .group_statistics import collect_group_statistics, empty_group_statistics
+from .measured import MeasuredAnalysis
 from .objective import Objective
 from .scalar_decay import ScalarDecayAnalysis
 from .selective import SelectiveAnalysis
@@ -65,21 +64,24 @@ def analyze_states(
     """Make the analysis that the architecture asks for, of a model in eval mode."""
     if isinstance(layers.family, TimeInvariantFamily):
         return TimeInvariantAnalysis(layers, config)
-    kind = ScalarDecayAnalysis if isinstance(layers.family, ScalarDecayFamily) else SelectiveAnalysis
-    return kind(layers, batches, config, objective, held_out)
+    return _measured(layers)(layers, batches, config, objective, held_out)
 
 
 def sampled_positions(layers: StateLayers, batches: list[Batch]) -> dict[int, int]:
     """Return layer → at how many positions its states are sampled in forward passes of a model in eval mode."""
-    if isinstance(layers.family, ScalarDecayFamily):
-        return {index: int(each.samples) for index, each in collect_group_statistics(layers, batches).items()}
-    return {index: int(heads_of(each)[0].tokens) for index, each in collect_statistics(layers, batches).items()}
+    return {
+        index: int(heads_of(each)[0].samples) for index, each in _measured(layers).collect(layers, batches).items()
+    }
 
 
 def statistics_bytes(layers: StateLayers) -> int:
     """Return how much memory the statistics of all layers take; the model may lie on the meta device."""
     if not layers.family.needs_data:
         return 0
-    empty = empty_group_statistics if isinstance(layers.family, ScalarDecayFamily) else empty_statistics
-    sums = (each for of_layer in empty(layers).values() for each in heads_of(of_layer))
+    of_nothing = _measured(layers).collect(layers, [])
+    sums = (each for of_layer in of_nothing.values() for each in heads_of(of_layer))
     return sum(tensor.nbytes for each in sums for tensor in vars(each).values())
+
+
+def _measured(layers: StateLayers) -> type[MeasuredAnalysis]:
+    return ScalarDecayAnalysis if isinstance(layers.family, ScalarDecayFamily) else SelectiveAnalysis

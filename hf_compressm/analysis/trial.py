@@ -13,8 +13,8 @@ from .calibration import undisturbed
 from .checks import can_measure_losses, split_batches
 from .collate import Batch
 from .losses import mean_loss
+from .measured import check_tokens
 from .objective import Loss, Objective
-from .selective import check_tokens
 from .states import sampled_positions
 
 

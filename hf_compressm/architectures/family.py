@@ -310,6 +310,17 @@ class Family(ABC):
         """Return how many past inputs of its convolution a layer of N = `size` keeps of a sequence; 0: not told."""
         return 0
 
+    def count_of_config(self, config: Mapping, field: str) -> int:
+        """Return a number from the content of a `config.json`.
+
+        Raises:
+            ValueError: it is no positive whole number, or missing.
+        """
+        value = config.get(field)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json has {field} = {value!r}; allowed: a whole number from 1.")
+        return value
+
     def parameters_per_state(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> int:
         """Return how many parameters each state of a layer has, from the shapes of its state tensors, by path.
 

@@ -113,7 +113,8 @@ def run_compress(options: argparse.Namespace) -> None:
         write_model_card(folder, options.output.name, CardDetails(base_model=base))
     if not report.is_cut:
         print("Nothing could be cut within this goal; the model was saved as it was.")
-    print(f"Saved in {options.output}: N = {sorted(set(state_sizes(model).values()))}")
+    sizes = sorted(set(state_sizes(model).values()))
+    print(f"Saved in {options.output}: N = {', '.join(map(str, sizes))}")
 
 
 def run_export(options: argparse.Namespace) -> None:

@@ -54,6 +54,11 @@ class Statistics:
         shapes = [(), (N,), (N,), (N, N), *[(D, N)] * 4, (N,), (D, N), *[(S, N, N)] * 3]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
+    @property
+    def samples(self) -> Tensor:
+        """Return the number of tokens at which states were sampled, which is all that there are."""
+        return self.tokens
+
     def merge(self, other: "Statistics") -> "Statistics":
         """Return the sums over both sets of tokens."""
         return Statistics(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

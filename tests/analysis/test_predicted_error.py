@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_bamba, build_lru, build_mamba2, build_model
+from conftest import build_lru, build_model
+from scalar_decay_models import build_bamba, build_mamba2
 
 from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.analysis.scalar_decay import ScalarDecayAnalysis

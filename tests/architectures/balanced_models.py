@@ -6,86 +6,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import scalar_decay_models
 import torch
-import transformers
-from conftest import from_origin
+from conftest import STATE_SIZE, from_origin
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, set_seed
 
 from hf_compressm.architectures.scalar_decay.balanced import BALANCED_CLASSES, BalancedMixer, balance_modules
 
-N, GROUPS = 8, 2
-SIZES = {"vocab_size": 64, "hidden_size": 32, "eos_token_id": None, "pad_token_id": 0}
+N, GROUPS = STATE_SIZE, 2
+SIZES = {"vocab_size": 64, "eos_token_id": None}
 STRONG = {"initializer_range": 0.2}  # as large as in trained models: with the default 0.02 the states hardly matter
-ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-MIXER = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": GROUPS, "mamba_d_state": N, "mamba_chunk_size": 8}
 MULTIPLIERS = {"ssm_in_multiplier": 1.3, "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 0.7]}
-FALCON = {"num_hidden_layers": 2, "mamba_d_ssm": 64, **ATTENTION, **MIXER, **MULTIPLIERS}
 NO_CLAMP = {"time_step_min": 1e-6, "time_step_max": 10.0}  # the chunk scan clamps Δ, the one-step update does not
-# Layers with a state have gaps between them, where the family allows it.
+# Case → what its config says beside that of the small model of its family.
 CASES = {
-    "mamba2": (
-        "Mamba2",
-        {"num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": N, "n_groups": GROUPS, "chunk_size": 8},
-    ),
-    "bamba": ("Bamba", {"num_hidden_layers": 3, "attn_layer_indices": [1], **ATTENTION, **MIXER}),
-    "falcon_h1": ("FalconH1", {**FALCON, "mamba_rms_norm": False}),
-    "falcon_h1_norm": ("FalconH1", {**FALCON, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
-    "granitemoehybrid": (
-        "GraniteMoeHybrid",
-        {
-            "num_hidden_layers": 3,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "num_local_experts": 2,
-            "num_experts_per_tok": 2,
-            "shared_intermediate_size": 32,
-            **ATTENTION,
-            **MIXER,
-        },
-    ),
-    "nemotron_h": (
-        "NemotronH",
-        {
-            "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 16,
-            "ssm_state_size": N,
-            "n_groups": GROUPS,
-            "chunk_size": 8,
-            "head_dim": 8,
-            "n_routed_experts": 2,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "moe_shared_expert_intermediate_size": 24,
-            **ATTENTION,
-            **NO_CLAMP,
-        },
-    ),
-    "zamba2": (
-        "Zamba2",
-        {
-            "num_hidden_layers": 3,
-            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-            "num_attention_heads": 4,
-            "n_mamba_heads": 4,
-            "mamba_ngroups": GROUPS,
-            "mamba_d_state": N,
-            "chunk_size": 8,
-            **NO_CLAMP,
-        },
-    ),
+    "mamba2": {},
+    "bamba": {},
+    "falcon_h1": {**MULTIPLIERS, "mamba_rms_norm": False},
+    "falcon_h1_norm": {**MULTIPLIERS, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    "granitemoehybrid": {"num_experts_per_tok": 2},
+    "nemotron_h": {**NO_CLAMP, "num_experts_per_tok": 2},
+    "zamba2": NO_CLAMP,
 }
 
 
-def config_of(case: str, **changes):
-    name, sizes = CASES[case]
-    return getattr(transformers, f"{name}Config")(**(SIZES | STRONG | sizes | changes))
+def config_of(case: str, **changes) -> PreTrainedConfig:
+    given = SIZES | STRONG | CASES[case] | changes
+    return scalar_decay_models.config_of(case.removesuffix("_norm"), **given)
 
 
 def new(case: str, **changes) -> PreTrainedModel:
     """A model of Transformers with the weights that its initialiser gives, in evaluation mode."""
     set_seed(0)
-    return getattr(transformers, f"{CASES[case][0]}ForCausalLM")(config_of(case, **changes)).eval()
+    return AutoModelForCausalLM.from_config(config_of(case, **changes)).eval()
 
 
 @torch.no_grad()

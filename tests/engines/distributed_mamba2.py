@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import build_mamba2
 from datasets import load_from_disk
 from distributed_training import NEVER_CUT, SHARDED, WRAPPED, check_engine, train
+from scalar_decay_models import build_mamba2
 
 from hf_compressm import install_scan
 from hf_compressm.architectures import state_layers

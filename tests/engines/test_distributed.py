@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from compared_runs import PROCESSES, launching, running_alone
 from conftest import ROOT, assert_identical, build_model, weights_of
 from distributed_loop import (
     batches_of,
@@ -21,39 +22,11 @@ from distributed_loop import (
 from distributed_training import ENGINES, SLOW, train
 from processes import run_in_processes
 
-PROCESSES = 2
 TRAINING, LOOP = (ROOT / "tests" / "engines" / f"distributed_{name}.py" for name in ("training", "loop"))
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory, dataset):
-    """(engine, whether those that are slow) → the folder in which its variants have run, all in one launch."""
-    folders = {}
-
-    def run(engine: str, slow: bool = False):
-        if (engine, slow) not in folders:
-            folder = folders[engine, slow] = tmp_path_factory.mktemp(engine)
-            dataset.save_to_disk(folder / "dataset")
-            variants = [name for name in ENGINES[engine] if (name in SLOW[engine]) == slow]
-            run_in_processes(PROCESSES, TRAINING, folder, engine, *variants)
-        return folders[engine, slow]
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, dataset):
-    """Options → the weights after each step of one process; options of an engine make no difference to it."""
-    runs = {}
-
-    def run(options: dict):
-        options = {k: v for k, v in options.items() if not k.startswith(("ddp_", "fsdp"))}
-        if str(options) not in runs:
-            runs[str(options)] = train(tmp_path_factory.mktemp("alone"), dataset, **options)[1]
-        return runs[str(options)]
-
-    return run
-
+launched = launching(TRAINING, ENGINES, lambda engine, variant: variant in SLOW[engine])
+alone = running_alone()
 
 BOUNDS = {"bf16": 2e-3, "fp16 hook": 5e-3, "compiled": 2e-6}  # the compiler takes sums in an order of its own
 VARIANTS = [

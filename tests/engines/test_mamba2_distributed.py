@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from compared_runs import PROCESSES, launching, running_alone
 from conftest import ROOT, STATE_SIZE, assert_identical
 from distributed_mamba2 import DEFAULTS, ENGINES
-from distributed_training import train
 from processes import run_in_processes
 
 from hf_compressm import prepare
 from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes
 
-PROCESSES = 2
 SCRIPT = ROOT / "tests" / "engines" / "distributed_mamba2.py"
 BOTH = ("axis", "balanced")
 IN_CI = (*BOTH, "never axis", "never balanced", "no callback", "sharded")
@@ -26,20 +25,8 @@ def slow_unless_in_ci(engine: str, variant: str):
     return pytest.param(engine, variant, marks=() if variant in IN_CI else pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory, dataset):
-    """(engine, whether those that are slow) → the folder in which its variants have run, all in one launch."""
-    folders = {}
-
-    def run(engine: str, slow: bool = False):
-        if (engine, slow) not in folders:
-            folder = folders[engine, slow] = tmp_path_factory.mktemp(engine)
-            dataset.save_to_disk(folder / "dataset")
-            variants = [name for name in ENGINES[engine] if (name not in IN_CI) == slow]
-            run_in_processes(PROCESSES, SCRIPT, folder, engine, *variants)
-        return folders[engine, slow]
-
-    return run
+launched = launching(SCRIPT, ENGINES, lambda engine, variant: variant not in IN_CI)
+alone = running_alone(DEFAULTS, without=("ddp_", "fsdp", "save_"))
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +41,6 @@ def resumed(launched):
             names = [f"{variant}@{step}" for variant, steps in RESUMED[engine].items() for step in steps]
             run_in_processes(PROCESSES, SCRIPT, folder, engine, *names)
         return folder
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, dataset):
-    """Options → the weights after each step of one process; options of an engine make no difference to it."""
-    runs = {}
-
-    def run(options: dict):
-        options = {k: v for k, v in options.items() if not k.startswith(("ddp_", "fsdp", "save_"))}
-        if str(options) not in runs:
-            runs[str(options)] = train(tmp_path_factory.mktemp("alone"), dataset, **DEFAULTS | options)[1]
-        return runs[str(options)]
 
     return run
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_mamba2
+from scalar_decay_models import build_mamba2
 
 from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.plotting import plot_event_spectra, plot_score_map, plot_spectra, save_figure

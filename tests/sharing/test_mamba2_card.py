@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import build_bamba, build_mamba2, build_model, build_trainer
+from conftest import build_model, build_trainer
 from hub_fixtures import NAME, check_card
 from huggingface_hub import snapshot_download
+from scalar_decay_models import build_bamba, build_mamba2
 from transformers import AutoModelForCausalLM
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import build_mamba2
 from safetensors.torch import load_file, save_file
+from scalar_decay_models import build_mamba2
 
 from hf_compressm.architectures import state_sizes
 from hf_compressm.architectures.scalar_decay.balanced import BALANCED_CLASSES

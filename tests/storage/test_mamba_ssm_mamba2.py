@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from conftest import assert_identical, build_bamba, build_mamba2
+from conftest import assert_identical
+from scalar_decay_models import build_bamba, build_mamba2
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from hf_compressm import CompreSSMConfig, analyze, compress

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_mamba2
+from scalar_decay_models import build_mamba2
 from test_all_or_nothing import (
     assert_all_or_nothing,
     batch,  # noqa: F401, a fixture

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_identical, build_mamba2, train_steps, weights_of
+from conftest import assert_identical, train_steps, weights_of
+from scalar_decay_models import build_mamba2
 
 from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups, prepare
 from hf_compressm.architectures import state_layers, state_sizes

@@ -12,9 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-from conftest import build_mamba2, build_model, build_trainer, weights_of
+from conftest import build_model, build_trainer, weights_of
 from datasets import load_from_disk
 from safetensors.torch import save_file
+from scalar_decay_models import build_mamba2
 from trainer_callbacks import cutting_callback
 from transformers import TrainerCallback
 

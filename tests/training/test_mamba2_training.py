@@ -5,17 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import (
-    LAYERS,
-    STATE_SIZE,
-    assert_identical,
-    build_bamba,
-    build_mamba2,
-    build_trainer,
-    losses_of,
-    random_state,
-    weights_of,
-)
+from conftest import LAYERS, STATE_SIZE, assert_identical, build_trainer, losses_of, random_state, weights_of
+from scalar_decay_models import build_bamba, build_mamba2
 from torch.optim.swa_utils import AveragedModel
 from trainer_callbacks import SnapshotAndRestore, WorseAt
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator

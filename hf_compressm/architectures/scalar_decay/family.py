@@ -204,23 +204,11 @@ class ScalarDecayFamily(Family):
         """Return heads · p: each channel of each head has one number for each state."""
         return self.count_of_config(config, self.heads_field) * self.count_of_config(config, self.head_dim_field)
 
-    def count_of_config(self, config: Mapping, field: str) -> int:
-        """Return a number from the content of a `config.json`.
-
-        Raises:
-            ValueError: it is no positive whole number, or missing.
-        """
-        value = config.get(field)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"config.json has {field} = {value!r}; allowed: a whole number from 1.")
-        return value
-
     def refit_values(self, config: Mapping, size: int) -> int:
         """Return those that `in_proj` is given and gives, and those that the convolution makes of x, B and C."""
-        inner, groups = self.values_per_state(config), self.count_of_config(config, self.groups_field)
-        return (
-            config["hidden_size"] + 3 * inner + 4 * groups * size + 2 * self.count_of_config(config, self.heads_field)
-        )
+        inner = self.values_per_state(config)
+        heads, groups = (self.count_of_config(config, field) for field in (self.heads_field, self.groups_field))
+        return config["hidden_size"] + 3 * inner + 4 * groups * size + 2 * heads
 
     def convolution_values(self, config: Mapping, size: int) -> int:
         """Return (heads · p + 2 G N) (k - 1): the convolution of k taps runs over x, B and C."""

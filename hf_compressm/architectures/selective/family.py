@@ -28,6 +28,7 @@ class SelectiveFamily(Family):
     Attributes:
         decay: path of the parameter that holds log(-A), (D, N), or (heads, D, N).
         output_projection: path of the weight that mixes the D channels, (hidden, D).
+        convolution_field: the field of the config that holds the length of the convolution, or None without one.
     """
 
     needs_data = True
@@ -37,6 +38,7 @@ class SelectiveFamily(Family):
     criteria = tuple(CRITERIA)
     decay: str
     output_projection: str
+    convolution_field: str | None = None
 
     @abstractmethod
     def maps(self, tensors: Mapping[str, Tensor], mixer: nn.Module, size: int | None = None) -> StateMaps:
@@ -64,6 +66,12 @@ class SelectiveFamily(Family):
         Returns:
             (maps, inputs) → (batch, hidden, L), differentiable in the maps.
         """
+
+    def convolution_values(self, config: Mapping, size: int) -> int:
+        """Return D (k - 1): the convolution of k taps runs over the D channels, whatever N is; 0 without one."""
+        if self.convolution_field is None:
+            return 0
+        return self.values_per_state(config) * (self.count_of_config(config, self.convolution_field) - 1)
 
     def reduce(self, entry: Selection, mixer: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         """Give the kept states, in place, the maps by which they make up for the dropped ones."""

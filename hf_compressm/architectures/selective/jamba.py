@@ -21,6 +21,7 @@ class JambaFamily(NormalisedMambaFamily):
     model_types = ("jamba",)
     mixer_class = "JambaMambaMixer"
     size_field = "mamba_d_state"
+    convolution_field = "mamba_d_conv"
     tensors = Mamba1Family.tensors | {
         "b_layernorm.weight": StateTensor(axis=0),
         "c_layernorm.weight": StateTensor(axis=0),

@@ -32,6 +32,7 @@ class Mamba1Family(SelectiveFamily):
     }
     decay = "A_log"
     output_projection = "out_proj.weight"
+    convolution_field = "conv_kernel"
     limits = LIMITS
 
     def check_mixer(self, mixer: nn.Module, index: int) -> None:

@@ -28,6 +28,7 @@ class ZambaFamily(SelectiveFamily):
     mixer_class = "ZambaMambaMixer"
     size_attribute = "ssm_state_size"
     size_field = "mamba_d_state"
+    convolution_field = "mamba_d_conv"
     tensors = {  # noqa: RUF012
         "x_proj_weight": StateTensor(axis=1, blocks=(Block("time_step_rank", per_state=0), Block("B"), Block("C"))),
         "A_log": StateTensor(axis=2),
