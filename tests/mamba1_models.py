@@ -1,7 +1,7 @@
 """Small models of Mamba-1's kin, of 512 tokens, and what their tests share."""
 
 import torch
-from conftest import from_origin
+from conftest import from_origin, train_steps
 from transformers import (
     FalconMambaConfig,
     FalconMambaForCausalLM,
@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
+from hf_compressm import parameter_groups
 from hf_compressm.architectures import state_layers
 from hf_compressm.theory.selective import heads_of
 
@@ -49,6 +50,12 @@ def build_zamba(seed: int = 0) -> ZambaForCausalLM:
 
 
 BUILDERS = {"falcon_mamba": build_falcon_mamba, "jamba": build_jamba, "zamba": build_zamba}
+
+
+def trained_on(model, batches):
+    """The model after a step on each batch, in evaluation mode."""
+    train_steps(model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3), batches)
+    return model.eval()
 
 
 @torch.no_grad()

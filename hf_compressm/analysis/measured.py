@@ -35,6 +35,7 @@ class MeasuredAnalysis(ABC):
         tokens: calibration tokens behind the statistics.
         criterion: the name of the score.
         score_power: 1 where the score is the amplitude of an error, 2 where it is the square of one.
+        gradients: computes, when first asked, layer → path → gradient for that state tensor.
         scores: layer → score of each state.
     """
 
@@ -62,9 +63,8 @@ class MeasuredAnalysis(ABC):
         self.tokens = int(parts[0].tokens)
         with raise_in_all_processes():
             check_tokens(min(int(part.samples) for part in parts))
-        # Of all layers, when first asked for.
-        self._gradients = cache(lambda: state_gradients(layers, batches, objective))
-        self._rank(criterion)
+        self.gradients = cache(lambda: state_gradients(layers, batches, objective))
+        self.rank(criterion)
         check_scores(self.scores)
 
     @staticmethod
@@ -73,23 +73,23 @@ class MeasuredAnalysis(ABC):
         """Return layer → sums over the batches, or those of each head, from forward passes in eval mode."""
 
     @abstractmethod
-    def _rank(self, criterion: Criterion | str) -> None:
+    def rank(self, criterion: Criterion | str) -> None:
         """Set the scores by a criterion, and what else plans are made of."""
 
     @abstractmethod
-    def _entry(self, index: int, size: int) -> PlanEntry:
+    def entry(self, index: int, size: int) -> PlanEntry:
         """Return what becomes of a layer that keeps so many states, before a refit."""
 
     @abstractmethod
-    def _refitted(self, plan: Plan) -> Plan:
+    def refit(self, plan: Plan) -> Plan:
         """Return the plan with its cut layers refitted, or the plan where that did not lower the loss."""
 
     def plan(self, sizes: dict[int, int]) -> Plan:
         """Return what is kept of each layer at these sizes; a plan is made once."""
         key = tuple(sizes[index] for index in self.scores)
         if key not in self._plans:
-            plan = {index: self._entry(index, sizes[index]) for index in self.scores}
-            self._plans[key] = self._refitted(plan) if self.config.refit and self.held_out else plan
+            plan = {index: self.entry(index, sizes[index]) for index in self.scores}
+            self._plans[key] = self.refit(plan) if self.config.refit and self.held_out else plan
         return self._plans[key]
 
 

@@ -29,7 +29,8 @@ class ScalarDecayAnalysis(MeasuredAnalysis):
 
     collect = staticmethod(collect_group_statistics)
 
-    def _rank(self, criterion: Criterion | str) -> None:
+    def rank(self, criterion: Criterion | str) -> None:
+        """Set P and Q, and the scores by σ or a criterion."""
         self.gramians = {index: statistics.gramians for index, statistics in self.statistics.items()}
         self._sigma = {index: group_singular_values(statistics) for index, statistics in self.statistics.items()}
         # All of a layer's, once: a loss budget asks for many sizes.
@@ -65,7 +66,7 @@ class ScalarDecayAnalysis(MeasuredAnalysis):
             tensors = layers.whole_tensors(index)
 
             def saliencies(index=index, mixer=mixer, tensors=tensors) -> Tensor:
-                return family.saliencies(mixer, tensors, self._gradients()[index])
+                return family.saliencies(mixer, tensors, self.gradients()[index])
 
             generator = seeded_generator(self.config.calibration_seed, index)
             magnitudes = family.magnitudes(mixer, tensors)
@@ -73,10 +74,12 @@ class ScalarDecayAnalysis(MeasuredAnalysis):
             scores[index] = state_scores(criterion, layer)
         return scores
 
-    def _entry(self, index: int, size: int) -> PlanEntry:
+    def entry(self, index: int, size: int) -> PlanEntry:
+        """Return what becomes of a layer, in the basis of its family."""
         return self._project(index, size) if self.is_balanced else self._select(index, size)
 
-    def _refitted(self, plan: Plan) -> Plan:
+    def refit(self, plan: Plan) -> Plan:
+        """Return the plan with its cut layers refitted, or the plan where that did not lower the loss."""
         return refitted_groups(self.layers, plan, self.gramians, self.objective, self.batches, self.held_out)
 
     def _select(self, index: int, size: int) -> GroupSelection:

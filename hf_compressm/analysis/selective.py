@@ -35,7 +35,8 @@ class SelectiveAnalysis(MeasuredAnalysis):
 
     collect = staticmethod(collect_statistics)
 
-    def _rank(self, criterion: Criterion | str) -> None:
+    def rank(self, criterion: Criterion | str) -> None:
+        """Set the scores by a criterion, the weights of the norms, and Π."""
         layers = self.layers
         self.compensate = self.config.compensate
         self.scores = {index: self._score(index, criterion) for index in layers}
@@ -74,7 +75,7 @@ class SelectiveAnalysis(MeasuredAnalysis):
             weights = [1, 1] if maps.norm_weights is None else [each.unsqueeze(1) for each in maps.norm_weights]
 
             def gradient_rows() -> tuple[Tensor, Tensor]:
-                of_maps = heads_of(layers.family.maps(self._gradients()[index], mixer))[head]
+                of_maps = heads_of(layers.family.maps(self.gradients()[index], mixer))[head]
                 return of_maps.B_rows / weights[0], of_maps.C_rows / weights[1]
 
             rows, statistics = (maps.B_rows * weights[0], maps.C_rows * weights[1]), heads_of(self.statistics[index])
@@ -82,7 +83,7 @@ class SelectiveAnalysis(MeasuredAnalysis):
 
         return like(of_layer, (score(*each) for each in enumerate(heads_of(of_layer))))
 
-    def _entry(self, index: int, size: int) -> Selection | HeadSelection:
+    def entry(self, index: int, size: int) -> Selection | HeadSelection:
         """Return the states of largest score, and how they make up for the others."""
         scores, generator = self.scores[index], seeded_generator(self.config.calibration_seed, index)
         kept = choose_states(scores, size, self.config.selection, generator)
@@ -90,7 +91,8 @@ class SelectiveAnalysis(MeasuredAnalysis):
             return self._selection(index, 0, kept)
         return HeadSelection(tuple(self._selection(index, *each) for each in enumerate(kept)))
 
-    def _refitted(self, plan: Plan) -> Plan:
+    def refit(self, plan: Plan) -> Plan:
+        """Return the plan with its cut layers refitted, or the plan where that did not lower the loss."""
         return refitted(self.layers, plan, self.covariances, self.objective, self.batches, self.held_out)
 
     def _selection(self, index: int, head: int, kept: Tensor) -> Selection:

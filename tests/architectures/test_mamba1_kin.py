@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_identical, train_steps, weights_of
-from mamba1_models import BUILDERS, first_half, logits_of
+from conftest import assert_identical, weights_of
+from mamba1_models import BUILDERS, first_half, logits_of, trained_on
 
-from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
+from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, uninstall_scan
 from hf_compressm.architectures import registry, state_layers
 from hf_compressm.architectures.selective.mamba_scan import MODULES
 from hf_compressm.surgery.adopt_sizes import adopt_checkpoint_sizes
@@ -21,8 +21,7 @@ def model(request):
 
 @pytest.fixture
 def trained(model, batches):
-    train_steps(model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3), batches)
-    return model.eval()
+    return trained_on(model, batches)
 
 
 def test_a_second_cut_composes(trained, batches):
@@ -75,7 +74,7 @@ def test_the_scan_is_installed_in_it_and_changes_nothing(model, batches):
 
 def test_weights_that_come_in_parts_are_adopted(model, batches):
     target = copy.deepcopy(model)
-    train_steps(model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3), batches[:2])
+    trained_on(model, batches[:2])
     compress(model, analyze(model, batches, CompreSSMConfig(target_state_size=6)))
     weights = weights_of(model)
     endings = ("x_proj.weight", "x_proj_weight", "A_log", "layernorm.weight")

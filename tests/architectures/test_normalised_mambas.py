@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import train_steps
-from mamba1_models import BUILDERS, build_jamba, first_half, logits_of, make_twins
+from mamba1_models import BUILDERS, build_jamba, first_half, logits_of, make_twins, trained_on
 
-from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
+from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.analysis.activations import layer_inputs
 from hf_compressm.analysis.output_fit import OutputError, fit_states
 from hf_compressm.analysis.refit import whole_maps
@@ -24,8 +23,7 @@ def model(request):
 
 @pytest.fixture
 def trained(model, batches):
-    train_steps(model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3), batches)
-    return model.eval()
+    return trained_on(model, batches)
 
 
 def test_what_a_smaller_norm_changes_is_made_up_for_exactly_where_it_can_be(model, batches):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import train_steps, weights_of
-from mamba1_models import build_zamba, logits_of, make_twins
+from mamba1_models import build_zamba, logits_of, make_twins, trained_on
 from transformers.optimization import Adafactor
 
 from hf_compressm import CompreSSMConfig, analyze, compress, parameter_groups
@@ -16,9 +16,7 @@ from hf_compressm.theory.plan import HeadSelection, Selection
 
 @pytest.fixture
 def zamba(batches):
-    model = build_zamba()
-    train_steps(model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3), batches)
-    return model.eval()
+    return trained_on(build_zamba(), batches)
 
 
 def test_each_head_keeps_its_own_states_and_they_make_up_for_its_dropped_ones(batches):

@@ -1,202 +1,40 @@
-"""A change of sizes happens as a whole or not at all, whatever line of it an exception comes from.
+"""A change of sizes happens as a whole or not at all, whatever line of it an exception comes from."""
 
-The exception is raised by a tracer at every line that runs, one after the other, as Ctrl+C may raise one.
-"""
-
-import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import assert_identical, build_lru, build_model, weights_of
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from conftest import build_lru, build_model
+from interruptions import (
+    BATCH,
+    SIZES,
+    assert_all_or_nothing,
+    assert_cut_under_an_engine,
+    assert_cut_with_a_companion,
+    build,
+    counted,
+    cut,
+    sharded,
+    some,
+    some_while_things_change,
+    thorough,
+    while_things_change,
+)
 
-import hf_compressm
-from hf_compressm import CompreSSMConfig, analyze, compress
-from hf_compressm.architectures import state_layers
-from hf_compressm.engines import full_tensor
+from hf_compressm import CompreSSMConfig, analyze
 from hf_compressm.surgery.adopt_sizes import _adopt_sizes
 from hf_compressm.surgery.shrink_and_grow import grow_state, pad_state, set_state_sizes
-
-PACKAGE = Path(hf_compressm.__file__).parent
-TRACED = tuple(str(PACKAGE / room) for room in ("surgery", "architectures", "engines", "reduction.py"))
-SIZES = {"hidden_size": 8, "state_size": 4, "vocab_size": 16}
-
-
-class Interrupt(BaseException):
-    """It is none of `Exception`, as KeyboardInterrupt is none."""
-
-
-class Interrupter:
-    """A tracer that notes every line that runs, and raises at one of them.
-
-    Args:
-        at: the number of the line to raise at, counted from 0 as they run; by default it raises at none.
-    """
-
-    def __init__(self, at: int = -1):
-        self.at, self.lines = at, []
-
-    def __enter__(self):
-        sys.settrace(lambda frame, event, argument: self if frame.f_code.co_filename.startswith(TRACED) else None)
-        return self
-
-    def __exit__(self, *ignored):
-        sys.settrace(None)
-
-    def __call__(self, frame, event, argument):
-        if event == "line":
-            self.lines.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-            if len(self.lines) == self.at + 1:
-                raise Interrupt
-        return self
-
-
-def first_and_last(lines: list) -> list[int]:
-    """Where each line runs for the first time and for the last; what lies between is the same for other tensors."""
-    first = {line: len(lines) - 1 - number for number, line in enumerate(reversed(lines))}
-    last = {line: number for number, line in enumerate(lines)}
-    return sorted({*first.values(), *last.values()})
-
-
-def while_things_change(lines: list) -> list[int]:
-    """Where each line runs for the first time after things begin to change."""
-    begin = max(number for number, (_, _, function) in enumerate(lines) if function == "__enter__") + 1
-    first = {line: number for number, line in reversed(list(enumerate(lines[begin:], begin)))}
-    return sorted({*first.values(), len(lines) - 1})
-
-
-def some_while_things_change(lines: list) -> list[int]:
-    """A few of these."""
-    chosen = while_things_change(lines)
-    return [*chosen[::5], chosen[-1]]
-
-
-def some(lines: list) -> list[int]:
-    """A few of them, from the first to the last."""
-    chosen = first_and_last(lines)
-    return [*chosen[::40], chosen[-1]]
-
-
-def everything_of(run) -> dict:
-    """All that a change touches, in a form that can be compared: tensors as themselves, and all else by its value."""
-    found = {}
-    for name, module in run.model.named_modules():
-        found[name, "class"], found[name, "names"] = type(module), list(vars(module))
-        found |= {(name, key): value for key, value in vars(module).items() if isinstance(value, int | type(None))}
-        found |= {(name, "parameter", key): value for key, value in module._parameters.items()}
-        found[name, "config"] = getattr(module, "config", None)
-    found["config"] = type(run.model.config), run.model.config.to_dict()
-    for number, group in enumerate(run.optimizer.param_groups):
-        found |= {("group", number, position): one for position, one in enumerate(group["params"])}
-    for parameter, state in run.optimizer.state.items():
-        found |= {("state", id(parameter), key): value for key, value in state.items()}
-    found["applied"] = run.report.applied if run.report else None
-    return found
-
-
-def same(left, right) -> bool:
-    return left is right if isinstance(left, torch.Tensor) else left == right
-
-
-def build(make: Callable, batch: dict, wrap=lambda model: model) -> SimpleNamespace:
-    """A model in training, with moments, and with gradients that wait for their step."""
-    model = make()
-    wrapped = wrap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(2):
-        wrapped(**batch).loss.backward()
-        if step == 0:
-            optimizer.step()
-            optimizer.zero_grad()
-    return SimpleNamespace(model=model, wrapped=wrapped, optimizer=optimizer, report=None, companions=())
-
-
-def assert_all_or_nothing(start: Callable, change: Callable, choose: Callable, check: Callable = lambda run: None):
-    """Interrupt a change at every chosen line; afterwards nothing is changed, or all is.
-
-    Args:
-        start: builds what is changed, always the same.
-        change: changes it.
-        choose: which of the lines to interrupt.
-        check: what has to hold afterwards in any case; it may train.
-    """
-    reference = start()
-    with Interrupter() as tracer:
-        change(reference)
-    finished, sizes = whole_weights_of(reference.model), state_layers(reference.model).sizes
-    run, undone, done = start(), 0, 0
-    assert state_layers(run.model).sizes != sizes
-    for number in choose(tracer.lines):
-        before = everything_of(run)
-        values = {name: tensor.clone() for name, tensor in before.items() if isinstance(tensor, torch.Tensor)}
-        with pytest.raises(Interrupt), Interrupter(number) as interrupter:
-            change(run)
-        where, now = interrupter.lines[-1], everything_of(run)
-        if state_layers(run.model).sizes == sizes:
-            done += 1
-            assert_identical(whole_weights_of(run.model), finished)
-            assert run.model.config.to_dict() == reference.model.config.to_dict(), where
-            assert {type(m) for m in run.model.modules()} == {type(m) for m in reference.model.modules()}, where
-            held = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
-            assert {*held} == {*run.optimizer.state, *held} <= {*run.model.parameters()}, where
-            assert run.report is None or run.report.applied, where
-        else:
-            undone += 1
-            assert now.keys() == before.keys(), where
-            assert not [name for name in before if not same(now[name], before[name])], where
-            assert all(torch.equal(full_tensor(now[name]), full_tensor(values[name])) for name in values), where
-        if state_layers(run.model).sizes == sizes or undone % 20 == 0:
-            check(run)
-            run = start()
-    assert undone and done, (undone, done)
-
-
-def whole_weights_of(model) -> dict:
-    return {name: full_tensor(tensor) for name, tensor in weights_of(model).items()}
-
-
-@pytest.fixture
-def batch() -> dict:
-    ids = torch.randint(0, 16, (2, 8), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "labels": ids}
 
 
 def tiny():
     return build_model(**SIZES)
 
 
-def cut(run):
-    compress(run.wrapped, run.report, run.optimizer, companions=run.companions)
-
-
-def thorough(*values):
-    """The parameter `choose` with these values, and in the slow tests with all lines."""
-    return pytest.mark.parametrize("choose", [*values, pytest.param(first_and_last, marks=pytest.mark.slow)])
-
-
 @thorough(while_things_change)
-def test_a_cut_that_changes_the_class_and_a_companion(choose, batch):
+def test_a_cut_that_changes_the_class_and_a_companion(choose):
     config = CompreSSMConfig(calibration_batches=2, cut_fraction=0.5, skip_layers=[1], allocation="per_layer")
-    report = analyze(tiny(), [batch] * 2, config)
-
-    def start():
-        run = build(tiny, batch)
-        run.report, run.companions = replace(report), (tiny(),)
-        return run
-
-    def check(run):
-        assert state_layers(run.companions[0]).sizes == state_layers(run.model).sizes
-        run.optimizer.step()
-        assert torch.isfinite(run.model(**batch).loss)
-
-    assert_all_or_nothing(start, cut, choose, check)
+    assert_cut_with_a_companion(tiny, analyze(tiny(), [BATCH] * 2, config), choose)
 
 
 @thorough(some)
@@ -226,12 +64,12 @@ CHANGES = {
 
 @thorough(some)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_size(change, choose, batch):
+def test_a_change_of_size(change, choose):
     smaller = tiny()
     set_state_sizes(smaller, {0: 3, 1: 3})
 
     def start():
-        run = build(tiny, batch)
+        run = build(tiny)
         run.smaller = smaller.state_dict()
         if change == "pad_state":  # it knows no optimizer
             run.optimizer = SimpleNamespace(param_groups=[], state={})
@@ -240,54 +78,8 @@ def test_a_change_of_size(change, choose, batch):
     assert_all_or_nothing(start, CHANGES[change], choose)
 
 
-@pytest.fixture
-def one_process():
-    """A group of one process, so that engines of several can hold a model here."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def counted(model) -> DistributedDataParallel:
-    """The model in a wrapper that counts the entries of all gradients that it synchronises."""
-    wrapper = DistributedDataParallel(model)
-    wrapper.entries = []
-
-    def count(entries: list, bucket):
-        entries.append(bucket.buffer().numel())
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    wrapper.register_comm_hook(wrapper.entries, count)
-    return wrapper
-
-
-def sharded(model):
-    mesh = init_device_mesh("cpu", (1,))
-    for block in model.backbone.layers:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
 @thorough(some_while_things_change)
 @pytest.mark.parametrize("wrap", [counted, sharded])
-def test_a_cut_under_an_engine(wrap, choose, batch, one_process):
-    report = analyze(tiny(), [batch] * 2, CompreSSMConfig(calibration_batches=2, target_state_size=2))
-
-    def start():
-        run = build(tiny, batch, wrap)
-        run.report = replace(report)
-        return run
-
-    def check(run):
-        run.optimizer.zero_grad()
-        if wrap is counted:
-            run.wrapped.entries.clear()
-        run.wrapped(**batch).loss.backward()
-        assert all(parameter.grad.shape == parameter.shape for parameter in run.model.parameters())
-        if wrap is counted:
-            assert sum(run.wrapped.entries) == sum(parameter.numel() for parameter in run.model.parameters())
-        run.optimizer.step()
-
-    assert_all_or_nothing(start, cut, choose, check)
+def test_a_cut_under_an_engine(wrap, choose):
+    report = analyze(tiny(), [BATCH] * 2, CompreSSMConfig(calibration_batches=2, target_state_size=2))
+    assert_cut_under_an_engine(tiny, report, wrap, choose)
