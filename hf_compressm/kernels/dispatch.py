@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
+from .cpp_scalar_decay import scan as cpp_scalar_decay_scan
 from .cpp_scan import is_available as cpp_kernel_is_available
 from .cpp_scan import scan as cpp_scan
 from .operators import Scan
@@ -20,7 +21,7 @@ from .torch_scan import scan as torch_scan
 VARIABLE = "HF_COMPRESSM_SCAN"
 FOREIGN = ("hub", "mamba_ssm")  # reached through Transformers only
 NAMES = ("torch", "cpp", "triton", *reversed(FOREIGN))
-SCALAR_DECAY = ("torch",)  # what there is of the scan with scalar decay, beside kernels of others
+SCALAR_DECAY = ("torch", "cpp")  # what there is of the scan with scalar decay, beside kernels of others
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 
 
@@ -77,8 +78,8 @@ def choose_scalar_decay_scan(
     Raises:
         ValueError: the one that is asked for does not exist, or cannot serve here.
     """
-    _chosen(device_type, dtype, implementation, SCALAR_DECAY)
-    return torch_scalar_decay_scan
+    name = _chosen(device_type, dtype, implementation, SCALAR_DECAY)
+    return cpp_scalar_decay_scan if name == "cpp" else torch_scalar_decay_scan
 
 
 def _chosen(device_type: str, dtype: torch.dtype, implementation: str | None, own: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from hf_compressm.kernels.scalar_decay_scan import scalar_decay_scan
 
-IMPLEMENTATIONS = ["torch"]
+IMPLEMENTATIONS = ["torch", "cpp"]
 SIZES = [  # batch, L, heads, p, N, G
     (1, 1, 1, 1, 1, 1),
     (3, 5, 4, 3, 7, 2),

@@ -12,10 +12,14 @@
 #include "forward.h"
 #include "backward.h"
 #include "step.h"
+#include "scalar_decay_forward.h"
+#include "scalar_decay_backward.h"
 
 TORCH_LIBRARY(hf_compressm_kernel, library) {
   library.def("forward", &scan_forward);
   library.def("backward", &scan_backward);
+  library.def("scalar_decay_forward", &scalar_decay_forward);
+  library.def("scalar_decay_backward", &scalar_decay_backward);
   library.def(
       "step(Tensor(a!) state, Tensor u, Tensor time_step, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, "
       "Tensor? bias, bool softplus) -> Tensor");
