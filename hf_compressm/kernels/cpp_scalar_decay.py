@@ -17,4 +17,13 @@ def backward(grad_y, grad_last_state, x, time_step, A, B, C, D, kept):
     )
 
 
+def step(state, x, time_step, A, B, C, D, time_step_bias, softplus):
+    """Take a step of the recurrence: overwrite the state and return y, (batch, heads, p), without gradients.
+
+    The state is (batch, heads, p, N), float32 and contiguous; x is (batch, heads, p), the time step (batch, heads), B
+    and C are (batch, G, N), A, D and the bias (heads,), in any dtype.
+    """
+    return torch.ops.hf_compressm_kernel.scalar_decay_step(state, x, time_step, A, B, C, D, time_step_bias, softplus)
+
+
 scan = define_scalar_decay_scan("cpp", forward, backward)

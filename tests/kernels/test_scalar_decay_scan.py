@@ -8,6 +8,8 @@ from scalar_decay_reference import OPTIONAL, in_float64, outputs_and_gradients, 
 from scan_reference import relative_error, require_gradients
 from torch.library import opcheck
 
+from hf_compressm.kernels import cpp_scan
+from hf_compressm.kernels.cpp_scalar_decay import step
 from hf_compressm.kernels.scalar_decay_scan import scalar_decay_scan
 
 IMPLEMENTATIONS = ["torch", "cpp"]
@@ -224,3 +226,33 @@ def test_what_cannot_compute_the_inputs_is_refused():
             scalar_decay_scan(**scan_inputs(), implementation=name)
     with pytest.raises(ValueError, match="6 heads and B 4 groups of them; allowed: a number that divides 6"):
         scalar_decay_scan(**(scan_inputs() | {"B": torch.ones(2, 70, 4, 9), "C": torch.ones(2, 70, 4, 9)}))
+
+
+# A step of generation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_size", [1, 3, 12, 31, 128])
+@pytest.mark.parametrize("options", [(), ("D", "time_step_bias")], ids=["bare", "all-options"])
+def test_a_step_equals_the_recurrence(state_size, options, dtype):
+    inputs = scan_inputs(3, 1, 6, 5, state_size, 2, dtype, (*options, "initial_state")) | {"time_step_limit": None}
+    expected, expected_state = reference_scan(**in_float64(inputs))
+    state = inputs["initial_state"].float()
+    over_time = {name: inputs[name][:, 0] for name in ("x", "time_step", "B", "C")}
+    names = ("x", "time_step", "A", "B", "C", "D", "time_step_bias")
+    assert cpp_scan.is_available()
+    y = step(state, *map((inputs | over_time).get, names), inputs["softplus"])
+    assert y.dtype == dtype and y.shape == (3, 6, 5)
+    assert relative_error(state, expected_state) < 1e-6
+    assert relative_error(y, expected[:, 0]) < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+def test_a_step_keeps_what_an_operator_promises():
+    assert cpp_scan.is_available()
+    inputs = scan_inputs(2, 1, 6, 5, 9, 2, torch.float32)
+    x, time_step, B, C = (inputs[name][:, 0] for name in ("x", "time_step", "B", "C"))
+    given = (inputs["initial_state"], x, time_step, inputs["A"], B, C, inputs["D"], None, True)
+    opcheck(torch.ops.hf_compressm_kernel.scalar_decay_step, given)
+    with pytest.raises(RuntimeError, match="the sizes do not fit: state"):
+        step(inputs["initial_state"][:1], *given[1:])

@@ -77,4 +77,15 @@ inline void product(int64_t rows, int64_t columns, int64_t depth, Left left, Rig
   for (; row < rows; ++row) run.template operator()<1>(row);
 }
 
+// out[j][i] = in[i][j], for `rows` rows of whole vectors; out is padded with zeros.
+inline void transpose(int64_t rows, int64_t columns, const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int64_t i = 0; i < rows; i += LANES)
+    for (int64_t j = 0; j < columns; j += LANES) {
+      Vector tile[LANES];
+      for (int k = 0; k < LANES; ++k) tile[k] = i + k < rows ? *(const Vector*)(in + (i + k) * in_stride + j) : Vector{};
+      transpose(tile);
+      for (int k = 0; k < LANES; ++k) *(Vector*)(out + (j + k) * out_stride + i) = tile[k];
+    }
+}
+
 }  // namespace

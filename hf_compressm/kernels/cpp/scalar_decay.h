@@ -23,7 +23,7 @@
 namespace {
 
 constexpr int STEPS = 64;  // of a chunk, as in scalar_decay_operators.py
-constexpr int SLICES = 16;  // of all groups and sequences at least, where there are as many heads
+constexpr int SLICES = 8;  // of all groups and sequences at least, where there are as many heads
 constexpr float NEGLIGIBLE = 1e-37f;  // a decay below it is zero: arithmetic with the smallest floats is slow
 static_assert(STEPS % LANES == 0);
 
@@ -55,53 +55,57 @@ struct ScalarDecayScan {
     return tensor.data_ptr<float>() + ((batch * chunks + chunk) * groups + group) * tensor.size(-2) * tensor.size(-1);
   }
 
-  // out (positions, width) of x or its like, (batch, L, heads, p), in any dtype and of any strides; zero beyond p.
-  void load(const Tensor& tensor, int64_t batch, int64_t head, int64_t chunk, float* out) const {
+  // out (positions, whole vectors) of x or B or their like, (batch, L, heads or G, size), in any dtype and of any
+  // strides; zero beyond the size.
+  void load(const Tensor& tensor, int64_t batch, int64_t index, int64_t chunk, float* out) const {
+    const int64_t size = tensor.size(3), width = padded(size), steps = count(chunk);
     with_data(tensor, [&](auto* data) {
-      data += batch * tensor.stride(0) + chunk * STEPS * tensor.stride(1) + head * tensor.stride(2);
-      const int64_t by_position = tensor.stride(1), by_channel = tensor.stride(3);
-      for (int t = 0; t < count(chunk); ++t, out += width) {
-        if (by_channel == 1)
-          for (int64_t i = 0; i < head_dim; ++i) out[i] = data[t * by_position + i];
+      data += batch * tensor.stride(0) + chunk * STEPS * tensor.stride(1) + index * tensor.stride(2);
+      const int64_t by_position = tensor.stride(1), by_entry = tensor.stride(3);
+      for (int64_t t = 0; t < steps; ++t, out += width) {
+        if (by_entry == 1)
+          for (int64_t i = 0; i < size; ++i) out[i] = data[t * by_position + i];
         else
-          for (int64_t i = 0; i < head_dim; ++i) out[i] = data[t * by_position + i * by_channel];
-        std::fill(out + head_dim, out + width, 0.0f);
+          for (int64_t i = 0; i < size; ++i) out[i] = data[t * by_position + i * by_entry];
+        std::fill(out + size, out + width, 0.0f);
       }
     });
   }
 
-  void store(const float* values, const Tensor& tensor, int64_t batch, int64_t head, int64_t chunk) const {
+  // Write what `load` gives into a contiguous tensor.
+  void store(const float* values, const Tensor& tensor, int64_t batch, int64_t index, int64_t chunk) const {
+    const int64_t size = tensor.size(3), width = padded(size), steps = count(chunk), by_position = tensor.stride(1);
     with_data(tensor, [&](auto* data) {
-      data += ((batch * length + chunk * STEPS) * heads + head) * head_dim;
-      for (int t = 0; t < count(chunk); ++t)
-        for (int64_t i = 0; i < head_dim; ++i) data[t * heads * head_dim + i] = values[t * width + i];
+      data += batch * tensor.stride(0) + chunk * STEPS * by_position + index * size;
+      for (int64_t t = 0; t < steps; ++t, values += width)
+        for (int64_t i = 0; i < size; ++i) data[t * by_position + i] = values[i];
     });
   }
+};
 
-  // out (N, STEPS) of B or C, (batch, L, G, N); zero beyond the end of the sequence.
-  void load_map(const Tensor& tensor, int64_t batch, int64_t group, int64_t chunk, float* out) const {
-    with_data(tensor, [&](auto* data) {
-      data += batch * tensor.stride(0) + chunk * STEPS * tensor.stride(1) + group * tensor.stride(2);
-      const int64_t by_position = tensor.stride(1), by_state = tensor.stride(3), steps = count(chunk);
-      for (int64_t n = 0; n < states; ++n) {
-        for (int64_t t = 0; t < steps; ++t) out[n * STEPS + t] = data[t * by_position + n * by_state];
-        std::fill(out + n * STEPS + steps, out + (n + 1) * STEPS, 0.0f);
-      }
-    });
-  }
+// B, C and the scores C_l · B_s of all chunks and groups, once for all heads.
+struct Maps {
+  Tensor B, C;  // (batch, chunks, G, N padded, STEPS), zero beyond the end of the sequence
+  Tensor scores;  // (batch, chunks, G, STEPS, STEPS): row l, column s; what lies above the diagonal may be anything finite
 
-  // C_l · B_s of all chunks, (batch, chunks, G, STEPS, STEPS); what lies above the diagonal may be anything finite.
-  Tensor scores() const {
-    Tensor scores = at::zeros({batches, chunks, groups, STEPS, STEPS}, at::kFloat);
-    for_each_chunk([&](int64_t batch, int64_t group, int64_t chunk) {
-      Buffer B_(states * STEPS), C_(states * STEPS);
-      load_map(B, batch, group, chunk, B_.data());
-      load_map(C, batch, group, chunk, C_.data());
-      float* out = at_chunk(scores, batch, group, chunk);
-      product(count(chunk), STEPS, states, Left{C_.data(), 1, STEPS}, Right{B_.data(), STEPS},
+  explicit Maps(const ScalarDecayScan& scan) {
+    const int64_t N = scan.states, width = padded(N);
+    B = at::empty({scan.batches, scan.chunks, scan.groups, width, STEPS}, at::kFloat);
+    C = at::empty_like(B), scores = at::zeros({scan.batches, scan.chunks, scan.groups, STEPS, STEPS}, at::kFloat);
+    scan.for_each_chunk([&](int64_t batch, int64_t group, int64_t chunk) {
+      Buffer rows(STEPS * width);
+      const int steps = scan.count(chunk);
+      auto fill = [&](const Tensor& map, float* out) {
+        scan.load(map, batch, group, chunk, rows.data());
+        transpose(steps, width, rows.data(), width, out, STEPS);
+        for (int64_t n = 0; n < width; ++n) std::fill(out + n * STEPS + padded(steps), out + (n + 1) * STEPS, 0.0f);
+      };
+      float *B_ = scan.at_chunk(B, batch, group, chunk), *C_ = scan.at_chunk(C, batch, group, chunk);
+      fill(scan.B, B_), fill(scan.C, C_);
+      float* out = scan.at_chunk(scores, batch, group, chunk);
+      product(steps, STEPS, N, Left{C_, 1, STEPS}, Right{B_, STEPS},
               [&](int64_t l, int64_t s, Vector sum) { *(Vector*)(out + l * STEPS + s) = sum; }, Part::ALL, true);
     });
-    return scores;
   }
 };
 

@@ -8,14 +8,6 @@
 
 namespace {
 
-// out (width, STEPS): the transpose of rows (positions, width), zero beyond the last position.
-void transpose(int count, int64_t width, const float* rows, float* out) {
-  for (int64_t i = 0; i < width; ++i) {
-    for (int t = 0; t < count; ++t) out[i * STEPS + t] = rows[t * width + i];
-    std::fill(out + i * STEPS + count, out + (i + 1) * STEPS, 0.0f);
-  }
-}
-
 // out[i] = factors · rows[i] of (width, STEPS), each entry.
 void scale_columns(int64_t width, const float* factors, const float* rows, float* out) {
   for (int64_t i = 0; i < width * STEPS; i += LANES)
@@ -30,7 +22,7 @@ struct GroupSums {
     auto sums = [&](int64_t rows) {
       return at::zeros({scan.slices, scan.batches, scan.chunks, scan.groups, rows, STEPS}, at::kFloat);
     };
-    of_B = sums(scan.states), of_C = sums(scan.states), of_scores = sums(STEPS);
+    of_B = sums(padded(scan.states)), of_C = sums(padded(scan.states)), of_scores = sums(STEPS);
   }
 };
 
@@ -53,34 +45,27 @@ void add_sums_over(int count, const float* within, const float* from_start, cons
 }
 
 // dB and dC of all chunks: the sums of all slices, and what goes through the scores.
-void store_maps(const ScalarDecayScan& scan, const GroupSums& sums, const Tensor& grad_B, const Tensor& grad_C) {
-  const int64_t N = scan.states;
+void store_maps(const ScalarDecayScan& scan, const Maps& maps, const GroupSums& sums, const Tensor& grad_B, const Tensor& grad_C) {
+  const int64_t N = scan.states, width = padded(N);
   scan.for_each_chunk([&](int64_t batch, int64_t group, int64_t chunk) {
-    Buffer B_(N * STEPS), C_(N * STEPS), of_B(N * STEPS), of_C(N * STEPS), of_scores(STEPS * STEPS), transposed(STEPS * STEPS);
-    auto sum = [&](const Tensor& slices, Buffer& out) {
+    Buffer of_B(width * STEPS), of_C(width * STEPS), of_scores(STEPS * STEPS), by_column(STEPS * STEPS), rows(STEPS * width);
+    auto add_up = [&](const Tensor& slices, Buffer& out) {
       for (int64_t slice = 0; slice < scan.slices; ++slice) {
         const float* values = scan.at_chunk(slices.select(0, slice), batch, group, chunk);
         for (size_t i = 0; i < out.size(); i += LANES) *(Vector*)&out[i] += *(const Vector*)(values + i);
       }
     };
-    sum(sums.of_B, of_B), sum(sums.of_C, of_C), sum(sums.of_scores, of_scores);
-    transpose(STEPS, STEPS, of_scores.data(), transposed.data());
-    scan.load_map(scan.B, batch, group, chunk, B_.data());
-    scan.load_map(scan.C, batch, group, chunk, C_.data());
+    add_up(sums.of_B, of_B), add_up(sums.of_C, of_C), add_up(sums.of_scores, of_scores);
+    transpose(STEPS, STEPS, of_scores.data(), STEPS, by_column.data(), STEPS);
+
     const int count = scan.count(chunk);
-    auto add_to = [](Buffer& out) {
-      return [&out](int64_t n, int64_t t, Vector sum) { *(Vector*)&out[n * STEPS + t] += sum; };
+    auto finish = [&](const Tensor& other, const Buffer& factor, Buffer& out, const Tensor& grad) {
+      product(N, STEPS, count, Left{scan.at_chunk(other, batch, group, chunk), STEPS, 1}, Right{factor.data(), STEPS},
+              [&](int64_t n, int64_t t, Vector sum) { *(Vector*)&out[n * STEPS + t] += sum; });
+      transpose(width, STEPS, out.data(), STEPS, rows.data(), width);
+      scan.store(rows.data(), grad, batch, group, chunk);
     };
-    product(N, STEPS, count, Left{C_.data(), STEPS, 1}, Right{of_scores.data(), STEPS}, add_to(of_B));
-    product(N, STEPS, count, Left{B_.data(), STEPS, 1}, Right{transposed.data(), STEPS}, add_to(of_C));
-    auto store = [&](const Buffer& values, const Tensor& tensor) {
-      with_data(tensor, [&](auto* data) {
-        data += ((batch * scan.length + chunk * STEPS) * scan.groups + group) * N;
-        for (int t = 0; t < count; ++t)
-          for (int64_t n = 0; n < N; ++n) data[t * scan.groups * N + n] = values[n * STEPS + t];
-      });
-    };
-    store(of_B, grad_B), store(of_C, grad_C);
+    finish(maps.C, of_scores, of_B, grad_B), finish(maps.B, by_column, of_C, grad_C);
   });
 }
 
@@ -94,11 +79,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scalar_decay_
   Tensor grad_B = at::empty(B.sizes(), B.options()), grad_C = at::empty(C.sizes(), C.options());
   Tensor grad_state = at::empty({scan.batches, scan.heads, p, N}, A.options());
   Tensor grad_A = at::empty({scan.batches, scan.heads}, A.options()), grad_D = at::empty_like(grad_A);
-  const Tensor all_scores = scan.scores();
+  const Maps maps(scan);
   GroupSums sums(scan);
 
   at::parallel_for(0, scan.batches * scan.groups * scan.slices, 1, [&](int64_t begin, int64_t end) {
-    Buffer B_(N * STEPS), C_(N * STEPS), matrix(STEPS * STEPS), of_matrix(STEPS * STEPS);
+    Buffer matrix(STEPS * STEPS), of_matrix(STEPS * STEPS);
     Buffer x_(STEPS * width), drive(STEPS * width), grad(STEPS * width), of_drive(STEPS * width), scaled(STEPS * width);
     Buffer drive_columns(width * STEPS), grad_columns(width * STEPS), scaled_columns(width * STEPS);
     Buffer of_states(N * width * scan.of_group), of_rates(scan.of_group), of_skips(scan.of_group);
@@ -120,9 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scalar_decay_
 
       for (int64_t chunk = scan.chunks - 1; chunk >= 0; --chunk) {
         const int count = scan.count(chunk);
-        scan.load_map(B, batch, group, chunk, B_.data());
-        scan.load_map(C, batch, group, chunk, C_.data());
-        const float* scores = scan.at_chunk(all_scores, batch, group, chunk);
+        const float *B_ = scan.at_chunk(maps.B, batch, group, chunk), *C_ = scan.at_chunk(maps.C, batch, group, chunk);
+        const float* scores = scan.at_chunk(maps.scores, batch, group, chunk);
         float* of_B = scan.at_chunk(slice_B, batch, group, chunk);
         float* of_C = scan.at_chunk(slice_C, batch, group, chunk);
         float* of_scores = scan.at_chunk(slice_scores, batch, group, chunk);
@@ -134,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scalar_decay_
           decays.fill(scan, batch, first + head, chunk);
           decays.weigh(scores, matrix.data());
           scale_rows(count, width, decays.step, x_.data(), drive.data());
-          transpose(count, width, drive.data(), drive_columns.data());
-          transpose(count, width, grad.data(), grad_columns.data());
+          transpose(count, width, drive.data(), width, drive_columns.data(), STEPS);
+          transpose(count, width, grad.data(), width, grad_columns.data(), STEPS);
 
           // through the state before the chunk
           alignas(64) float of_from_start[STEPS] = {}, of_to_end[STEPS] = {}, of_log[STEPS];
@@ -143,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scalar_decay_
           product(N, STEPS, p, Left{state, by_state, 1}, Right{scaled_columns.data(), STEPS},
                   [&](int64_t n, int64_t l, Vector sum) {
                     *(Vector*)(of_C + n * STEPS + l) += sum;
-                    *(Vector*)(of_from_start + l) += sum * *(Vector*)&C_[n * STEPS + l];
+                    *(Vector*)(of_from_start + l) += sum * *(Vector*)(C_ + n * STEPS + l);
                   });
 
           // through the state after it
@@ -151,9 +135,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scalar_decay_
           product(N, STEPS, p, Left{of_state, width, 1}, Right{scaled_columns.data(), STEPS},
                   [&](int64_t n, int64_t s, Vector sum) {
                     *(Vector*)(of_B + n * STEPS + s) += sum;
-                    *(Vector*)(of_to_end + s) += sum * *(Vector*)&B_[n * STEPS + s];
+                    *(Vector*)(of_to_end + s) += sum * *(Vector*)(B_ + n * STEPS + s);
                   });
-          product(count, width, N, Left{B_.data(), 1, STEPS}, Right{of_state, width},
+          product(count, width, N, Left{B_, 1, STEPS}, Right{of_state, width},
                   [&](int64_t s, int64_t i, Vector sum) { *(Vector*)&of_drive[s * width + i] = decays.to_end()[s] * sum; });
           const float whole = decays.whole();
           float of_whole = 0;
@@ -163,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scalar_decay_
             of_whole += whole * of_row;
           }
           scale_rows(count, width, decays.from_start, grad.data(), scaled.data());
-          product(N, width, count, Left{C_.data(), STEPS, 1}, Right{scaled.data(), width},
+          product(N, width, count, Left{C_, STEPS, 1}, Right{scaled.data(), width},
                   [&](int64_t n, int64_t i, Vector sum) {
                     Vector& value = *(Vector*)(of_state + n * width + i);
                     value = whole * value + sum;
@@ -211,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scalar_decay_
       }
     }
   });
-  store_maps(scan, sums, grad_B, grad_C);
+  store_maps(scan, maps, sums, grad_B, grad_C);
   return {grad_x, grad_step, grad_A.sum(0), grad_B, grad_C, grad_D.sum(0), grad_state};
 }
 

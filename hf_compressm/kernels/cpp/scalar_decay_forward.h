@@ -16,10 +16,10 @@ std::tuple<Tensor, Tensor, Tensor> scalar_decay_forward(
   Tensor y = at::empty(x.sizes(), A.options()), last_state = at::empty({scan.batches, scan.heads, p, N}, A.options());
   Tensor kept = at::empty({0}, A.options());
   if (keep) kept = at::empty({scan.batches, scan.chunks, scan.groups, N, by_state}, A.options());
-  const Tensor all_scores = scan.scores();
+  const Maps maps(scan);
 
   at::parallel_for(0, scan.batches * scan.groups * scan.slices, 1, [&](int64_t begin, int64_t end) {
-    Buffer B_(N * STEPS), C_(N * STEPS), matrix(STEPS * STEPS), x_(STEPS * width), drive(STEPS * width), out(STEPS * width);
+    Buffer matrix(STEPS * STEPS), x_(STEPS * width), drive(STEPS * width), out(STEPS * width);
     Buffer states(N * width * scan.of_group);
     Decays decays;
     for (int64_t item = begin; item < end; ++item) {
@@ -36,9 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> scalar_decay_forward(
 
       for (int64_t chunk = 0; chunk < scan.chunks; ++chunk) {
         const int count = scan.count(chunk);
-        scan.load_map(B, batch, group, chunk, B_.data());
-        scan.load_map(C, batch, group, chunk, C_.data());
-        const float* scores = scan.at_chunk(all_scores, batch, group, chunk);
+        const float *B_ = scan.at_chunk(maps.B, batch, group, chunk), *C_ = scan.at_chunk(maps.C, batch, group, chunk);
+        const float* scores = scan.at_chunk(maps.scores, batch, group, chunk);
         for (int64_t head = slice; head < scan.of_group; head += scan.slices) {
           float* state = &states[head * N * width];
           if (keep)
@@ -49,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> scalar_decay_forward(
           scale_rows(count, width, decays.step, x_.data(), drive.data());
           decays.weigh(scores, matrix.data());
           const float skip = scan.D ? scan.D[first + head] : 0;
-          product(count, width, N, Left{C_.data(), 1, STEPS}, Right{state, width}, [&](int64_t l, int64_t i, Vector sum) {
+          product(count, width, N, Left{C_, 1, STEPS}, Right{state, width}, [&](int64_t l, int64_t i, Vector sum) {
             *(Vector*)&out[l * width + i] = decays.from_start[l] * sum + skip * *(Vector*)&x_[l * width + i];
           });
           product(count, width, count, Left{matrix.data(), STEPS, 1}, Right{drive.data(), width},
@@ -58,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> scalar_decay_forward(
 
           scale_rows(count, width, decays.to_end(), drive.data(), drive.data());
           const float whole = decays.whole();
-          product(N, width, count, Left{B_.data(), STEPS, 1}, Right{drive.data(), width},
+          product(N, width, count, Left{B_, STEPS, 1}, Right{drive.data(), width},
                   [&](int64_t n, int64_t i, Vector sum) {
                     Vector& value = *(Vector*)(state + n * width + i);
                     value = whole * value + sum;
