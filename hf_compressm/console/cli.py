@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..architectures import state_sizes
-from ..architectures.selective.mamba_scan import install_scan
+from ..architectures.installed_scan import install_scan
 from ..config import CompreSSMConfig
 from ..plotting import plot_score_map, save_figure
 from ..reduction import analyze, compress
@@ -132,7 +132,7 @@ def run_env(options: argparse.Namespace) -> None:
     """Show what a report of a problem should say."""
     install_scan()
     for name, value in env_report().items():
-        print(f"{name:18} {value}")
+        print(f"{name:22} {value}")
 
 
 def report_content(report: StateReport) -> dict:

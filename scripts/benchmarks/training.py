@@ -9,7 +9,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
-from hf_compressm.architectures.selective.mamba_scan import kernel_in_force
+from hf_compressm.architectures.installed_scan import kernel_in_force
 from hf_compressm.kernels.dispatch import VARIABLE
 
 from .arguments import Arguments
