@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import version
 
-from .architectures.selective.mamba_scan import install_scan, uninstall_scan
+from .architectures.installed_scan import install_scan, uninstall_scan
 from .architectures.time_invariant.lru import LRUConfig, LRUForSequenceClassification, LRUModel
 from .config import CompreSSMConfig
 from .console.environment import env_report

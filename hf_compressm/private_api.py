@@ -85,7 +85,7 @@ PRIVATE_NAMES = (
     ),
     *_names(
         "transformers.integrations.hub_kernels",
-        "Whose kernel a function of Mamba calls is seen in what this leaves of it.",
+        "Whose kernel a function of a model calls is seen in what this leaves of it.",
         "use_kernel_func_from_hub_with_fallback",
     ),
     *_names(
@@ -102,6 +102,16 @@ PRIVATE_NAMES = (
             "A balanced mixer is derived from this one, and calls these functions.",
             f"{mixer} apply_mask_to_padding_states causal_conv1d_fn causal_conv1d_update mamba2_chunk_scan "
             "mamba2_selective_state_update",
+        )
+    ),
+    *(
+        row
+        for name in MAMBA2_MIXERS
+        for row in _names(
+            f"transformers.models.{name}.modeling_{name}",
+            "install_scan puts the scans of this package in the place of these functions.",
+            "causal_conv1d_fn causal_conv1d_update mamba2_chunk_scan mamba2_selective_state_update "
+            "mamba2_split_conv1d_scan_combined",
         )
     ),
     *_names(

@@ -20,7 +20,7 @@ from .analysis.objective import Loss, Objective
 from .analysis.recall import RecallProbe
 from .analysis.states import StateAnalysis, analyze_states
 from .architectures import StateLayers, state_sizes
-from .architectures.selective.mamba_scan import scan_installed
+from .architectures.installed_scan import scan_installed
 from .config import CompreSSMConfig
 from .engines import from_first_process, raise_in_all_processes, unwrap
 from .report import StateReport

@@ -7,7 +7,8 @@
 `scan` times forward and backward of a selective scan and their peak memory, by N and L: this package's scans against
 mamba-ssm (on a GPU, where it is installed), mambapy and Transformers' loop, after checking that all gradients agree.
 `training` times the step of a model with each scan, the step after a cut against that of a model built at that size,
-and what analysis adds. `decoding` times generation by N.
+and what analysis adds. `decoding` times generation by N. `mamba2` times the scan of Mamba-2, and a training step with
+it, against Transformers' own.
 
 It writes benchmark.json, benchmark.md and benchmark.png. A share of the limit is that of the time which the least
 bytes and the arithmetic would take at the speed of a large copy and a large product of matrices on this machine.
@@ -22,12 +23,13 @@ from pathlib import Path
 from benchmarks.arguments import ON_CUDA, Arguments
 from benchmarks.decoding import decoding_tables, study_decoding
 from benchmarks.figures import draw
+from benchmarks.mamba2 import mamba2_tables, study_mamba2
 from benchmarks.measuring import machine, measure_limits, prepare, table
 from benchmarks.scan import scan_tables, study_scan
 from benchmarks.training import study_training, training_tables
 from transformers import HfArgumentParser
 
-STUDIES = ("scan", "training", "decoding")
+STUDIES = ("scan", "training", "decoding", "mamba2")
 
 
 def main() -> None:
@@ -53,6 +55,9 @@ def main() -> None:
     if "decoding" in studies:
         results["decoding"] = study_decoding(args, limits)
         text += "\n" + decoding_tables(results["decoding"])
+    if "mamba2" in studies:
+        results["mamba2"] = study_mamba2(args, limits)
+        text += "\n" + mamba2_tables(results["mamba2"], args)
 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ DOCUMENTED = (
 DOCUMENTED_NAMES = {"transformers.utils.logging"}
 # Folders, endings of keys and of operators of our own; "_hooks" ends names of torch.nn.Module, which are listed whole.
 OUR_STRINGS = {"_rollback", "_cut", "_scan", "_scan_backward", "_hooks"}
+OUR_STRINGS |= {"_scalar_decay_scan", "_scalar_decay_scan_backward"}
 
 
 def is_private(name: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..architectures import StateLayers
-from ..architectures.selective.mamba_scan import scan_installed
+from ..architectures.installed_scan import scan_installed
 from ..config import CompreSSMConfig
 from .calibration import take_batches, undisturbed
 from .checks import batch_counts

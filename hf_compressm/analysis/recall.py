@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..architectures.selective.mamba_scan import scan_installed
+from ..architectures.installed_scan import scan_installed
 from ..engines import from_first_process, raise_in_all_processes, unwrap
 from ..theory.plan import Plan
 from .calibration import undisturbed

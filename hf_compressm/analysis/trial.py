@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from ..architectures import StateLayers
-from ..architectures.selective.mamba_scan import scan_installed
+from ..architectures.installed_scan import scan_installed
 from ..config import CompreSSMConfig
 from ..engines import can_run_unwrapped, raise_in_all_processes, sum_over_processes
 from .calibration import undisturbed

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..analysis.cost import analysis_cost, seconds_per_pass
 from ..architectures import state_layers, state_sizes
-from ..architectures.selective.mamba_scan import install_scan
+from ..architectures.installed_scan import install_scan
 from ..config import CompreSSMConfig
 from ..plotting import plot_score_map, save_figure
 from ..reduction import analyze, compress
@@ -145,7 +145,7 @@ def run_env(options: argparse.Namespace) -> None:
     """Show what a report of a problem should say."""
     install_scan()
     for name, value in env_report().items():
-        print(f"{name:18} {value}")
+        print(f"{name:22} {value}")
 
 
 def report_content(report: StateReport) -> dict:

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..architectures.selective.mamba_scan import scan_in_force
+from ..architectures.installed_scan import scan_in_force
 
 PACKAGES = (
     "hf_compressm torch transformers accelerate datasets safetensors huggingface_hub numpy matplotlib mamba-ssm "
@@ -15,7 +15,7 @@ PACKAGES = (
 
 
 def env_report() -> dict[str, str]:
-    """Return versions, devices, and which scan a Mamba runs on each kind of device, as texts by name."""
+    """Return versions, devices, and which scans Mamba and Mamba-2 run on each kind of device, as texts by name."""
     report = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
@@ -26,4 +26,7 @@ def env_report() -> dict[str, str]:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report["CUDA devices"] = ", ".join(names) or "none"
     report["CPU threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    return report | {f"scan on {device}": scan_in_force(device) for device in devices}
+    for device in devices:
+        report[f"scan on {device}"] = scan_in_force(device)
+        report[f"scan of Mamba-2 on {device}"] = scan_in_force(device, "mamba2")
+    return report

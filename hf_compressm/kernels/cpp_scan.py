@@ -1,4 +1,4 @@
-"""A kernel in C++, the folder `cpp`, computes the selective scan on a CPU; it is compiled on first use and kept.
+"""A kernel in C++, the folder `cpp`, computes the scans on a CPU; it is compiled on first use and kept.
 
 It needs GCC. Where that is missing or fails, one warning says so and the scan in PyTorch serves. The compiled kernel
 lies in `$XDG_CACHE_HOME/hf_compressm`, under a name made from its sources, torch and this processor.
@@ -31,10 +31,13 @@ def is_available() -> bool:
     try:
         library = _library()
         if not library.exists():
-            logger.warning(f"hf_compressm compiles its scan for this processor, once (about ten seconds): {library}")
+            logger.warning(
+                f"hf_compressm compiles its scan for this processor, once (about twenty seconds): {library}"
+            )
             _compile(library)
         torch.ops.load_library(str(library))
-        torch.library.register_fake("hf_compressm_kernel::step", lambda state, u, *others: torch.empty_like(u))
+        for name in ("step", "scalar_decay_step"):
+            torch.library.register_fake(f"hf_compressm_kernel::{name}", lambda state, u, *_: u.new_empty(u.shape))
     except Exception as error:
         lines = [line for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line), next(iter(lines), type(error).__name__))

@@ -1,4 +1,4 @@
-"""The scan with scalar decay, as Mamba-2 has it, in PyTorch: its output, and samples of its states.
+"""The scan with scalar decay, as Mamba-2 has it, runs by whichever implementation serves best; its states are sampled.
 
     H_t = exp(Δ_t A) H_{t-1} + Δ_t x_t B_tᵀ,     y_t = H_t C_t
 
@@ -8,11 +8,14 @@ with one decay for each head, and B and C for each group of heads.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_shapes, states_dtype
+from .dispatch import choose_scalar_decay_scan
 from .operators import CHUNK
-
-POSITIONS = 64  # that the matrix form takes at a time
+from .torch_scalar_decay import forward as plain_scan
+from .torch_scan import torch_transforms
 
 
 def sampled_states(
@@ -47,36 +50,84 @@ def sampled_states(
             yield min(part.stop, x.shape[1]) - 1, state
 
 
-def scalar_decay_scan(x: Tensor, time_step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Compute the scan in its matrix form, chunk by chunk (arXiv 2405.21060, section 6); autograd differentiates it.
+def scalar_decay_scan(
+    x: Tensor,
+    time_step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    time_step_bias: Tensor | None = None,
+    softplus: bool = False,
+    time_step_limit: tuple[float, float] | None = None,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the scan of Mamba-2 (Dao & Gu, arXiv 2405.21060), differentiable once.
 
-    Scores C_l · B_s are made once for each group, not for each head.
+    Everything is computed in float32 (float64 if any input is) whatever the inputs are, inside autocast too. In
+    forward-mode differentiation and in the transforms of `torch.func` plain operations serve, which have every
+    derivative.
 
     Args:
-        x: (batch, L, heads, p).
-        time_step: effective Δ, (batch, L, heads).
+        x: input, (batch, L, heads, p).
+        time_step: Δ, (batch, L, heads), before the bias, the softplus and the limits where those are given.
         A: decay rates, negative, (heads,).
-        B, C: (batch, L, G, N).
+        B: input map, (batch, L, G, N); head h is of group h // (heads / G).
+        C: output map, (batch, L, G, N).
+        D: skip connection, (heads,).
+        time_step_bias: (heads,).
+        softplus: True applies softplus to the biased time step.
+        time_step_limit: the least and the largest effective time step, if there are such.
+        initial_state: H_0, (batch, heads, p, N); zero if not given.
+        return_last_state: True returns H_L, too.
+        implementation: "torch" or "cpp"; by default what `dispatch` chooses for the device.
 
     Returns:
-        y without a skip connection, (batch, L, heads, p), in the widest dtype of the inputs.
+        y, (batch, L, heads, p); with `return_last_state` also H_L, (batch, heads, p, N): both float32 or float64.
+
+    Raises:
+        ValueError: the shapes do not fit together, a dtype is none of the four of floating point, or the
+            implementation cannot serve here.
     """
-    groups, outputs = B.shape[2], []
-    x, time_step = x.unflatten(2, (groups, -1)), time_step.unflatten(2, (groups, -1))  # heads by group
-    rates, state = A.unflatten(0, (groups, -1)), 0.0
-    for start in range(0, x.shape[1], POSITIONS):
-        part = slice(start, start + POSITIONS)
-        log = (time_step[:, part] * rates).cumsum(1)  # of what is left of the state before the chunk, (b, l, g, h)
-        drive, B_part, C_part = x[:, part] * time_step[:, part].unsqueeze(-1), B[:, part], C[:, part]
-        between = (log.unsqueeze(2) - log.unsqueeze(1)).permute(0, 3, 4, 1, 2)  # (b, g, h, l, s)
-        causal = torch.ones(between.shape[-2:], dtype=torch.bool, device=x.device).tril()
-        decay = between.masked_fill(~causal, -torch.inf).exp()
-        scores = torch.einsum("blgn,bsgn->bgls", C_part, B_part)
-        y = torch.einsum("bghls,bsghp->blghp", scores.unsqueeze(2) * decay, drive)
-        if start:
-            y = y + torch.einsum("blgn,bghpn->blghp", C_part, state) * log.exp().unsqueeze(-1)
-            state = state * log[:, -1].exp()[..., None, None]
-        to_end = drive * (log[:, -1:] - log).exp().unsqueeze(-1)
-        state = state + torch.einsum("bsghp,bsgn->bghpn", to_end, B_part)
-        outputs.append(y)
-    return torch.cat(outputs, 1).flatten(2, 3)
+    tensors = {"x": x, "time_step": time_step, "A": A, "B": B, "C": C, "D": D}
+    tensors |= {"time_step_bias": time_step_bias, "initial_state": initial_state}
+    if x.ndim != 4 or B.ndim != 4:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and B {tuple(B.shape)}, expected (batch, L, heads, p), (batch, L, G, N)."
+        )
+    batch, length, heads, head_dim = x.shape
+    groups, states = B.shape[2:]
+    if groups == 0 or heads % groups:
+        raise ValueError(f"x has {heads} heads and B {groups} groups of them; allowed: a number that divides {heads}.")
+    maps, of_heads = (batch, length, groups, states), (heads,)
+    expected = {"time_step": (batch, length, heads), "A": of_heads, "B": maps, "C": maps, "D": of_heads}
+    expected |= {"time_step_bias": of_heads, "initial_state": (batch, heads, head_dim, states)}
+    check_shapes(tensors, expected, "x")
+    dtype = states_dtype(tensors)
+    with torch.autocast(x.device.type, enabled=False):
+        time_step, A, D, initial_state = (
+            None if tensor is None else tensor.to(dtype).contiguous() for tensor in (time_step, A, D, initial_state)
+        )
+        time_step = effective_time_step(time_step, time_step_bias, softplus, time_step_limit)
+    inputs = x, time_step, A, B, C, D, initial_state
+    if 0 in (*x.shape, states):  # nothing passes through a state
+        y = x.to(dtype) * (0 if D is None else D.unsqueeze(-1))
+        zeros = A.new_zeros(batch, heads, head_dim, states)
+        last_state = zeros if initial_state is None else zeros + initial_state
+    elif torch_transforms():
+        y, last_state, _ = plain_scan(*inputs, keep=False)
+    else:
+        keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+        y, last_state, _ = choose_scalar_decay_scan(x.device.type, dtype, implementation)(*inputs, keep)
+    return (y, last_state) if return_last_state else y
+
+
+def effective_time_step(
+    time_step: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float] | None
+) -> Tensor:
+    """Return Δ, (batch, L, heads), in the dtype of `time_step`, after its bias (heads,), softplus and limits."""
+    time_step = time_step if bias is None else time_step + bias.to(time_step.dtype)
+    time_step = F.softplus(time_step) if softplus else time_step
+    return time_step if limit is None else time_step.clamp(*limit)

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
+from .checks import check_shapes, states_dtype
 from .dispatch import choose_scan
 from .operators import CHUNK
 from .torch_scan import effective_time_step, plain_scan, torch_transforms
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def selective_scan(
@@ -104,35 +103,23 @@ def _checked(u, time_step, A, B, C, D, gate, time_step_bias, initial_state) -> t
     """Return the tensors, with A, D, the bias and the initial state in the states' dtype and contiguous."""
     given = {"u": u, "time_step": time_step, "A": A, "B": B, "C": C, "D": D, "gate": gate}
     given |= {"time_step_bias": time_step_bias, "initial_state": initial_state}
-    _check_shapes(**given)
-    for name, tensor in given.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, DTYPES))}.")
-    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in given.values())
-    dtype = torch.float64 if is_double else torch.float32
-    A, D, time_step_bias, initial_state = (
-        None if tensor is None else tensor.to(dtype).contiguous() for tensor in (A, D, time_step_bias, initial_state)
-    )
-    return u, time_step, A, B, C, D, gate, time_step_bias, initial_state
-
-
-def _check_shapes(u, time_step, A, B, C, D, gate, time_step_bias, initial_state) -> None:
     if u.ndim != 3:
         raise ValueError(f"u has shape {tuple(u.shape)}, expected (batch, D, L).")
     batch, channels, length = u.shape
     state_size = A.shape[-1]
     expected = {
-        "time_step": (time_step, (batch, channels, length)),
-        "A": (A, (channels, state_size)),
-        "B": (B, (batch, state_size, length)),
-        "C": (C, (batch, state_size, length)),
-        "D": (D, (channels,)),
-        "gate": (gate, (batch, channels, length)),
-        "time_step_bias": (time_step_bias, (channels,)),
-        "initial_state": (initial_state, (batch, channels, state_size)),
+        "time_step": (batch, channels, length),
+        "A": (channels, state_size),
+        "B": (batch, state_size, length),
+        "C": (batch, state_size, length),
+        "D": (channels,),
+        "gate": (batch, channels, length),
+        "time_step_bias": (channels,),
+        "initial_state": (batch, channels, state_size),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {shape} for u of shape {tuple(u.shape)}."
-            )
+    check_shapes(given, expected, "u")
+    dtype = states_dtype(given)
+    A, D, time_step_bias, initial_state = (
+        None if tensor is None else tensor.to(dtype).contiguous() for tensor in (A, D, time_step_bias, initial_state)
+    )
+    return u, time_step, A, B, C, D, gate, time_step_bias, initial_state

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..architectures import state_sizes
-from ..architectures.selective.mamba_scan import scan_installed
+from ..architectures.installed_scan import scan_installed
 from ..surgery.shrink_and_grow import pad_state
 from .files import check_new, folder_aside
 from .history import HISTORY_FILE, SPECTRA_FILE

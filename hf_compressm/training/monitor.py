@@ -13,7 +13,7 @@ from ..analysis.checks import split_batches
 from ..analysis.objective import Loss, Objective
 from ..analysis.states import StateAnalysis, analyze_states
 from ..architectures import StateLayers
-from ..architectures.selective.mamba_scan import scan_installed
+from ..architectures.installed_scan import scan_installed
 from ..config import CompreSSMConfig
 from ..engines import from_first_process
 from ..storage.records import Observation

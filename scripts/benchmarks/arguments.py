@@ -43,6 +43,12 @@ class Arguments:
     )
     decode_tokens: int = option(32, "decode: tokens per timing.")
 
+    mamba2_batch_size: int = option(2, "mamba2: sequences per batch.")
+    mamba2_length: int = option(512, "mamba2: sequence length L.")
+    mamba2_heads: int = option(8, "mamba2: heads; the model is half as wide as all of them.")
+    mamba2_head_dim: int = option(64, "mamba2: channels of a head.")
+    mamba2_sizes: list[int] = field(default_factory=lambda: [16, 128], metadata={"help": "mamba2: state sizes N."})
+
 
 # Sizes for a GPU: one scan of mamba-130m at length 2,048, and that model whole.
 ON_CUDA = {

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 
 def draw(results: dict) -> Figure:
-    """Draw what was measured, in four panels."""
+    """Draw what was measured, in five panels."""
     panels = []
     if "scan" in results:
         panels += [
@@ -16,6 +16,8 @@ def draw(results: dict) -> Figure:
         panels.append(lambda axes: _draw_step(axes, results["training"]["cut"]))
     if "decoding" in results:
         panels.append(lambda axes: _draw_decoding(axes, results["decoding"]))
+    if "mamba2" in results:
+        panels.append(lambda axes: _draw_mamba2(axes, results["mamba2"]["scan"]))
     figure = Figure(figsize=(4.6 * len(panels), 3.8), dpi=130, layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes)
@@ -61,4 +63,17 @@ def _draw_decoding(axes: Axes, points: list[dict]) -> None:
     axes.set_title("generation", fontsize=9)
     axes.set_xlabel("state size N")
     axes.set_ylabel("tokens per second")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_mamba2(axes: Axes, points: list[dict]) -> None:
+    names, sizes = list(points[0]["median_seconds"]), [point["N"] for point in points]
+    for name in names:
+        axes.loglog(sizes, [1000 * point["median_seconds"][name] for point in points], "o-", markersize=4, label=name)
+    axes.loglog(sizes, [1000 * point["limit_seconds"] for point in points], "--", color="grey", label="limit")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_title("scan of Mamba-2, forward and backward", fontsize=9)
+    axes.set_xlabel("state size N")
+    axes.set_ylabel("ms")
     axes.legend(frameon=False, fontsize=8)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 from transformers.utils.import_utils import is_mambapy_available
 
-from hf_compressm.architectures.selective.mamba_kernels import reference_of
-from hf_compressm.architectures.selective.mamba_scan import kernel_in_force
+from hf_compressm.architectures.foreign_kernels import reference_of
+from hf_compressm.architectures.installed_scan import kernel_in_force
 from hf_compressm.kernels import selective_scan
 
 from .arguments import Arguments

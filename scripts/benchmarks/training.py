@@ -9,7 +9,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
-from hf_compressm.architectures.selective.mamba_scan import kernel_in_force
+from hf_compressm.architectures.installed_scan import kernel_in_force
 from hf_compressm.kernels.dispatch import VARIABLE
 
 from .arguments import Arguments
@@ -17,6 +17,7 @@ from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quart
 from .scan import FLOPS, least_bytes
 
 MAMBAPY = "mambapy"
+OWN = "Transformers' own"  # without our scans
 EVENTS = 4
 
 
@@ -73,9 +74,9 @@ def build_model(args: Arguments, size: int, use_mambapy: bool = False) -> MambaF
 
 @contextmanager
 def scan_chosen(name: str | None) -> Iterator[None]:
-    """Let models run this scan within the block; mambapy is Transformers' own."""
+    """Let models run this scan within the block; mambapy is one of Transformers' own."""
     before = os.environ.get(VARIABLE)
-    if name == MAMBAPY:
+    if name in (MAMBAPY, OWN):
         uninstall_scan()
     elif name is not None:
         os.environ[VARIABLE] = name

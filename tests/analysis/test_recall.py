@@ -21,7 +21,7 @@ from hf_compressm import (
     uninstall_scan,
 )
 from hf_compressm.analysis.recall import chance, recall_batch, recall_probe
-from hf_compressm.architectures.selective.mamba_scan import scan_is_installed
+from hf_compressm.architectures.installed_scan import scan_is_installed
 from hf_compressm.storage.history import History, load_history, save_history
 from hf_compressm.training.messages import event_numbers
 

@@ -9,7 +9,7 @@ from scan_reference import OPTIONAL, relative_error, require_gradients, scan_inp
 from torch.library import opcheck
 
 from hf_compressm import env_report, install_scan, uninstall_scan
-from hf_compressm.architectures.selective.mamba_scan import scan_in_force
+from hf_compressm.architectures.installed_scan import scan_in_force
 from hf_compressm.kernels import dispatch, selective_scan
 from hf_compressm.kernels.dispatch import choose_scan, scan_name
 
@@ -55,7 +55,7 @@ def test_an_unknown_name_is_refused_before_anything_is_installed(monkeypatch):
     monkeypatch.setenv("HF_COMPRESSM_SCAN", "fast")
     with pytest.raises(ValueError, match="HF_COMPRESSM_SCAN = 'fast'; allowed: torch, cpp, triton, mamba_ssm, hub"):
         install_scan()
-    assert "Transformers' loop" in env_report_of_a_process({"HF_COMPRESSM_SCAN": ""})
+    assert "Transformers' own" in env_report_of_a_process({"HF_COMPRESSM_SCAN": ""})
 
 
 @pytest.mark.parametrize("name", ["fast", "mamba_ssm", "hub", "cpp"])

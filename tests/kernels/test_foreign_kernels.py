@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.mamba import modeling_mamba
 
 from hf_compressm import env_report, install_scan, uninstall_scan
-from hf_compressm.architectures.selective.mamba_kernels import reference_of
-from hf_compressm.architectures.selective.mamba_scan import kernel_in_force, reference_loop_would_run, scan_in_force
+from hf_compressm.architectures.foreign_kernels import reference_of
+from hf_compressm.architectures.installed_scan import kernel_in_force, reference_would_run, scan_in_force
 
 FUNCTIONS = ("mamba_selective_scan", "mamba_inner_fn")
 DEVICES = ("cpu", "cuda", "xpu")
@@ -58,7 +58,7 @@ def test_a_kernel_of_the_hub_serves_where_our_scan_would(modules, installed_firs
         assert scan_in_force("cpu") == "cpp"
     kernelize(modules)
     assert [kernel_in_force(device) for device in DEVICES] == [None, "hub", "hub"]
-    assert [reference_loop_would_run(device) for device in DEVICES] == [not installed_first, False, False]
+    assert [reference_would_run(device) for device in DEVICES] == [not installed_first, False, False]
     install_scan()
     assert [scan_in_force(device) for device in DEVICES] == ["cpp", "hub", "hub"]
     model, ids = small_model(), token_ids()
@@ -116,7 +116,7 @@ import torch
 from kernels import KernelizeFallback, LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from transformers import MambaConfig, MambaForCausalLM
 from hf_compressm import install_scan
-from hf_compressm.architectures.selective.mamba_scan import kernel_in_force, scan_in_force
+from hf_compressm.architectures.installed_scan import kernel_in_force, scan_in_force
 
 model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=7)).eval()
 ids = torch.randint(61, (3, 11))

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from transformers.models.mamba import modeling_mamba
 
 from hf_compressm import install_scan, uninstall_scan
-from hf_compressm.architectures.selective.mamba_scan import observed_scan, scan_installed, scan_is_installed
+from hf_compressm.architectures.installed_scan import observed_scan, scan_installed, scan_is_installed
 from hf_compressm.kernels import cpp_scan
 from hf_compressm.kernels.scan import sampled_scan
 
@@ -241,7 +241,7 @@ from torch.library import opcheck
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 from hf_compressm import install_scan
-from hf_compressm.architectures.selective.mamba_scan import reference_loop_would_run, scan_in_force
+from hf_compressm.architectures.installed_scan import reference_would_run, scan_in_force
 
 def refused(function, *arguments):
     try:
@@ -260,7 +260,7 @@ model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_l
 ids = torch.randint(61, (3, 11))
 assert refused(model.train(), ids) and refused(model.eval(), ids)
 
-assert not reference_loop_would_run("cuda") and reference_loop_would_run("cpu")
+assert not reference_would_run("cuda") and reference_would_run("cpu")
 assert scan_in_force("cuda").startswith("mamba_ssm")
 install_scan()
 assert scan_in_force("cuda").startswith("mamba_ssm") and scan_in_force("cpu") == "cpp"

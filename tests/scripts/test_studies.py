@@ -249,6 +249,7 @@ BENCHMARK = """
     --batch_size 2 --rounds 2 --slow_rounds 1 --channels 8 --length 20 --state_size 6 --state_sizes 3 --lengths 20
     --block_size 20 --hidden_size 8 --num_hidden_layers 2 --vocab_size 50 --size_before 8 --size_after 2 --step_size 8
     --run_size 2 --run_steps 100 --decode_sizes 3 --decode_tokens 2 --threads 1
+    --mamba2_heads 2 --mamba2_head_dim 8 --mamba2_length 20 --mamba2_sizes 3 6
 """.split()
 
 
@@ -265,6 +266,9 @@ def test_the_benchmark_measures_all_it_says_against_the_limits_of_the_machine(tm
     step, cut = results["training"]["step"], results["training"]["cut"]
     assert step["median_seconds"].keys() == {"cpp", "torch", "mambapy"} and cut["sizes"] == [8, 2]
     assert 0 < results["training"]["run"]["share"]["analysis"] < 1
+    for study in ("scan", "step"):
+        assert [point["N"] for point in results["mamba2"][study]] == [3, 6]
+        assert all(p["median_seconds"].keys() == {"cpp", "torch", "Transformers"} for p in results["mamba2"][study])
     shares = [
         *step["share_of_limit"].values(),
         *cut["share_of_limit"].values(),

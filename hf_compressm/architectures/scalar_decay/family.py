@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...engines import full_tensor
-from ...kernels.scalar_decay_scan import scalar_decay_scan
+from ...kernels.scalar_decay_scan import effective_time_step, scalar_decay_scan
 from ..family import Family
+from .mamba2_scan import NO_LIMIT, SCAN
 
-SCAN = "mamba2_chunk_scan"  # the function that the mixers call, a global of the module that defines them
 LAYERS_WITH_STATE = ("linear_attention", "hybrid", "mamba")  # the last is the older name of the first
 
 
@@ -107,11 +107,10 @@ class ScalarDecayFamily(Family):
         """Let the observer be told of every scan of the family's models in eval mode within this block."""
         scan = getattr(self.modeling, SCAN)
 
-        def observed(hidden_states, dt, A, B, C, *args, dt_bias=None, dt_softplus=False, dt_limit=None, **kwargs):
-            options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit or (0.0, float("inf"))}
+        def observed(hidden_states, dt, A, B, C, *args, dt_bias=None, dt_softplus=False, dt_limit=NO_LIMIT, **kwargs):
+            options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
             result = scan(hidden_states, dt, A, B, C, *args, **options, **kwargs)
-            time_step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-            time_step = (F.softplus(time_step) if dt_softplus else time_step).clamp(*options["dt_limit"])
+            time_step = effective_time_step(dt, dt_bias, dt_softplus, dt_limit)
             y = result[0] if isinstance(result, tuple) else result
             observer(GroupInputs(hidden_states, time_step, A, B, C), y.flatten(2))
             return result
@@ -183,8 +182,8 @@ class ScalarDecayFamily(Family):
             with torch.autocast(inputs.features.device.type, enabled=False):
                 dtype = next(iter(maps.values())).dtype
                 x, time_step, A, *_ = (tensor.to(dtype) for tensor in inputs.scan)
-                y = scalar_decay_scan(x, time_step, A, *self.input_and_output_maps(mixer, maps, inputs))
-                y, gain = (y + x * D.to(x).unsqueeze(1)).flatten(2), F.silu(inputs.gate.to(dtype))
+                y = scalar_decay_scan(x, time_step, A, *self.input_and_output_maps(mixer, maps, inputs), D.to(x))
+                y, gain = y.flatten(2), F.silu(inputs.gate.to(dtype))
                 y = normalised(y) * gain if norm_comes_first else normalised(y * gain)
                 return torch.einsum("hd,bld->bhl", projection.to(y), y)
 

@@ -11,12 +11,6 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.bamba import modeling_bamba
-from transformers.models.falcon_h1 import modeling_falcon_h1
-from transformers.models.granitemoehybrid import modeling_granitemoehybrid
-from transformers.models.mamba2 import modeling_mamba2
-from transformers.models.nemotron_h import modeling_nemotron_h
-from transformers.models.zamba2 import modeling_zamba2
 
 from ...engines import full_tensor, original_class
 from ...theory.group_criteria import GROUP_CRITERIA
@@ -25,6 +19,7 @@ from ...theory.selective import complement
 from ..family import Block, ProjectedFamily, StateTensor, check_projections, whole_quotient
 from .balanced import BALANCED_CLASSES
 from .family import GroupLayerInputs, ScalarDecayFamily
+from .mamba2_scan import MODULES
 
 _CHANNELS = (Block("intermediate_size", 0), Block("B", "n_groups"), Block("C", "n_groups"))  # of the convolution
 _FEATURES = (Block("intermediate_size", 0), *_CHANNELS, Block("num_heads", 0))  # of in_proj: z, x, B, C, Δ
@@ -325,7 +320,7 @@ class BalancedFamily(ProjectedFamily, ScalarDecayFamily):
 AXIS_FAMILIES = (
     AxisFamily(
         "mamba2",
-        modeling_mamba2,
+        MODULES["mamba2"],
         "Mamba2Mixer",
         "Mamba-2",
         "state_size",
@@ -334,12 +329,12 @@ AXIS_FAMILIES = (
         "n_groups",
         "conv_kernel",
     ),
-    AxisFamily("bamba", modeling_bamba, "BambaMixer", "Bamba"),
-    AxisFamily("falcon_h1", modeling_falcon_h1, "FalconH1Mixer", "Falcon-H1"),
-    AxisFamily("granitemoehybrid", modeling_granitemoehybrid, "GraniteMoeHybridMambaLayer", "Granite hybrid"),
+    AxisFamily("bamba", MODULES["bamba"], "BambaMixer", "Bamba"),
+    AxisFamily("falcon_h1", MODULES["falcon_h1"], "FalconH1Mixer", "Falcon-H1"),
+    AxisFamily("granitemoehybrid", MODULES["granitemoehybrid"], "GraniteMoeHybridMambaLayer", "Granite hybrid"),
     AxisFamily(
         "nemotron_h",
-        modeling_nemotron_h,
+        MODULES["nemotron_h"],
         "NemotronHMamba2Mixer",
         "Nemotron-H",
         "ssm_state_size",
@@ -350,7 +345,7 @@ AXIS_FAMILIES = (
     ),
     AxisFamily(
         "zamba2",
-        modeling_zamba2,
+        MODULES["zamba2"],
         "Zamba2MambaMixer",
         "Zamba2",
         "mamba_d_state",

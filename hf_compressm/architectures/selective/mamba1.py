@@ -12,8 +12,8 @@ from ...engines import full_tensor
 from ...kernels import selective_scan
 from ...theory.selective import LayerInputs, StateMaps
 from ..family import Block, Family, StateTensor, check_projections
+from ..installed_scan import observed_scan, reference_would_run
 from .family import Observer, SelectiveFamily
-from .mamba_scan import observed_scan, reference_loop_would_run
 
 LIMITS = (
     "The reduction is axis-aligned (a state is dropped for all channels of a layer at once), and selective layers "
@@ -125,7 +125,7 @@ def scan_output(
 
 def slow_scan(family: Family, device_type: str) -> str | None:
     """Return a warning where Transformers' own loop would run, which is quadratic in the sequence length."""
-    if not reference_loop_would_run(device_type, family.model_types[0]):
+    if not reference_would_run(device_type, family.model_types[0]):
         return None
     return (
         f"Transformers' own {family.title} loop is about to run: its training step is quadratic in the sequence "

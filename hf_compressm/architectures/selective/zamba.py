@@ -15,10 +15,10 @@ from ...engines import full_tensor
 from ...theory.plan import HeadSelection
 from ...theory.selective import LayerInputs, StateMaps
 from ..family import Block, StateTensor
+from ..installed_scan import observed_scan
 from ..tensors import cut_tensors
 from .family import Observer, SelectiveFamily
 from .mamba1 import LIMITS, scan_output, slow_scan
-from .mamba_scan import observed_scan
 
 
 class ZambaFamily(SelectiveFamily):

@@ -54,19 +54,41 @@ inline Vector log1p(Vector x) {
 inline Vector sigmoid(Vector x) { return 1 / (1 + exp2(-LOG2_E * x)); }
 inline Vector softplus(Vector x) { return maximum(x, Vector{}) + log1p(exp2(-LOG2_E * maximum(x, -x))); }
 
-// Entry i: the sum of rows[i].
-inline Vector sums(Vector* rows) {
-  for (int half = LANES / 2; half; half /= 2) {
-    Integers low, high;
+// Lanes of two vectors, in exchange: those whose index has the bit `half` clear, and the others.
+struct Exchange {
+  Integers low, high;
+  explicit Exchange(int half) {
     for (int i = 0; i < LANES; ++i) {
       bool second = i & half;
       low[i] = second ? LANES + i - half : i;
       high[i] = second ? LANES + i : i + half;
     }
+  }
+};
+
+// Entry i: the sum of rows[i].
+inline Vector sums(Vector* rows) {
+  for (int half = LANES / 2; half; half /= 2) {
+    const Exchange lanes(half);
     for (int i = 0; i < half; ++i)
-      rows[i] = __builtin_shuffle(rows[i], rows[i + half], low) + __builtin_shuffle(rows[i], rows[i + half], high);
+      rows[i] = __builtin_shuffle(rows[i], rows[i + half], lanes.low) + __builtin_shuffle(rows[i], rows[i + half], lanes.high);
   }
   return rows[0];
+}
+
+// Entry i of rows[j] becomes entry j of rows[i], for LANES rows.
+inline void transpose(Vector* rows) {
+#pragma GCC unroll 8
+  for (int half = LANES / 2; half; half /= 2) {
+    const Exchange lanes(half);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (i & half) continue;
+      const Vector first = rows[i], second = rows[i + half];
+      rows[i] = __builtin_shuffle(first, second, lanes.low);
+      rows[i + half] = __builtin_shuffle(first, second, lanes.high);
+    }
+  }
 }
 
 }  // namespace

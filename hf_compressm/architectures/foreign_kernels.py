@@ -1,4 +1,4 @@
-"""This module tells whose kernel a function of Transformers' `modeling_mamba` calls.
+"""This module tells whose kernel a function of a model of Transformers calls.
 
 By `use_kernel_func_from_hub_with_fallback` each of these functions calls a kernel from the Hub where a model asked for
 it (`use_kernels=True`), else that of a package that was there at import (mamba-ssm, causal-conv1d), else its own loop.
