@@ -1,4 +1,4 @@
-"""The selective scan is an operator of torch, in C++, Triton and PyTorch. Nothing here knows Transformers."""
+"""The scans are operators of torch: in PyTorch, C++ and, that of Mamba-1, Triton. Nothing here knows Transformers."""
 
 from .scan import effective_time_step, sampled_scan, selective_scan
 

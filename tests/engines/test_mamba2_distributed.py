@@ -87,7 +87,7 @@ def test_weights_are_those_of_one_process_after_every_step(launched, alone, engi
                 left, right = (each[name].mT @ each[name.replace("B_proj", "C_proj")] for each in (weights, reference))
                 assert (left - right).abs().max() < 2e-5
     left, right = (logits_of(weights[-1], ENGINES[engine][variant]) for weights in (first, expected))
-    assert (left - right).abs().max() < 1e-5
+    assert (left - right).abs().max() < 2e-5  # as of WᵀV
 
 
 @pytest.mark.parametrize("basis", BOTH)
