@@ -247,4 +247,4 @@ def test_an_observer_is_told_what_each_scan_is_given(installed):
     assert len(seen) == 2 and [len(inputs) for inputs, _ in seen] == [5, 5]
     for (inputs, y), mixer in zip(seen, mixers_of(model), strict=True):
         assert y.shape == (2, 19, 64) and torch.equal(inputs.A, -mixer.A_log.exp())
-        assert (inputs.time_step > 0).all() and inputs.B.shape == inputs.C.shape == (2, 19, 2, 8)
+        assert (inputs.time_step > 0).all() and inputs.B.shape == inputs.C.shape == (2, 19, 2, 16)
