@@ -8,6 +8,7 @@ from benchmarks.measuring import mebibytes, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+NOT_MEASURED = "–"
 Groups = dict[str, list[dict]]  # "text, N = …" → the results of its models
 
 
@@ -19,12 +20,14 @@ def tables(name: str, group: list[dict]) -> str:
         named(group, "rises", "remedy"),
     )
     text = f"## {name}\n\nLoss {spread(result['loss'] for result in group)} nats on validation text. "
-    text += f"Rises in thousandths of a nat, mean ± standard deviation over {len(group)} seeds.\n\n"
+    over = f", mean ± standard deviation over {len(group)} seeds" if len(group) > 1 else " (one seed)"
+    text += f"Rises in thousandths of a nat{over}.\n\n"
     rows = [
         [c, r, *(rise_of(group, "rises", criterion=c, remedy=r, divisor=d) for d in divisors)]
         for c in named(group, "rises", "criterion")
         for r in remedies
     ]
+    rows = [row for row in rows if set(row[2:]) != {NOT_MEASURED}]
     text += table(["criterion", "remedy", *(f"{size} → {size // d}" for d in divisors)], rows)
     rows = [
         [r, *(rise_of(group, "rises", "recall", criterion="output", remedy=r, divisor=d) for d in divisors)]
@@ -62,17 +65,20 @@ def rise_of(group: list[dict], key: str, name: str = "rise", **wanted) -> str:
 def spread(numbers: Iterable[float]) -> str:
     numbers = list(numbers)
     if not numbers:
-        return "–"
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+        return NOT_MEASURED
     digits = 1 if abs(statistics.mean(numbers)) >= 10 else 2
-    return f"{statistics.mean(numbers):.{digits}f} ± {deviation:.{digits}f}"
+    text = f"{statistics.mean(numbers):.{digits}f}"
+    return text if len(numbers) == 1 else f"{text} ± {statistics.stdev(numbers):.{digits}f}"
 
 
 def costs(group: list[dict], remedy: str) -> list[str]:
     """Return the table of seconds and memory."""
     seconds = values(group, "rises", "seconds", criterion="output", remedy=remedy, divisor=4)
     peaks = [result["peak_bytes"][remedy] for result in group]
-    return [f"{statistics.median(seconds):.1f}" if seconds else "–", mebibytes(None if None in peaks else max(peaks))]
+    return [
+        f"{statistics.median(seconds):.1f}" if seconds else NOT_MEASURED,
+        mebibytes(None if None in peaks else max(peaks)),
+    ]
 
 
 def points_of(group: list[dict], of_all_layers: bool) -> list[dict]:
@@ -123,7 +129,8 @@ def figure_of_rises(groups: Groups) -> Figure:
             axes.set_title(f"{name}: {remedy}", fontsize=9)
             axes.set_xlabel("states kept")
         row[0].set_ylabel("rise of the loss, nats")
-    panels[0, -1].legend(frameon=False, fontsize=7, ncols=2)
+    lines = panels[0, 0].get_legend_handles_labels()  # without a remedy every criterion is drawn
+    figure.legend(*lines, loc="outside lower center", frameon=False, fontsize=7, ncols=len(criteria))
     return figure
 
 

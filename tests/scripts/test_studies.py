@@ -307,7 +307,8 @@ def test_reductions_of_a_mamba2_are_compared_in_both_bases(tmp_path):
     result = json.loads((tmp_path / "bible-16-0.json").read_text())
     found = {(e["criterion"], e["remedy"]) for e in result["rises"]}
     assert found == {("output", "none"), ("balanced", "none"), ("balanced", "refit")}
-    assert "| output | refit | – | – | – | – |" in (tmp_path / "reductions.md").read_text()
+    table = (tmp_path / "reductions.md").read_text()
+    assert "| output | none |" in table and "| balanced | refit |" in table and "| output | refit |" not in table
     assert len(result["output_errors"]) == 2 * 4
     assert all(0.2 < e["predicted"] / e["measured"] < 5 for e in result["output_errors"])
     assert (tmp_path / "output-errors.png").stat().st_size > 10_000
