@@ -265,6 +265,19 @@ def copy_of(source: Path, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder, symlinks=True))
 
 
+def recorded_operators(model, ids: torch.Tensor) -> list[str]:
+    """What torch.compile hands to its backend, in one graph, for a forward pass."""
+    operators = []
+
+    def record(graph, _):
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=record, fullgraph=True)(ids, use_cache=False)
+    return operators
+
+
 def build_trainer(folder, dataset, callbacks=(), model=None, eval_dataset=None, **changes) -> Trainer:
     options = dict(
         output_dir=str(folder),

@@ -5,6 +5,7 @@ from types import MethodType
 import pytest
 import torch
 from balanced_models import CASES, build_cut, build_stock, cache_for, mixers_of, states_of, tokens
+from conftest import recorded_operators
 from torch import nn
 
 from hf_compressm import env_report, install_scan, uninstall_scan
@@ -104,26 +105,13 @@ def test_installing_replaces_five_functions_and_uninstalling_restores_them(model
 # What runs
 
 
-def recorded_operators(model) -> list[str]:
-    """What torch.compile hands to its backend, in one graph, for a forward pass."""
-    operators = []
-
-    def record(graph, _):
-        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=record, fullgraph=True)(tokens(), use_cache=False)
-    return operators
-
-
 @pytest.mark.parametrize(("requested", "name"), [("", "cpp"), ("torch", "torch"), ("triton", "cpp")])
 def test_a_compiled_model_runs_the_operator_that_the_environment_names(monkeypatch, requested, name):
     monkeypatch.setenv("HF_COMPRESSM_SCAN", requested)
     assert env_report()["scan of Mamba-2 on cpu"] == f"Transformers' own (call install_scan() for '{name}')"
     install_scan()
     assert env_report()["scan of Mamba-2 on cpu"] == scan_in_force("cpu", "mamba2") == name
-    operators = recorded_operators(build_stock(case="mamba2"))
+    operators = recorded_operators(build_stock(case="mamba2"), tokens())
     assert operators.count(f"hf_compressm.{name}_scalar_decay_scan.default") == 2
 
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from conftest import recorded_operators
 from processes import run_program
 from scan_reference import OPTIONAL, relative_error, require_gradients, scan_inputs, small_model, token_ids
 from torch.library import opcheck
@@ -28,7 +29,7 @@ def test_the_environment_names_the_scan_of_a_cpu(monkeypatch, requested, name):
     assert choose_scan("cpu", torch.float32)._name == f"{name}_scan"
     assert scan_name("cpu", torch.float64) == "torch"  # the only one that computes in it
     install_scan()
-    graph = recorded_operators(small_model())
+    graph = recorded_operators(small_model(), token_ids())
     assert graph.count(f"hf_compressm.{name}_scan.default") == 2
 
 
@@ -97,19 +98,6 @@ def test_torch_asked_for_by_name_spares_the_compiler(tmp_path):
 
 
 # Compilers
-
-
-def recorded_operators(model) -> list[str]:
-    """What torch.compile hands to its backend, in one graph, for a forward pass."""
-    operators = []
-
-    def record(graph, _):
-        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=record, fullgraph=True)(token_ids(), use_cache=False)
-    return operators
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
