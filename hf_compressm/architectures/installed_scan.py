@@ -49,6 +49,7 @@ def install_scan() -> None:
     check_private_names(*(module.__name__ for module in modules), hub_kernels.__name__)
     for kind in KINDS:
         replace_functions(kind.MODULES.values(), kind.STAND_INS)
+        replace_functions(kind.MIXERS, kind.METHODS)
 
 
 def uninstall_scan() -> None:

@@ -1,8 +1,8 @@
 """This module replaces functions that models of Transformers call, keeps the originals, and tells whose kernel serves.
 
-A function that is replaced is a global of the module that defines a model. Its stand-in is made by a `StandIn`, which
-is given that module and the function's name. Kernels of the Hub and of other packages keep their place, and tensors
-that such a kernel does not take, those on a CPU, never reach it.
+A function that is replaced is a global of the module that defines a model, or a method of a class there. Its stand-in
+is made by a `StandIn`, which is given that owner and the function's name. Kernels of the Hub and of other packages
+keep their place, and tensors that such a kernel does not take, those on a CPU, never reach it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,28 +13,29 @@ import torch
 from ..kernels.dispatch import FOREIGN, NAMES, scan_name
 from .foreign_kernels import kernel_of, reference_of
 
-StandIn = Callable[[ModuleType, str], Callable]
+Owner = ModuleType | type
+StandIn = Callable[[Owner, str], Callable]
 
 PACKED = ("seq_idx", "cu_seqlens")  # what tells sequences apart that lie behind each other in a row
 
-_originals: dict[tuple[ModuleType, str], Callable] = {}  # what was replaced
+_originals: dict[tuple[Owner, str], Callable] = {}  # what was replaced
 
 
-def replace_functions(modules: Iterable[ModuleType], stand_ins: Mapping[str, StandIn]) -> None:
-    """Put stand-ins in the place of the functions of these names, in each of the modules that has them."""
-    for module in modules:
+def replace_functions(owners: Iterable[Owner], stand_ins: Mapping[str, StandIn]) -> None:
+    """Put stand-ins in the place of the functions of these names, in each of the owners that has them."""
+    for owner in owners:
         for name, stand_in in stand_ins.items():
-            if hasattr(module, name):  # a Zamba has no fused block
-                replacement = stand_in(module, name)
-                _originals[module, name] = getattr(module, name)
-                setattr(module, name, replacement)
+            if hasattr(owner, name):  # a Zamba has no fused block
+                replacement = stand_in(owner, name)
+                _originals[owner, name] = getattr(owner, name)
+                setattr(owner, name, replacement)
 
 
 def put_functions_back() -> None:
     """Put back all that was replaced."""
     while _originals:
-        (module, name), original = _originals.popitem()
-        setattr(module, name, original)
+        (owner, name), original = _originals.popitem()
+        setattr(owner, name, original)
 
 
 def any_is_replaced() -> bool:

@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpp"
 SOURCE = SOURCES / "scan.cpp"  # includes the others
+STEPS = {  # operators that overwrite states → which argument the result is like
+    "step": 1,
+    "scalar_decay_step": 1,
+    "causal_convolution_step": 1,
+    "selective_mixer_step": 0,
+    "scalar_decay_mixer_step": 0,
+}
 FLAGS = "-std=c++20 -O3 -march=native -fopenmp -fPIC -shared -w".split()
 
 
@@ -36,8 +43,8 @@ def is_available() -> bool:
             )
             _compile(library)
         torch.ops.load_library(str(library))
-        for name in ("step", "scalar_decay_step"):
-            torch.library.register_fake(f"hf_compressm_kernel::{name}", lambda state, u, *_: u.new_empty(u.shape))
+        for name, like in STEPS.items():
+            torch.library.register_fake(f"hf_compressm_kernel::{name}", lambda *args, like=like: args[like].clone())
     except Exception as error:
         lines = [line for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line), next(iter(lines), type(error).__name__))
@@ -69,6 +76,20 @@ def step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
     u, time_step and gate are (batch, D), B and C (batch, N), in any dtype; the state is float32 and contiguous.
     """
     return torch.ops.hf_compressm_kernel.step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus)
+
+
+def mixer_step(hidden, conv_state, state, in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj):
+    """Take a step of a whole mixer of Mamba-1: overwrite the states, and return its output, (batch, 1, hidden size).
+
+    Args:
+        hidden: its input, (batch, 1, hidden size); it and all others are float32 and contiguous.
+        conv_state: the last inputs of the convolution, (batch, D, K).
+        state: (batch, D, N).
+        in_proj: weight and bias, as those of all layers; a bias may be None.
+        x_proj: only a weight.
+    """
+    weights = *in_proj, *conv1d, x_proj, *dt_proj, A_log, D, *out_proj
+    return torch.ops.hf_compressm_kernel.selective_mixer_step(hidden, conv_state, state, *weights)
 
 
 def _library() -> Path:

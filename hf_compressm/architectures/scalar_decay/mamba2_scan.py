@@ -13,10 +13,13 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.zamba2 import modeling_zamba2
 
+from ...kernels.cpp_scalar_decay import mixer_step as cpp_mixer_step
 from ...kernels.cpp_scalar_decay import step as cpp_step
 from ...kernels.dispatch import FOREIGN, SCALAR_DECAY, scan_name
 from ...kernels.scalar_decay_scan import scalar_decay_scan
 from ...kernels.torch_scan import torch_transforms
+from ..convolutions import convolution, convolution_step
+from ..mixer_step import fit_the_kernel, stand_in_for_forward
 from ..replaced_functions import (
     StandIn,
     check_cached_state,
@@ -26,6 +29,7 @@ from ..replaced_functions import (
     original_function,
     serving_scan,
 )
+from .balanced import BalancedMixer
 
 MODULES = {  # by model type
     "mamba2": modeling_mamba2,
@@ -96,6 +100,37 @@ STAND_INS: dict[str, StandIn] = {  # by the name of what they stand in for
     SCAN: _chunk_scan,
     "mamba2_split_conv1d_scan_combined": fused_block,
     "mamba2_selective_state_update": _state_update,
-    "causal_conv1d_fn": kernel_or_reference,
-    "causal_conv1d_update": kernel_or_reference,
+    "causal_conv1d_fn": convolution,
+    "causal_conv1d_update": convolution_step,
 }
+
+
+def _step(mixer, hidden_states, states):
+    """Return the output of a mixer for one token, or None where its weights or the states do not fit the kernel."""
+    if isinstance(mixer, modeling_falcon_h1.FalconH1Mixer):  # balanced; it has multipliers of its own
+        return None
+    projected = isinstance(mixer, BalancedMixer) and mixer.reduced_state_size is not None
+    projections = (mixer.B_proj, mixer.C_proj) if projected else (None, None)
+    layers = [(layer.weight, layer.bias) for layer in (mixer.in_proj, mixer.conv1d, mixer.out_proj)]
+    vectors = mixer.dt_bias, mixer.A_log, mixer.D
+    batch, (channels, _, width) = len(hidden_states), mixer.conv1d.weight.shape
+    size = mixer.reduced_state_size if projected else mixer.ssm_state_size
+    shapes = (batch, channels, width), (batch, mixer.num_heads, mixer.head_dim, size)
+    norm = mixer.norm.weight, mixer.norm.variance_epsilon
+    tensors = *vectors, *projections, norm[0], *states, *(tensor for layer in layers for tensor in layer)
+    if not fit_the_kernel(tensors) or tuple(state.shape for state in states) != shapes:
+        return None
+    in_proj, conv1d, out_proj = layers
+    middle = *vectors, mixer.n_groups, projections, norm, mixer.norm.group_size
+    return cpp_mixer_step(hidden_states, *states, in_proj, conv1d, *middle, out_proj)
+
+
+MIXERS = (  # those whose step is the kernel's
+    modeling_mamba2.Mamba2Mixer,
+    modeling_bamba.BambaMixer,
+    modeling_granitemoehybrid.GraniteMoeHybridMambaLayer,
+    modeling_nemotron_h.NemotronHMamba2Mixer,
+    modeling_zamba2.Zamba2MambaMixer,
+    BalancedMixer,
+)
+METHODS: dict[str, StandIn] = {"forward": stand_in_for_forward(_step)}

@@ -10,10 +10,13 @@ from transformers.models.jamba import modeling_jamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.zamba import modeling_zamba
 
+from ...kernels.cpp_scan import mixer_step as cpp_mixer_step
 from ...kernels.cpp_scan import step as cpp_step
 from ...kernels.dispatch import FOREIGN, NAMES, scan_name
 from ...kernels.scan import selective_scan
 from ...kernels.torch_scan import torch_transforms
+from ..convolutions import convolution, convolution_step
+from ..mixer_step import fit_the_kernel, stand_in_for_forward
 from ..replaced_functions import (
     StandIn,
     check_cached_state,
@@ -83,6 +86,23 @@ STAND_INS: dict[str, StandIn] = {  # by the name of what they stand in for
     SCAN: _scan,
     "mamba_inner_fn": fused_block,
     "mamba_selective_state_update": _state_update,
-    "causal_conv1d_fn": kernel_or_reference,
-    "causal_conv1d_update": kernel_or_reference,
+    "causal_conv1d_fn": convolution,
+    "causal_conv1d_update": convolution_step,
 }
+
+
+def _step(mixer, hidden_states, states):
+    """Return the output of a mixer for one token, or None where its weights or the states do not fit the kernel."""
+    conv1d, x_proj, A_log, D = mixer.conv1d, mixer.x_proj.weight, mixer.A_log, mixer.D
+    layers = [(layer.weight, layer.bias) for layer in (mixer.in_proj, conv1d, mixer.dt_proj, mixer.out_proj)]
+    channels, _, width = conv1d.weight.shape
+    shapes = (len(hidden_states), channels, width), (len(hidden_states), *A_log.shape)
+    tensors = x_proj, A_log, D, *states, *(tensor for layer in layers for tensor in layer)
+    if not fit_the_kernel(tensors) or tuple(state.shape for state in states) != shapes:
+        return None
+    in_proj, conv1d, dt_proj, out_proj = layers
+    return cpp_mixer_step(hidden_states, *states, in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj)
+
+
+MIXERS = (modeling_mamba.MambaMixer,)  # those whose step is the kernel's
+METHODS: dict[str, StandIn] = {"forward": stand_in_for_forward(_step)}
