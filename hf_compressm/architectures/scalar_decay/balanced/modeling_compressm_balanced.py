@@ -98,10 +98,8 @@ class BalancedMixer:
         projected = self._project_input(mask(hidden_states, attention_mask))
         gate, xBC, time_step = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         xBC = mask(self._convolve(xBC.transpose(1, 2), cache_params, kwargs).transpose(1, 2), attention_mask)
-        x, BC = xBC.tensor_split([self.intermediate_size], dim=-1)
-        B, C = BC.unflatten(-1, (2, self.n_groups, self.ssm_state_size)).unbind(-3)
-        B = torch.einsum("blgn,grn->blgr", B, self.B_proj)
-        C = torch.einsum("blgn,grn->blgr", C, self.C_proj)
+        x, B, C = xBC.split([self.intermediate_size, *2 * [self.n_groups * self.ssm_state_size]], dim=-1)
+        B, C = _project(B, self.B_proj), _project(C, self.C_proj)
         y = self._scan(x.unflatten(-1, (self.num_heads, self.head_dim)), time_step, B, C, cache_params, kwargs)
         return self.out_proj(self._gate_output(y, gate).to(dtype))
 
@@ -138,6 +136,12 @@ class BalancedMixer:
             y, state = y
             cache.update_recurrent_state(state, layer_idx=self.layer_idx)
         return y.flatten(2)
+
+
+def _project(features: Tensor, projection: Tensor) -> Tensor:
+    """Return (batch, L, G, r) of features (batch, L, G N) and a projection (G, r, N)."""
+    groups, _, size = projection.shape
+    return torch.einsum("blgn,grn->blgr", features.unflatten(-1, (groups, size)), projection)
 
 
 class BalancedModel:
