@@ -2,6 +2,10 @@
 
 #pragma once
 
+#ifdef __AVX512DQ__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #ifdef __AVX512F__
@@ -21,21 +25,34 @@ using Integers = Lanes<LANES>::Integers;
 
 inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
 
-// 2^x to 1e-7, relative; 0 where x < -126.5, and NaN where x is that.
-template <int WIDTH>
-inline typename Lanes<WIDTH>::Floats power_of_two(typename Lanes<WIDTH>::Floats x) {
-  using V = typename Lanes<WIDTH>::Floats;
-  using I = typename Lanes<WIDTH>::Integers;
-  constexpr float BIAS = 127, ROUND = 12582912 + BIAS;  // 1.5 · 2^23: a float of this size is an integer
-  x = x < -BIAS ? V{} - BIAS : x;  // NaN stays
-  x = x > 126 ? V{} + 126 : x;
-  V shifted = x + ROUND, f = x - (shifted - ROUND);
+// 2^f to 1e-7, relative, for -1/2 ≤ f ≤ 1/2.
+template <typename V>
+inline V power_of_fraction(V f) {
   V p = 0.00132647269f * f + 0.009671512661f;
   p = p * f + 0.05550733744f;
   p = p * f + 0.2402224208f;
   p = p * f + 0.6931469776f;
-  p = p * f + 1.0f;
-  return p * (V)((I)shifted << 23);  // a product, not a sum of exponents, which would make numbers of some NaN
+  return p * f + 1.0f;
+}
+
+// 2^x to 1e-7, relative; 0 where x < -126.5, huge where x > 126, and NaN where x is that.
+template <int WIDTH>
+inline typename Lanes<WIDTH>::Floats power_of_two(typename Lanes<WIDTH>::Floats x) {
+  using V = typename Lanes<WIDTH>::Floats;
+  using I = typename Lanes<WIDTH>::Integers;
+#ifdef __AVX512DQ__
+  if constexpr (WIDTH == 16) {  // two instructions take the exponent off and put it back
+    const V f = (V)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __mmask16 left = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.5f), _CMP_NLT_UQ);  // or NaN
+    return (V)_mm512_maskz_scalef_ps(left, (__m512)power_of_fraction(f), (__m512)(x - f));
+  }
+#endif
+  constexpr float BIAS = 127, ROUND = 12582912 + BIAS;  // 1.5 · 2^23: a float of this size is an integer
+  x = x < -BIAS ? V{} - BIAS : x;  // NaN stays
+  x = x > 126 ? V{} + 126 : x;
+  const V shifted = x + ROUND, f = x - (shifted - ROUND);
+  // a product, not a sum of exponents, which would make numbers of some NaN
+  return power_of_fraction(f) * (V)((I)shifted << 23);
 }
 inline Vector exp2(Vector x) { return power_of_two<LANES>(x); }
 
@@ -68,8 +85,10 @@ struct Exchange {
 
 // Entry i: the sum of rows[i].
 inline Vector sums(Vector* rows) {
+#pragma GCC unroll 8
   for (int half = LANES / 2; half; half /= 2) {
     const Exchange lanes(half);
+#pragma GCC unroll 16
     for (int i = 0; i < half; ++i)
       rows[i] = __builtin_shuffle(rows[i], rows[i + half], lanes.low) + __builtin_shuffle(rows[i], rows[i + half], lanes.high);
   }
