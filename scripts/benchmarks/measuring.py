@@ -47,6 +47,15 @@ def machine(args: Arguments) -> dict:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Work is what has to be moved and computed at least: bytes, operations in float32, and those in matrices."""
+
+    bytes_: float
+    flops: float = 0
+    matrix_flops: float = 0
+
+
+@dataclass(frozen=True)
 class Limits:
     """The limits say what the machine does at best: memory, float32 arithmetic, and products of matrices."""
 
@@ -54,10 +63,10 @@ class Limits:
     flops_per_second: float
     matrix_flops_per_second: float
 
-    def seconds(self, bytes_: float, flops: float, matrix_flops: float = 0) -> float:
+    def seconds(self, work: Work) -> float:
         """Return the least time for this work, memory and arithmetic in parallel."""
-        arithmetic = flops / self.flops_per_second + matrix_flops / self.matrix_flops_per_second
-        return max(bytes_ / self.bytes_per_second, arithmetic)
+        arithmetic = work.flops / self.flops_per_second + work.matrix_flops / self.matrix_flops_per_second
+        return max(work.bytes_ / self.bytes_per_second, arithmetic)
 
 
 def measure_limits(device: str) -> Limits:
@@ -75,14 +84,26 @@ def measure_limits(device: str) -> Limits:
     return Limits(2 * 4 * size / copy, exact, flops_per_second(torch.bfloat16) if device == "cuda" else exact)
 
 
-def time_in_turn(runs: dict[str, Callable], rounds: dict[str, int], device: str) -> dict[str, list[float]]:
-    """Return seconds of each run by round; every other round goes backwards, so that none always follows another."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(max(rounds.values())):
-        names = [name for name in runs if i < rounds[name]]
+def time_in_turn(runs: dict[str, Callable], rounds: int, args: Arguments) -> dict[str, list[float]]:
+    """Return seconds of each run by round; every other round goes backwards, so that none always follows another.
+
+    Each runs once before, which warms it up. If that alone takes `patience`, it is the only time of this run; what has
+    taken as long in all is not timed again; and what the memory of a GPU does not hold is left out.
+    """
+    seconds: dict[str, list[float]] = {}
+    spent: dict[str, float] = {}
+    for name, run in runs.items():
+        try:
+            spent[name] = timed(run, args.device)
+        except torch.OutOfMemoryError:
+            continue
+        seconds[name] = [spent[name]] if spent[name] >= args.patience else []
+    for i in range(rounds):
+        names = [name for name in seconds if not seconds[name] or spent[name] < args.patience]
         for name in names if i % 2 == 0 else reversed(names):
-            seconds[name].append(timed(runs[name], device))
-        print(f"\r  round {i + 1} of {max(rounds.values())}", end="", flush=True)
+            seconds[name].append(timed(runs[name], args.device))
+            spent[name] += seconds[name][-1]
+        print(f"\r  round {i + 1} of {rounds}", end="", flush=True)
     print("\r" + 30 * " ", end="\r")
     return seconds
 
@@ -107,8 +128,9 @@ def ratio_quartiles(numerators: list[float], denominators: list[float]) -> list[
 
 
 def show(quartiles: list[float], digits: int = 2) -> str:
+    """Return the median with the quartiles in brackets, if they differ."""
     first, middle, third = (f"{value:.{digits}f}" for value in quartiles)
-    return f"{middle} [{first}, {third}]"
+    return f"{middle} [{first}, {third}]" if quartiles[0] < quartiles[2] else middle
 
 
 def mebibytes(count: int | None) -> str:
@@ -122,7 +144,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def added_peak(function: Callable[[], object], device: str) -> int | None:
-    """Return the most bytes that a call holds beyond what is held already; None where the system does not tell.
+    """Return the most bytes that a call holds beyond what is held already; None where that cannot be told.
 
     On a GPU they are those of torch's allocator; else those of the process, whose freed memory is given back to the
     system first.
