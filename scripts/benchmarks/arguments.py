@@ -72,13 +72,16 @@ class Arguments:
 
 # Sizes for a GPU: a scan of mamba-130m and of mamba2-130m at length 2,048, and these models whole.
 ON_CUDA = {
+    "rounds": 10,
+    "patience": 3.0,
     "dtype": "bfloat16",
+    "batch_size": 4,
     "length": 2048,
     "hidden_size": 768,
     "state_sizes": [12, 16, 64],
     "lengths": [512, 2048, 8192, 32768],
     "step_sizes": [128],
-    "mamba2_batch_size": 8,
+    "mamba2_batch_size": 4,
     "mamba2_length": 2048,
     "mamba2_heads": 24,
     "mamba2_state_sizes": [16, 64, 256],
@@ -86,5 +89,6 @@ ON_CUDA = {
     "num_hidden_layers": 24,
     "vocab_size": 50280,
     "run_sizes": [128, 16],
-    "decode_sizes": [16, 64, 128],
+    "decode_sizes": [16, 128],
+    "decode_tokens": 16,
 }

@@ -40,8 +40,6 @@ def decoding_point(family: Family, size: int, batch: int, limits: Limits) -> dic
         model.generate(token, max_new_tokens=args.decode_tokens, do_sample=False, pad_token_id=0)
 
     runs = {OURS: partial(step, False), TRANSFORMERS: partial(step, True), GENERATE: generate}
-    for run in runs.values():
-        run()  # what is compiled on first use
     seconds = time_in_turn(runs, args.rounds, args)
     medians = {name: median(values) for name, values in seconds.items()}
     bytes_of_state = 4 * batch * size * channels * args.num_hidden_layers

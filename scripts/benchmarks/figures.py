@@ -59,7 +59,8 @@ def _one_legend(part: SubFigure) -> None:
     """Tell each name once, below the panels of a family."""
     handles = {}
     for axes in part.axes:
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | handles
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
     if handles:
         part.legend(handles.values(), handles, loc="outside lower center", ncols=10, frameon=False, fontsize=9)
 

@@ -42,7 +42,7 @@ class Mamba2(Family):
         self.state_sizes, self.lengths = args.mamba2_state_sizes, args.mamba2_lengths
         self.step_sizes, self.size_after = args.mamba2_step_sizes, args.mamba2_size_after
         self.reference = recurrence
-        self.of_transformers = {TRANSFORMERS: {}}
+        self.of_transformers = {} if self.has_mamba_ssm else {TRANSFORMERS: {}}  # which runs mamba-ssm by itself
 
     def scans(self) -> dict[str, Callable[..., Tensor]]:
         found = {name: partial(scalar_decay_scan, implementation=name) for name in self.own_scans}

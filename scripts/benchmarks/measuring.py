@@ -87,22 +87,20 @@ def measure_limits(device: str) -> Limits:
 def time_in_turn(runs: dict[str, Callable], rounds: int, args: Arguments) -> dict[str, list[float]]:
     """Return seconds of each run by round; every other round goes backwards, so that none always follows another.
 
-    Each runs once before, which warms it up. If that alone takes `patience`, it is the only time of this run; what has
-    taken as long in all is not timed again; and what the memory of a GPU does not hold is left out.
+    Each runs once before, which warms it up. What has taken `patience` seconds in all is not timed again, and what
+    the memory of a GPU does not hold is left out.
     """
     seconds: dict[str, list[float]] = {}
-    spent: dict[str, float] = {}
     for name, run in runs.items():
         try:
-            spent[name] = timed(run, args.device)
+            run()
+            seconds[name] = []
         except torch.OutOfMemoryError:
-            continue
-        seconds[name] = [spent[name]] if spent[name] >= args.patience else []
+            print(f"  {name} does not fit into memory.", flush=True)
     for i in range(rounds):
-        names = [name for name in seconds if not seconds[name] or spent[name] < args.patience]
+        names = [name for name, times in seconds.items() if i == 0 or sum(times) < args.patience]
         for name in names if i % 2 == 0 else reversed(names):
             seconds[name].append(timed(runs[name], args.device))
-            spent[name] += seconds[name][-1]
         print(f"\r  round {i + 1} of {rounds}", end="", flush=True)
     print("\r" + 30 * " ", end="\r")
     return seconds
@@ -153,7 +151,10 @@ def added_peak(function: Callable[[], object], device: str) -> int | None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        function()
+        try:
+            function()
+        except torch.OutOfMemoryError:
+            return None
         return torch.cuda.max_memory_allocated() - held
     if not RESET_PEAK.exists():
         return None

@@ -1,5 +1,6 @@
 """This study times one scan, forward and backward: this package's against others that its family has."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -62,12 +63,12 @@ def gradients(scan: Callable, inputs: list[Tensor], grad_output: Tensor) -> tupl
 
 
 def sweep(family: Family, shapes: list[Shape], limits: Limits, known: dict[Shape, dict]) -> list[dict]:
-    """Measure from small to large what is not known yet, each scan as far as `patience` allows."""
-    names, results = list(family.scans()), []
+    """Measure from small to large what is not known yet, each scan of others as far as `patience` allows."""
+    names, own, results = list(family.scans()), family.own_scans, []
     for shape in shapes:
         result = known.get(shape) or scan_point(family, shape, names, limits)
         seconds = result["median_seconds"]
-        names = [name for name in names if name in seconds and seconds[name] < family.args.patience]
+        names = [name for name in names if name in own or seconds.get(name, math.inf) < family.args.patience]
         results.append(result)
     return results
 

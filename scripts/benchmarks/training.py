@@ -32,7 +32,7 @@ UNCUT, BUILT = "uncut", "built"
 
 
 class Training:
-    """It trains a model of the family with AdamW on random tokens, and starts with a step.
+    """It trains a model of the family with AdamW on random tokens.
 
     Args:
         scan: one of the family's `training_scans`; None for the fastest that there is.
@@ -45,7 +45,6 @@ class Training:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, weight_decay=0.1), lr=1e-3)
         shape = family.shape.batch, family.shape.length
         self.batch = torch.randint(self.args.vocab_size, shape, device=self.args.device)
-        self.step()
 
     def step(self) -> None:
         half = torch.autocast("cuda", torch.bfloat16) if self.args.device == "cuda" else nullcontext()
@@ -58,7 +57,8 @@ class Training:
         self.optimizer.zero_grad()
 
     def cut(self, size: int, basis: str = "axis") -> dict[str, float]:
-        """Cut to `size` states, and return the seconds of the parts."""
+        """Cut to `size` states after a step, which fills the optimizer, and return the seconds of the parts."""
+        self.step()
         config = CompreSSMConfig(target_state_size=size, basis=basis)
         batches = [{"input_ids": self.batch}] * config.calibration_batches
         with torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda"):
@@ -170,7 +170,6 @@ def study_run(family: Family) -> dict:
     for size in sizes[1:]:
         steps.append(median([timed(training.step, args.device) for _ in range(args.rounds)]))
         events.append(training.cut(size))
-    training.step()
     steps.append(median([timed(training.step, args.device) for _ in range(args.rounds)]))
     tenth = args.run_steps / 10
     seconds_of_steps = sum(tenth / EVENTS * step for step in steps[:-1]) + (args.run_steps - tenth) * steps[-1]
