@@ -1,6 +1,6 @@
 """This benchmark times what it compares in turn, in one process, and compares the ratios within each round.
 
-    python scripts/benchmark.py                # all, about MINUTES minutes on two idle CPU cores
+    python scripts/benchmark.py                # all, about ten minutes on two idle CPU cores
     python scripts/benchmark.py mamba scan --state_size 64
     python scripts/benchmark.py --device cuda  # sizes of mamba-130m and mamba2-130m, less than ten minutes
 

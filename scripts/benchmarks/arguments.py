@@ -19,6 +19,7 @@ class Arguments:
         "What has taken these seconds in all is not timed again; a scan that takes them once is spared larger sizes.",
     )
 
+    long_length: int = option(2048, "scan: sequence length at which memory is told once more, at batch 1.")
     dtype: str = option("float32", "scan: dtype of the inputs. Training on a GPU is in bfloat16 autocast.")
     batch_size: int = option(8, "scan, training: sequences per batch of Mamba-1.")
     length: int = option(128, "scan, training: sequence length L of Mamba-1.")

@@ -53,7 +53,7 @@ class Mamba1(Family):
             from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
             found[MAMBA_SSM] = partial(selective_scan_fn, delta_softplus=True)
-        if self.args.device == "cpu":
+        if self.args.device == "cpu" and self.args.dtype == "float32":  # the states of both have the inputs' dtype
             if not is_mambapy_available():
                 raise ValueError(
                     "mambapy is missing, and Transformers would silently run its loop: pip install mambapy."

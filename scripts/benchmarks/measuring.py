@@ -141,27 +141,34 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def added_peak(function: Callable[[], object], device: str) -> int | None:
-    """Return the most bytes that a call holds beyond what is held already; None where that cannot be told.
+def added_peaks(runs: dict[str, Callable], device: str) -> dict[str, int | None]:
+    """Return the most bytes that each run holds beyond what is held already; None where that cannot be told.
 
     On a GPU they are those of torch's allocator; else those of the process, whose freed memory is given back to the
     system first.
     """
     gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        try:
-            function()
-        except torch.OutOfMemoryError:
-            return None
-        return torch.cuda.max_memory_allocated() - held
+    added_peak = _added_on_gpu if device == "cuda" else _added_to_process
+    return {name: added_peak(run) for name, run in runs.items()}
+
+
+def _added_on_gpu(run: Callable) -> int | None:
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated() - held
+
+
+def _added_to_process(run: Callable) -> int | None:
     if not RESET_PEAK.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
     RESET_PEAK.write_text("5")
     held = _resident_bytes("VmRSS")
-    function()
+    run()
     return _resident_bytes("VmHWM") - held
 
 

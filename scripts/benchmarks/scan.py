@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .family import Family, Shape
-from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quartiles, show, table, time_in_turn
+from .measuring import SHARE, Limits, added_peaks, mebibytes, median, ratio_quartiles, show, table, time_in_turn
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}  # of gradients; beyond it nothing is timed
 
@@ -23,11 +23,11 @@ def study_scan(family: Family, limits: Limits) -> dict:
     print(f"Every scan of {family.title} gives the same gradients.", flush=True)
     headline = scan_point(family, shape, list(family.scans()), limits)
     quick = [name for name, seconds in headline["median_seconds"].items() if seconds < patience]
-    long = Shape(1, 2048, shape.channels, shape.state_size)
+    long = Shape(1, family.args.long_length, shape.channels, shape.state_size)
     return {
         "gradient_differences": differences,
         "headline": headline | {"peak_bytes": scan_peaks(family, shape, list(headline["median_seconds"]))},
-        "peak_bytes_batch_1_L_2048": scan_peaks(family, long, quick),
+        "long": {"batch": 1, "L": long.length, "N": long.state_size, "peak_bytes": scan_peaks(family, long, quick)},
         "by_state_size": sweep(family, by_size, limits, {shape: headline}),
         "by_length": [
             point | {"peak_bytes": scan_peaks(family, shape, family.own_scans)}
@@ -37,18 +37,19 @@ def study_scan(family: Family, limits: Limits) -> dict:
 
 
 def check_agreement(family: Family, size: int) -> dict[str, float]:
-    """Return how far each scan's gradients lie from those of the family's reference, relative to the largest entry.
+    """Return how far each scan's gradients lie from the reference's in float32, relative to the largest entry.
 
     Raises:
         ValueError: a scan has other gradients: nothing is timed then.
     """
     checked = Shape(family.checked.batch, family.checked.length, family.checked.channels, size)
     inputs, grad_output = family.scan_inputs(checked)
-    expected = gradients(family.reference, inputs, grad_output)
+    exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    expected = gradients(family.reference, exact, grad_output)
     differences = {}
     for name, scan in family.scans().items():
         found = gradients(scan, inputs, grad_output)
-        by_input = [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, expected, strict=True)]
+        by_input = [float((f.float() - e).abs().max() / e.abs().max()) for f, e in zip(found, expected, strict=True)]
         differences[name] = max(by_input)
         if not all(difference <= TOLERANCE[family.args.dtype] for difference in by_input):
             told = dict(zip(family.inputs, by_input, strict=True))
@@ -103,7 +104,7 @@ def compared(seconds: dict[str, list[float]], least: float) -> dict:
 def scan_peaks(family: Family, shape: Shape, names: list[str]) -> dict[str, int | None]:
     """Return the bytes that forward and backward of each scan hold beyond their inputs."""
     scans, inputs = family.scans(), family.scan_inputs(shape)
-    return {name: added_peak(partial(gradients, scans[name], *inputs), family.args.device) for name in names}
+    return added_peaks({name: partial(gradients, scans[name], *inputs) for name in names}, family.args.device)
 
 
 def scan_tables(family: Family, result: dict) -> str:
@@ -114,8 +115,9 @@ def scan_tables(family: Family, result: dict) -> str:
     text = f"### One scan, forward and backward\n\n{shape}; quartiles in brackets\n\n"
     rows = [[name, *time_cells(head, name), mebibytes(head["peak_bytes"][name])] for name in names]
     text += table(["", *time_header(first), "peak memory, MiB"], rows)
-    peaks = ", ".join(f"{name} {mebibytes(peak)}" for name, peak in result["peak_bytes_batch_1_L_2048"].items())
-    text += f"\nPeak memory at batch 1, L 2048, N {head['N']}, MiB: {peaks}.\n"
+    long = result["long"]
+    peaks = ", ".join(f"{name} {mebibytes(peak)}" for name, peak in long["peak_bytes"].items())
+    text += f"\nPeak memory at batch 1, L {long['L']}, N {long['N']}, MiB: {peaks}.\n"
 
     points = result["by_state_size"]
     rows = [[str(point["N"]), *milliseconds(point, names), _share(point, first)] for point in points]

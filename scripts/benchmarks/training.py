@@ -16,7 +16,7 @@ from .measuring import (
     SHARE,
     Limits,
     Work,
-    added_peak,
+    added_peaks,
     mebibytes,
     median,
     ratio_quartiles,
@@ -127,7 +127,7 @@ def study_cut(family: Family, limits: Limits) -> dict:
         "tokens_per_second": {name: tokens / value for name, value in medians.items()},
         "ratio_to_built_quartiles": {name: ratio_quartiles(seconds[name], seconds[BUILT]) for name in runs},
         "uncut_to_it_quartiles": {name: ratio_quartiles(seconds[UNCUT], seconds[name]) for name in runs},
-        "peak_bytes": {name: added_peak(run, family.args.device) for name, run in runs.items()},
+        "peak_bytes": added_peaks(runs, family.args.device),
         "share_of_limit": {
             name: least_step_seconds(family, training.model, limits) / medians[name]
             for name, training in trainings.items()

@@ -11,7 +11,7 @@ from processes import run_program
 
 BENCHMARK = """
     --rounds 2 --threads 1 --state_size 6 --num_hidden_layers 2 --vocab_size 50 --run_sizes 8 2 --run_steps 100
-    --decode_sizes 3 --decode_tokens 2 --decode_batches 1 2
+    --decode_sizes 3 --decode_tokens 2 --decode_batches 1 2 --long_length 80
     --batch_size 2 --length 20 --hidden_size 8 --state_sizes 3 --lengths 20 --step_sizes 8 --size_after 2
     --mamba2_heads 2 --mamba2_head_dim 8 --mamba2_length 20 --mamba2_state_sizes 3 --mamba2_lengths 20 40
     --mamba2_step_sizes 3 6 --mamba2_size_after 2
@@ -39,7 +39,8 @@ def test_a_scan_is_compared_with_others_after_their_gradients(benchmark, family)
     assert medians.keys() - {"mamba-scan-lite"} == SCANS[family] and list(medians)[:2] == ["cpp", "torch"]
     differences = [d for by_scan in scan["gradient_differences"].values() for d in by_scan.values()]
     assert len(differences) == 3 * len(medians) and all(difference < 1e-4 for difference in differences)
-    assert all(peak > 0 for peak in scan["peak_bytes_batch_1_L_2048"].values())
+    assert scan["long"]["L"] == 80 and scan["long"]["peak_bytes"].keys() == medians.keys()
+    assert all(peak >= 0 for peak in scan["headline"]["peak_bytes"].values())
     assert [point["N"] for point in scan["by_state_size"]] == [3, 6]
     assert [point["L"] for point in scan["by_length"]] == {"mamba": [20], "mamba2": [20, 40]}[family]
     assert all(0 < share < 1 for point in scan["by_length"] for share in point["share_of_limit"].values())
@@ -92,6 +93,15 @@ def test_what_is_slow_is_timed_once_and_what_does_not_fit_not_at_all(scripts):
     runs = {"quick": lambda: None, "slow": lambda: time.sleep(0.02), "too large": too_large}
     seconds = scripts("benchmarks.measuring").time_in_turn(runs, 5, args)
     assert {name: len(values) for name, values in seconds.items()} == {"quick": 5, "slow": 1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", SCANS)
+def test_gradients_are_as_exact_as_their_dtype(scripts, family, dtype):
+    family = scripts("benchmark").FAMILIES[family](scripts("benchmarks.arguments").Arguments(dtype=dtype))
+    differences = scripts("benchmarks.scan").check_agreement(family, 16)
+    assert {"cpp", "torch"} <= differences.keys()
+    assert max(differences.values()) < {"float32": 1e-5, "bfloat16": 2**-7}[dtype]
 
 
 def test_a_scan_with_other_gradients_is_not_timed(scripts):
