@@ -152,6 +152,11 @@ def added_peaks(runs: dict[str, Callable], device: str) -> dict[str, int | None]
     return {name: added_peak(run) for name, run in runs.items()}
 
 
+def added_peak(run: Callable, device: str) -> int | None:
+    """Return what `added_peaks` says of a single run."""
+    return added_peaks({"run": run}, device)["run"]
+
+
 def _added_on_gpu(run: Callable) -> int | None:
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()

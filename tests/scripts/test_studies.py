@@ -1,4 +1,4 @@
-"""The studies as a user runs them, on a few steps: every arm, every table, every picture."""
+"""The studies and benchmarks as a user runs them, on a few steps: every arm, every table, every picture."""
 
 import gzip
 import json
