@@ -13,7 +13,7 @@ from .mamba1_family import LOOP, MAMBAPY
 from .mamba2_family import LITE, RECURRENCE, TRANSFORMERS
 from .training import BUILT, UNCUT
 
-COLOURS = {  # of what is never in one panel the same: ours on a CPU, on a GPU and in generation; loops
+COLOURS = {  # one for ours, on a CPU, on a GPU and in generation, which never meet in a panel; so of Transformers'
     **dict.fromkeys(("cpp", "triton", OURS), "C0"),
     **dict.fromkeys((TRANSFORMERS, LOOP, THEIRS), "C3"),
     "torch": "C1",
@@ -83,7 +83,7 @@ def _draw_scan(axes: Axes, points: list[dict], axis: str, label: str) -> None:
 
 def _draw_step(axes: Axes, cut: dict) -> None:
     before, after = cut["sizes"]
-    labels = {UNCUT: f"N = {before}"} | {basis: f"cut {before} → {after}\n{basis}" for basis in cut["bases"]}
+    labels = {UNCUT: f"N = {before}"} | {basis: f"cut\n{before} → {after}\n{basis}" for basis in cut["bases"]}
     labels[BUILT] = f"built\nat {after}"
     speeds = [cut["tokens_per_second"][name] for name in labels]
     bars = axes.bar(list(labels.values()), speeds, color="0.7", width=0.6)
