@@ -217,7 +217,7 @@ def check_compare_reductions(options) -> None:
 
 
 def check_benchmark(options) -> None:
-    """Not run: it takes seven minutes of a machine that does nothing else, or a GPU."""
+    """Not run: it takes ten minutes of a machine that does nothing else, or a GPU."""
     import_module("benchmark").parse_arguments(options)
 
 

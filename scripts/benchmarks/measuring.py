@@ -47,6 +47,15 @@ def machine(args: Arguments) -> dict:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Work is what has to be moved and computed at least: bytes, operations in float32, and those in matrices."""
+
+    bytes_: float
+    flops: float = 0
+    matrix_flops: float = 0
+
+
+@dataclass(frozen=True)
 class Limits:
     """The limits say what the machine does at best: memory, float32 arithmetic, and products of matrices."""
 
@@ -54,10 +63,10 @@ class Limits:
     flops_per_second: float
     matrix_flops_per_second: float
 
-    def seconds(self, bytes_: float, flops: float, matrix_flops: float = 0) -> float:
+    def seconds(self, work: Work) -> float:
         """Return the least time for this work, memory and arithmetic in parallel."""
-        arithmetic = flops / self.flops_per_second + matrix_flops / self.matrix_flops_per_second
-        return max(bytes_ / self.bytes_per_second, arithmetic)
+        arithmetic = work.flops / self.flops_per_second + work.matrix_flops / self.matrix_flops_per_second
+        return max(work.bytes_ / self.bytes_per_second, arithmetic)
 
 
 def measure_limits(device: str) -> Limits:
@@ -75,14 +84,24 @@ def measure_limits(device: str) -> Limits:
     return Limits(2 * 4 * size / copy, exact, flops_per_second(torch.bfloat16) if device == "cuda" else exact)
 
 
-def time_in_turn(runs: dict[str, Callable], rounds: dict[str, int], device: str) -> dict[str, list[float]]:
-    """Return seconds of each run by round; every other round goes backwards, so that none always follows another."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(max(rounds.values())):
-        names = [name for name in runs if i < rounds[name]]
+def time_in_turn(runs: dict[str, Callable], rounds: int, args: Arguments) -> dict[str, list[float]]:
+    """Return seconds of each run by round; every other round goes backwards, so that none always follows another.
+
+    Each runs once before, which warms it up. What has taken `patience` seconds in all is not timed again, and what
+    the memory of a GPU does not hold is left out.
+    """
+    seconds: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        try:
+            run()
+            seconds[name] = []
+        except torch.OutOfMemoryError:
+            print(f"  {name} does not fit into memory.", flush=True)
+    for i in range(rounds):
+        names = [name for name, times in seconds.items() if i == 0 or sum(times) < args.patience]
         for name in names if i % 2 == 0 else reversed(names):
-            seconds[name].append(timed(runs[name], device))
-        print(f"\r  round {i + 1} of {max(rounds.values())}", end="", flush=True)
+            seconds[name].append(timed(runs[name], args.device))
+        print(f"\r  round {i + 1} of {rounds}", end="", flush=True)
     print("\r" + 30 * " ", end="\r")
     return seconds
 
@@ -107,8 +126,9 @@ def ratio_quartiles(numerators: list[float], denominators: list[float]) -> list[
 
 
 def show(quartiles: list[float], digits: int = 2) -> str:
+    """Return the median with the quartiles in brackets, if they differ."""
     first, middle, third = (f"{value:.{digits}f}" for value in quartiles)
-    return f"{middle} [{first}, {third}]"
+    return f"{middle} [{first}, {third}]" if quartiles[0] < quartiles[2] else middle
 
 
 def mebibytes(count: int | None) -> str:
@@ -121,24 +141,39 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def added_peak(function: Callable[[], object], device: str) -> int | None:
-    """Return the most bytes that a call holds beyond what is held already; None where the system does not tell.
+def added_peaks(runs: dict[str, Callable], device: str) -> dict[str, int | None]:
+    """Return the most bytes that each run holds beyond what is held already; None where that cannot be told.
 
     On a GPU they are those of torch's allocator; else those of the process, whose freed memory is given back to the
     system first.
     """
     gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - held
+    added_peak = _added_on_gpu if device == "cuda" else _added_to_process
+    return {name: added_peak(run) for name, run in runs.items()}
+
+
+def added_peak(run: Callable, device: str) -> int | None:
+    """Return what `added_peaks` says of a single run."""
+    return added_peaks({"run": run}, device)["run"]
+
+
+def _added_on_gpu(run: Callable) -> int | None:
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated() - held
+
+
+def _added_to_process(run: Callable) -> int | None:
     if not RESET_PEAK.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
     RESET_PEAK.write_text("5")
     held = _resident_bytes("VmRSS")
-    function()
+    run()
     return _resident_bytes("VmHWM") - held
 
 

@@ -3,43 +3,52 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import PreTrainedModel
 
 from hf_compressm import CompreSSMConfig, analyze, compress, install_scan, parameter_groups, uninstall_scan
-from hf_compressm.architectures.installed_scan import kernel_in_force
+from hf_compressm.architectures import state_sizes
 from hf_compressm.kernels.dispatch import VARIABLE
 
-from .arguments import Arguments
-from .measuring import SHARE, Limits, added_peak, mebibytes, median, ratio_quartiles, show, table, time_in_turn, timed
-from .scan import FLOPS, least_bytes
+from .family import Family, Shape
+from .measuring import (
+    SHARE,
+    Limits,
+    Work,
+    added_peaks,
+    mebibytes,
+    median,
+    ratio_quartiles,
+    show,
+    table,
+    time_in_turn,
+    timed,
+)
+from .scan import compared, time_cells, time_header
 
-MAMBAPY = "mambapy"
-OWN = "Transformers' own"  # without our scans
 EVENTS = 4
+UNCUT, BUILT = "uncut", "built"
 
 
 class Training:
-    """It trains a Mamba with AdamW on random tokens, and starts with a few steps.
+    """It trains a model of the family with AdamW on random tokens.
 
     Args:
-        scan: "torch", "cpp", "triton", "mamba_ssm" or "mambapy"; None for the fastest that there is.
+        scan: one of the family's `training_scans`; None for the fastest that there is.
     """
 
-    def __init__(self, args: Arguments, size: int, scan: str | None = None):
-        self.args, self.scan = args, scan
-        self.model = build_model(args, size, use_mambapy=scan == MAMBAPY).train()
+    def __init__(self, family: Family, size: int, scan: str | None = None):
+        self.args, self.scan = family.args, scan
+        self.by_transformers = scan in family.of_transformers
+        self.model = family.build(size, **family.of_transformers.get(scan, {})).train()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, weight_decay=0.1), lr=1e-3)
-        shape = args.batch_size, args.block_size
-        self.batch = torch.randint(args.vocab_size, shape, device=args.device)
-        for _ in range(3):
-            self.step()
+        shape = family.shape.batch, family.shape.length
+        self.batch = torch.randint(self.args.vocab_size, shape, device=self.args.device)
 
     def step(self) -> None:
         half = torch.autocast("cuda", torch.bfloat16) if self.args.device == "cuda" else nullcontext()
-        with scan_chosen(self.scan):
+        with scan_chosen(self.scan, self.by_transformers):
             with half:
                 loss = self.model(input_ids=self.batch, labels=self.batch, use_cache=False).loss
             loss.backward()
@@ -47,9 +56,10 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def cut(self, size: int) -> dict[str, float]:
-        """Cut to `size` states, and return the seconds of the parts."""
-        config = CompreSSMConfig(target_state_size=size)
+    def cut(self, size: int, basis: str = "axis") -> dict[str, float]:
+        """Cut to `size` states after a step, which fills the optimizer, and return the seconds of the parts."""
+        self.step()
+        config = CompreSSMConfig(target_state_size=size, basis=basis)
         batches = [{"input_ids": self.batch}] * config.calibration_batches
         with torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda"):
             report = analyze(self.model, batches, config)
@@ -61,22 +71,11 @@ class Training:
         }
 
 
-def build_model(args: Arguments, size: int, use_mambapy: bool = False) -> MambaForCausalLM:
-    config = MambaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
-        state_size=size,
-        use_mambapy=use_mambapy,
-    )
-    return MambaForCausalLM(config).to(args.device)
-
-
 @contextmanager
-def scan_chosen(name: str | None) -> Iterator[None]:
-    """Let models run this scan within the block; mambapy is one of Transformers' own."""
+def scan_chosen(name: str | None, by_transformers: bool) -> Iterator[None]:
+    """Let models run this scan within the block: one of Transformers' own, or what the environment names."""
     before = os.environ.get(VARIABLE)
-    if name in (MAMBAPY, OWN):
+    if by_transformers:
         uninstall_scan()
     elif name is not None:
         os.environ[VARIABLE] = name
@@ -89,86 +88,88 @@ def scan_chosen(name: str | None) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
-def study_training(args: Arguments, limits: Limits) -> dict:
-    return {"step": study_step(args, limits), "cut": study_cut(args, limits), "run": study_run(args)}
-
-
-def study_step(args: Arguments, limits: Limits) -> dict:
-    """Time the same step with one scan and another."""
-    names = {"cpu": ["cpp", "torch", MAMBAPY], "cuda": ["triton", "torch"]}[args.device]
-    names += ["mamba_ssm"] * (kernel_in_force(args.device) == "mamba_ssm")
-    print(f"Training step at N = {args.step_size}: {', '.join(names)}", flush=True)
-    trainings = {name: Training(args, args.step_size, name) for name in names}
-    rounds = {name: args.slow_rounds if name == MAMBAPY else args.rounds for name in names}
-    seconds = time_in_turn({name: training.step for name, training in trainings.items()}, rounds, args.device)
-    medians = {name: median(values) for name, values in seconds.items()}
-    least = least_step_seconds(trainings[names[0]].model, args, limits)
+def study_training(family: Family, limits: Limits) -> dict:
     return {
-        "state_size": args.step_size,
-        "median_seconds": medians,
-        "share_of_limit": {name: least / value for name, value in medians.items()},
-        "ratio_quartiles": {name: ratio_quartiles(values, seconds[names[0]]) for name, values in seconds.items()},
-        "ratio_to_torch_quartiles": {n: ratio_quartiles(values, seconds["torch"]) for n, values in seconds.items()},
-        "seconds": seconds,
+        "step": [study_step(family, size, limits) for size in family.step_sizes],
+        "cut": study_cut(family, limits),
+        "run": study_run(family),
     }
 
 
-def study_cut(args: Arguments, limits: Limits) -> dict:
-    """Time the step of a model that was cut, of the uncut one, and of one that was built at the small size."""
-    before, after = args.size_before, args.size_after
-    print(f"Training step, cut {before} → {after}, uncut, and built at {after}", flush=True)
-    trainings = {"uncut": Training(args, before), "cut": Training(args, before), "built": Training(args, after)}
-    trainings["cut"].cut(after)
-    for training in trainings.values():
-        training.step()  # warms up at the new size
+def study_step(family: Family, size: int, limits: Limits) -> dict:
+    """Time the same step with one scan and another."""
+    names = family.training_scans
+    print(f"Training step of a {family.title} at N = {size}: {', '.join(names)}", flush=True)
+    trainings = {name: Training(family, size, name) for name in names}
     runs = {name: training.step for name, training in trainings.items()}
-    seconds = time_in_turn(runs, dict.fromkeys(runs, 2 * args.rounds), args.device)
+    seconds = time_in_turn(runs, family.args.rounds, family.args)
+    least = least_step_seconds(family, trainings[names[0]].model, limits)
+    return {"N": size} | compared(seconds, least)
+
+
+def study_cut(family: Family, limits: Limits) -> dict:
+    """Time the step of models that were cut in each basis, of the uncut one, and of one built at the small size."""
+    before, after = family.shape.state_size, family.size_after
+    print(f"Training step of a {family.title}, cut {before} → {after}, uncut, and built at {after}", flush=True)
+    trainings = {UNCUT: Training(family, before)}
+    for basis in family.bases:
+        trainings[basis] = Training(family, before)
+        trainings[basis].cut(after, basis)
+    trainings[BUILT] = Training(family, after)
+    runs = {name: training.step for name, training in trainings.items()}
+    seconds = time_in_turn(runs, 2 * family.args.rounds, family.args)
     medians = {name: median(values) for name, values in seconds.items()}
+    tokens = family.shape.batch * family.shape.length
     return {
         "sizes": [before, after],
+        "bases": list(family.bases),
         "median_seconds": medians,
-        "tokens_per_second": {name: args.batch_size * args.block_size / value for name, value in medians.items()},
-        "cut_to_built_quartiles": ratio_quartiles(seconds["cut"], seconds["built"]),
-        "uncut_to_cut_quartiles": ratio_quartiles(seconds["uncut"], seconds["cut"]),
-        "peak_bytes": {name: added_peak(training.step, args.device) for name, training in trainings.items()},
+        "tokens_per_second": {name: tokens / value for name, value in medians.items()},
+        "ratio_to_built_quartiles": {name: ratio_quartiles(seconds[name], seconds[BUILT]) for name in runs},
+        "uncut_to_it_quartiles": {name: ratio_quartiles(seconds[UNCUT], seconds[name]) for name in runs},
+        "peak_bytes": added_peaks(runs, family.args.device),
         "share_of_limit": {
-            name: least_step_seconds(training.model, args, limits) / medians[name]
+            name: least_step_seconds(family, training.model, limits) / medians[name]
             for name, training in trainings.items()
         },
         "seconds": seconds,
     }
 
 
-def least_step_seconds(model: MambaForCausalLM, args: Arguments, limits: Limits) -> float:
+def least_step_seconds(family: Family, model: PreTrainedModel, limits: Limits) -> float:
     """Return the least time of a step: the scans, and each weight in three products of matrices and in AdamW.
 
     AdamW reads a weight, its gradient and two moments and writes all but the gradient; before, two passes read the
     weight and one writes the gradient. Convolutions, norms and activations are left out.
     """
-    config, weights = model.config, sum(parameter.numel() for parameter in model.parameters())
-    layers, channels, size = config.num_hidden_layers, config.intermediate_size, config.state_size
-    tokens = args.batch_size * args.block_size
-    dtype = "bfloat16" if args.device == "cuda" else "float32"
-    one_scan = replace(args, length=args.block_size, channels=channels, dtype=dtype)
-    return limits.seconds(
-        bytes_=layers * least_bytes(one_scan, size) + 10 * 4 * weights,
-        flops=layers * FLOPS * tokens * channels * size,
-        matrix_flops=3 * 2 * weights * tokens,
+    shape, weights = family.shape, number_of_weights(model)
+    dtype = torch.bfloat16 if family.args.device == "cuda" else torch.float32
+    layers = [Shape(shape.batch, shape.length, shape.channels, size) for size in state_sizes(model).values()]
+    scans = [family.least_work(layer, dtype) for layer in layers]
+    work = Work(
+        bytes_=sum(scan.bytes_ for scan in scans) + 10 * 4 * weights,
+        flops=sum(scan.flops for scan in scans),
+        matrix_flops=sum(scan.matrix_flops for scan in scans) + 3 * 2 * weights * shape.batch * shape.length,
     )
+    return limits.seconds(work)
 
 
-def study_run(args: Arguments) -> dict:
+def number_of_weights(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def study_run(family: Family) -> dict:
     """Time the steps and the events of a run that is cut four times in its first tenth, by equal factors."""
-    first, last = args.step_size, args.run_size
-    print(f"Analysis and surgery of a run of {args.run_steps} steps, {first} → {last}", flush=True)
-    training = Training(args, first)
+    args = family.args
+    first, last = args.run_sizes
+    print(f"Analysis and surgery of a run of a {family.title}, {args.run_steps} steps, {first} → {last}", flush=True)
+    training = Training(family, first)
     training.cut(first)  # warms up
     sizes = [round(first * (last / first) ** (i / EVENTS)) for i in range(EVENTS + 1)]
     events, steps = [], []
     for size in sizes[1:]:
         steps.append(median([timed(training.step, args.device) for _ in range(args.rounds)]))
         events.append(training.cut(size))
-    training.step()
     steps.append(median([timed(training.step, args.device) for _ in range(args.rounds)]))
     tenth = args.run_steps / 10
     seconds_of_steps = sum(tenth / EVENTS * step for step in steps[:-1]) + (args.run_steps - tenth) * steps[-1]
@@ -182,33 +183,37 @@ def study_run(args: Arguments) -> dict:
     }
 
 
-def training_tables(result: dict) -> str:
-    step, cut, run = result["step"], result["cut"], result["run"]
-    first = next(iter(step["median_seconds"]))
-    text = f"## Training step, N = {step['state_size']}\n\n"
+def training_tables(family: Family, result: dict) -> str:
+    shape, layers = family.shape, family.args.num_hidden_layers
+    text = "### Training step\n\n"
+    text += f"{layers} layers of width {shape.channels // 2}, batch {shape.batch}, L {shape.length}\n\n"
     rows = [
-        [name, f"{1000 * seconds:.1f}", show(step["ratio_quartiles"][name]), f"{step['share_of_limit'][name]:.1%}"]
-        for name, seconds in step["median_seconds"].items()
+        [str(point["N"]), name, *time_cells(point, name)]
+        for point in result["step"]
+        for name in point["median_seconds"]
     ]
-    text += table(["scan", "ms", f"× {first}", SHARE], rows)
+    text += table(["N", "scan", *time_header(next(iter(result["step"][0]["median_seconds"])))], rows)
+
+    cut, run = result["cut"], result["run"]
     before, after = cut["sizes"]
-    labels = {"uncut": f"N = {before}", "cut": f"cut {before} → {after}", "built": f"built at {after}"}
+    labels = {UNCUT: f"N = {before}"} | {basis: f"cut {before} → {after}, {basis}" for basis in cut["bases"]}
+    labels[BUILT] = f"built at {after}"
     rows = [
         [
             label,
             f"{1000 * cut['median_seconds'][name]:.1f}",
             f"{cut['tokens_per_second'][name]:,.0f}",
+            show(cut["ratio_to_built_quartiles"][name], 3),
+            show(cut["uncut_to_it_quartiles"][name]),
             mebibytes(cut["peak_bytes"][name]),
             f"{cut['share_of_limit'][name]:.1%}",
         ]
         for name, label in labels.items()
     ]
-    header = ["", "ms per step", "tokens per second", "peak memory of a step, MiB", SHARE]
-    text += "\n## After a cut\n\n" + table(header, rows)
-    text += f"\ncut / built: {show(cut['cut_to_built_quartiles'], 3)}, "
-    text += f"uncut / cut: {show(cut['uncut_to_cut_quartiles'])}\n"
+    header = ["", "ms per step", "tokens per second", f"× built at {after}", f"N = {before} / it"]
+    text += "\n### After a cut\n\n" + table([*header, "peak memory of a step, MiB", SHARE], rows)
     shares, sizes = run["share"], " → ".join(map(str, run["sizes"]))
-    text += "\n## Analysis and surgery\n\n"
+    text += "\n### Analysis and surgery\n\n"
     text += f"Four cuts, {sizes}, of a run whose steps take {run['seconds_of_steps']:.0f} s: "
     text += f"analysis and surgery {shares['analysis'] + shares['surgery']:.2%} of it, "
     text += f"measuring losses before and after {shares['measuring']:.2%}.\n"

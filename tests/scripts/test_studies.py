@@ -245,41 +245,6 @@ def test_the_cost_of_the_theory_is_measured(tmp_path):
     assert (tmp_path / "analysis.png").stat().st_size > 5_000
 
 
-BENCHMARK = """
-    --batch_size 2 --rounds 2 --slow_rounds 1 --channels 8 --length 20 --state_size 6 --state_sizes 3 --lengths 20
-    --block_size 20 --hidden_size 8 --num_hidden_layers 2 --vocab_size 50 --size_before 8 --size_after 2 --step_size 8
-    --run_size 2 --run_steps 100 --decode_sizes 3 --decode_tokens 2 --threads 1
-    --mamba2_heads 2 --mamba2_head_dim 8 --mamba2_length 20 --mamba2_sizes 3 6
-""".split()
-
-
-def test_the_benchmark_measures_all_it_says_against_the_limits_of_the_machine(tmp_path):
-    output = run_script("benchmark", *BENCHMARK, "--output_dir", tmp_path).stdout
-    results = json.loads((tmp_path / "benchmark.json").read_text())
-    scans = {"cpp", "torch", "mambapy", "Transformers' loop"}
-    assert results["scan"]["headline"]["median_seconds"].keys() == scans
-    assert all(
-        difference < 1e-4
-        for by_scan in results["scan"]["gradient_differences"].values()
-        for difference in by_scan.values()
-    )
-    step, cut = results["training"]["step"], results["training"]["cut"]
-    assert step["median_seconds"].keys() == {"cpp", "torch", "mambapy"} and cut["sizes"] == [8, 2]
-    assert 0 < results["training"]["run"]["share"]["analysis"] < 1
-    for study in ("scan", "step"):
-        assert [point["N"] for point in results["mamba2"][study]] == [3, 6]
-        assert all(p["median_seconds"].keys() == {"cpp", "torch", "Transformers"} for p in results["mamba2"][study])
-    shares = [
-        *step["share_of_limit"].values(),
-        *cut["share_of_limit"].values(),
-        results["decoding"][0]["share_of_limit"],
-    ]
-    assert all(0 < share < 1 for share in shares)
-    assert all(peak > 0 for peak in results["scan"]["peak_bytes_batch_1_L_2048"].values())
-    assert (tmp_path / "benchmark.md").read_text() in output
-    assert (tmp_path / "benchmark.png").stat().st_size > 20_000
-
-
 REDUCTIONS = """
     --seeds 0 --criteria output magnitude --max_steps 20 --batches 1 --curve 1 2 --validation_sequences 8
     --hidden_size 16 --num_hidden_layers 2 --vocab_size 300 --processes 1
