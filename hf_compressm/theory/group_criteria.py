@@ -53,8 +53,7 @@ def _criterion(power: int) -> Callable[[GroupCriterion], GroupCriterion]:
 @_criterion(power=1)
 def output(layer: GroupStates) -> Tensor:
     """Return sqrt(E Σ w (C_n h_n)²), the error in the layer's output without state n; only state n is removed."""
-    contributions = layer.statistics.contribution_covariance.diagonal(dim1=-2, dim2=-1)
-    return (contributions / layer.statistics.samples).clamp_min(0).sqrt()
+    return (layer.statistics.contribution_square / layer.statistics.samples).sqrt()
 
 
 @_criterion(power=1)
