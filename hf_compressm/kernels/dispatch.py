@@ -10,11 +10,10 @@ from importlib.util import find_spec
 
 import torch
 
+from .contract import Scan
 from .cpp_scalar_decay import scan as cpp_scalar_decay_scan
 from .cpp_scan import is_available as cpp_kernel_is_available
 from .cpp_scan import scan as cpp_scan
-from .operators import Scan
-from .scalar_decay_operators import ScalarDecayScan
 from .torch_scalar_decay import scan as torch_scalar_decay_scan
 from .torch_scan import scan as torch_scan
 
@@ -70,9 +69,7 @@ def choose_scan(device_type: str, dtype: torch.dtype, implementation: str | None
     return cpp_scan if name == "cpp" else torch_scan
 
 
-def choose_scalar_decay_scan(
-    device_type: str, dtype: torch.dtype, implementation: str | None = None
-) -> ScalarDecayScan:
+def choose_scalar_decay_scan(device_type: str, dtype: torch.dtype, implementation: str | None = None) -> Scan:
     """Return our operator of the scan with scalar decay, as `choose_scan` does for the selective scan.
 
     Raises:

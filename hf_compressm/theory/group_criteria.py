@@ -53,8 +53,7 @@ def _criterion(power: int) -> Callable[[GroupCriterion], GroupCriterion]:
 @_criterion(power=1)
 def output(layer: GroupStates) -> Tensor:
     """Return sqrt(E Σ w (C_n h_n)²), the error in the layer's output without state n; only state n is removed."""
-    contributions = layer.statistics.contribution_covariance.diagonal(dim1=-2, dim2=-1)
-    return (contributions / layer.statistics.samples).clamp_min(0).sqrt()
+    return (layer.statistics.contribution_square / layer.statistics.samples).sqrt()
 
 
 @_criterion(power=1)
@@ -162,13 +161,14 @@ def _swapped(gram: Tensor, kept: Tensor) -> Tensor:
 
 def _pursuit(P: Tensor, Q: Tensor) -> Tensor:
     """Return the gain of every state when it is chosen by the pursuit of `greedy`, (N,)."""
-    rest, chosen, gains = P.clone(), [], P.new_zeros(len(P))
+    rest, rest_Q, chosen, gains = P, P @ Q, [], P.new_zeros(len(P))
     floor = 1e-12 * P.diagonal().max()
     for _ in range(len(P)):
-        gain = (rest @ Q @ rest).diagonal() / rest.diagonal().clamp_min(floor)
+        gain = (rest_Q * rest.mT).sum(1) / rest.diagonal().clamp_min(floor)
         gain[chosen] = -1
         state = int(gain.argmax())
         gains[state] = gain[state].clamp_min(0)
         chosen.append(state)
-        rest = rest - torch.outer(rest[:, state], rest[state]) / rest[state, state].clamp_min(floor)
+        share = rest[:, state] / rest[state, state].clamp_min(floor)
+        rest, rest_Q = (each - torch.outer(share, each[state]) for each in (rest, rest_Q))
     return gains

@@ -38,13 +38,13 @@ class GroupStatistics:
     samples: Tensor  # ()         number of tokens at which states were sampled
     state_covariance: Tensor  # (G, N, N)  Σ w h hᵀ = P
     state_square: Tensor  # (G, N)     Σ h_n²
-    contribution_covariance: Tensor  # (G, N, N)  Σ w (C_n h_n) (C_m h_m)
+    contribution_square: Tensor  # (G, N)     Σ w (C_n h_n)²
 
     @classmethod
     def empty(cls, groups: int, state_size: int, device: torch.device | str = "cpu") -> "GroupStatistics":
         """Return sums over nothing, for G groups of N states."""
         vector, matrix = (groups, state_size), (groups, state_size, state_size)
-        shapes = [(), matrix, matrix, (), matrix, vector, matrix]
+        shapes = [(), matrix, matrix, (), matrix, vector, vector]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def merge(self, other: "GroupStatistics") -> "GroupStatistics":
@@ -77,10 +77,10 @@ class GroupStatistics:
         self.samples += counted.sum()
         h, counted = states.double(), counted.double()[:, None, None]
         weighted = h * (weight.double() * counted).sqrt().unsqueeze(-1)
-        self.state_covariance += torch.einsum("bgkn,bgkm->gnm", weighted, weighted)
+        of_sequences = weighted.mT @ weighted  # Σ w h hᵀ, (batch, G, N, N)
+        self.state_covariance += of_sequences.sum(0)
         self.state_square += (h.square().sum(2) * counted).sum(0)
-        contributions = weighted * C.double().unsqueeze(2)
-        self.contribution_covariance += torch.einsum("bgkn,bgkm->gnm", contributions, contributions)
+        self.contribution_square += (of_sequences.diagonal(dim1=-2, dim2=-1) * C.double().square()).sum(0)
 
     @property
     def gramians(self) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,18 @@ def test_of_two_states_that_are_copies_one_is_kept(samples, choose):
     assert all(len({1, 4} & set(of_group)) == 1 for of_group in kept.tolist())
 
 
+def test_the_gains_of_the_pursuit_are_what_each_choice_takes_away_from_the_error(samples):
+    """What is left of the error after some choices is tr Q (P - P_:K P_KK⁻¹ P_K:), by least squares on them."""
+    layer = states_of(*samples)
+    gains = state_scores("greedy", layer)
+    for P, Q, of_group in zip(*layer.statistics.gramians, gains, strict=True):
+        order = of_group.argsort(descending=True)
+        for count in range(N + 1):
+            kept = order[:count]
+            rest = P - P[:, kept] @ torch.linalg.solve(P[kept][:, kept], P[kept])
+            torch.testing.assert_close(of_group[order[count:]].sum(), (Q @ rest).trace(), rtol=1e-9, atol=1e-12)
+
+
 def test_swaps_find_columns_that_pivots_miss():
     """On Kahan's matrix pivots keep the first columns, which have the smaller volume."""
     n, c = 30, 0.285
