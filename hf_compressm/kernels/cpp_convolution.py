@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .operators import ONCE
+from .contract import ONCE
 
 WIDTHS = (2, 3, 4)  # positions that the kernel takes in: those that the CUDA kernels of causal-conv1d take in
 
