@@ -24,45 +24,44 @@ PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 def forward(x, time_step, A, B, C, D, initial_state, keep) -> tuple[Tensor, Tensor, Tensor]:
     """Implement the contract in `scalar_decay_operators`."""
     x, time_step, A, B, C, D, initial_state = map(_contiguous, (x, time_step, A, B, C, D, initial_state))
-    sizes, tile, chunks, blocks_p, blocks_n = _sizes(x, B)
     y, last_state, kept = (A.new_empty(shape) for shape in (x.shape, last_shape(x, B), kept_shape(x, B)))
-    heads = len(x) * x.shape[2]
-    _pass_states[heads, blocks_p, blocks_n](B, x, time_step, A, initial_state, kept, last_state, *sizes, False, **tile)
+    sizes, tile, blocks_p, blocks_n = _launch(x, B)
+    heads, chunks = len(x) * len(A), kept.shape[1]  # heads of all sequences
+    states = initial_state, kept, last_state
+    _pass_states[heads, blocks_p, blocks_n](B, x, time_step, A, *states, *sizes, backward=False, **tile)
     _outputs[heads * chunks, blocks_p](x, time_step, A, B, C, D, kept, y, *sizes, **tile)
     return y, last_state, kept if keep else A.new_empty(0)
 
 
 def backward(grad_y, grad_last_state, x, time_step, A, B, C, D, kept) -> tuple[Tensor, ...]:
     """Implement the contract in `scalar_decay_operators`."""
-    grad_y, grad_last_state, x, time_step, A, B, C, D, kept = map(
-        _contiguous, (grad_y, grad_last_state, x, time_step, A, B, C, D, kept)
-    )
-    sizes, tile, chunks, blocks_p, blocks_n = _sizes(x, B)
-    of_x, of_step, of_B, of_C, of_kept = map(torch.empty_like, (x, time_step, B, C, kept))
-    of_A, of_D = A.new_empty(2, len(x) * chunks, len(A))
-    of_state = torch.empty_like(grad_last_state)
-    heads, groups = len(x) * x.shape[2], len(x) * B.shape[2]
-    last = grad_last_state, of_kept, of_state
-    _pass_states[heads, blocks_p, blocks_n](C, grad_y, time_step, A, *last, *sizes, True, **tile)
-    inputs, states = (grad_y, x, time_step, A, B, C), (kept, of_kept)
-    _input_gradients[heads * chunks,](*inputs, D, *states, of_x, of_step, of_A, of_D, *sizes, **tile)
-    _map_gradients[groups * chunks, blocks_n](*inputs, *states, of_B, of_C, *sizes, **tile)
-    return of_x, of_step, of_A.sum(0), of_B, of_C, of_D.sum(0), of_state
+    grad_y, x, time_step, A, B, C, D = map(_contiguous, (grad_y, x, time_step, A, B, C, D))
+    of_x, of_step, of_B, of_C, grad_kept = map(torch.empty_like, (x, time_step, B, C, kept))
+    of_A, of_D = A.new_empty(2, *kept.shape[:2], len(A))
+    of_state = A.new_empty(last_shape(x, B))
+    sizes, tile, blocks_p, blocks_n = _launch(x, B)
+    heads, groups, chunks = len(x) * len(A), len(x) * B.shape[2], kept.shape[1]  # heads, groups of all sequences
+    states = grad_last_state.contiguous(), grad_kept, of_state
+    _pass_states[heads, blocks_p, blocks_n](C, grad_y, time_step, A, *states, *sizes, backward=True, **tile)
+    inputs = grad_y, x, time_step, A, B, C, kept, grad_kept
+    _input_gradients[(heads * chunks,)](*inputs, D, of_x, of_step, of_A, of_D, *sizes, **tile)
+    _map_gradients[groups * chunks, blocks_n](*inputs, of_B, of_C, *sizes, **tile)
+    return of_x, of_step, of_A.sum((0, 1)), of_B, of_C, of_D.sum((0, 1)), of_state
 
 
-def _sizes(x: Tensor, B: Tensor) -> tuple[tuple[int, ...], dict[str, int], int, int, int]:
-    """Return the sizes that every kernel takes, its tile, and the numbers of chunks, blocks of p and blocks of N."""
+def _launch(x: Tensor, B: Tensor) -> tuple[tuple[int, ...], dict[str, int], int, int]:
+    """Return the sizes that every kernel takes, its tile, and the numbers of blocks of p and of N."""
     _, length, heads, head_dim = x.shape
     groups, states = B.shape[2:]
     tile = _tile(head_dim, states)
-    blocks = triton.cdiv(head_dim, tile["BLOCK_P"]), triton.cdiv(states, tile["BLOCK_N"])
-    return (length, heads, groups, head_dim, states), tile, triton.cdiv(length, CHUNK), *blocks
+    blocks = (triton.cdiv(size, tile[name]) for size, name in ((head_dim, "BLOCK_P"), (states, "BLOCK_N")))
+    return (length, heads, groups, head_dim, states), tile, *blocks
 
 
 def _tile(head_dim: int, states: int) -> dict[str, int]:
-    """Return the tile of a program: powers of two that hold p and N or a part of them, as a product of tiles takes."""
+    """Return the tile of a program, for p and N: powers of two, as products of tiles take them, that registers hold."""
     block_p, block_n = (min(max(triton.next_power_of_2(size), 16), 32) for size in (head_dim, states))
-    return {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": 4}
+    return {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -109,17 +108,16 @@ def _outputs(
     piece, head, token, real = _chunk(heads, length)
     of_head, of_group = token * heads + head, token * groups + head // (heads // groups)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    scores = tl.zeros((POSITIONS, POSITIONS), tl.float32)
+    step = tl.load(time_step + of_head, real, other=0)
+    sums, _ = _log_decays(step, tl.load(A + head), real)
+    weights = _row_products(C, B, of_group, real, states, BLOCK_N) * _within(sums)
     before = tl.zeros((POSITIONS, BLOCK_P), tl.float32)
     for first in range(0, states, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        c = _load(C, of_group, real, n, states)
-        scores += _product(c, tl.trans(_load(B, of_group, real, n, states)))
-        before += _product(c, _load_kept(kept, piece, head, n, p, heads, groups, head_dim, states))
-    step = tl.load(time_step + of_head, real, other=0)
-    sums, _ = _log_decays(step, tl.load(A + head), real)
+        h = _load_kept(kept, piece, head, n, p, heads, groups, head_dim, states)
+        before += _product(_load(C, of_group, real, n, states), h)
     u = _load(x, of_head, real, p, head_dim)
-    outputs = before * tl.exp(sums.to(tl.float32))[:, None] + _product(scores * _within(sums), u * step[:, None])
+    outputs = before * tl.exp(sums.to(tl.float32))[:, None] + _product(weights, u * step[:, None])
     if D is not None:
         outputs += tl.load(D + head) * u
     _store(y, outputs, of_head, real, p, head_dim)
@@ -127,7 +125,7 @@ def _outputs(
 
 @triton.jit(do_not_specialize=["length"])
 def _input_gradients(
-    grad_y, x, time_step, A, B, C, D, kept, grad_kept, of_x, of_step, of_A, of_D,
+    grad_y, x, time_step, A, B, C, kept, grad_kept, D, of_x, of_step, of_A, of_D,
     length, heads, groups, head_dim, states, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients for x and Δ of a head in a chunk, and its part of those for A and D."""
@@ -137,17 +135,15 @@ def _input_gradients(
     step = tl.load(time_step + of_head, real, other=0)
     sums, total = _log_decays(step, rate, real)
     from_start, to_end = tl.exp(sums.to(tl.float32)), tl.exp((total - sums).to(tl.float32))
-    scores = tl.zeros((POSITIONS, POSITIONS), tl.float32)
-    for first in range(0, states, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        b, c = _load(B, of_group, real, n, states), _load(C, of_group, real, n, states)
-        scores += _product(c, tl.trans(b))
-    weights = scores * _within(sums)
+    weights = _row_products(C, B, of_group, real, states, BLOCK_N) * _within(sums)
 
-    d_weights = tl.zeros((POSITIONS, POSITIONS), tl.float32)
+    # log decay t is a part of all decays that lead over it: from s < t to l ≥ t
+    t = tl.arange(0, POSITIONS)
+    d_within = weights * _row_products(grad_y, x, of_head, real, head_dim, BLOCK_P) * step[None, :]
+    d_log = tl.sum(tl.where(t[:, None] > t[None, :], tl.cumsum(d_within, 0, reverse=True), 0), 1)
+
     d_step = tl.zeros((POSITIONS,), tl.float32)
-    d_from_start, d_to_end = d_step, d_step  # as gradients for the logarithms of these decays
-    d_whole, d_skip = 0.0, 0.0
+    d_from_start, d_to_end, d_whole, d_skip = d_step, d_step, 0.0, 0.0
     for start in range(0, head_dim, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         u, grad = _load(x, of_head, real, p, head_dim), _load(grad_y, of_head, real, p, head_dim)
@@ -163,7 +159,6 @@ def _input_gradients(
         d_drive *= to_end[:, None]
         d_from_start += tl.sum(before * grad, 1) * from_start
         d_to_end += tl.sum(d_drive * u, 1) * step
-        d_weights += _product(grad, tl.trans(u * step[:, None]))
         d_drive += _product(tl.trans(weights), grad)
         d_step += tl.sum(d_drive * u, 1)
         d_u = d_drive * step[:, None]
@@ -172,11 +167,8 @@ def _input_gradients(
             d_skip += tl.sum(grad * u)
         _store(of_x, d_u, of_head, real, p, head_dim)
 
-    # log decay t is a part of all decays that lead over it: from s < t to l ≥ t
-    t = tl.arange(0, POSITIONS)
-    d_within = tl.cumsum(d_weights * weights, 0, reverse=True)
-    d_log = tl.sum(tl.where(t[:, None] > t[None, :], d_within, 0), 1) + d_whole * tl.exp(total.to(tl.float32))
     d_log += tl.cumsum(d_from_start, 0, reverse=True) + tl.cumsum(d_to_end, 0) - d_to_end
+    d_log += d_whole * tl.exp(total.to(tl.float32))
     tl.store(of_step + of_head, d_step + d_log * rate, real)
     tl.store(of_A + piece * heads + head, tl.sum(d_log * step))
     tl.store(of_D + piece * heads + head, d_skip)
@@ -198,16 +190,18 @@ def _map_gradients(
         step = tl.load(time_step + of_head, real, other=0)
         sums, total = _log_decays(step, tl.load(A + head), real)
         from_start, to_end = tl.exp(sums.to(tl.float32)), tl.exp((total - sums).to(tl.float32))
-        d_weights = tl.zeros((POSITIONS, POSITIONS), tl.float32)
+        d_weights = _row_products(grad_y, x, of_head, real, head_dim, BLOCK_P) * step[None, :]
+        d_scores += d_weights * _within(sums)
         for start in range(0, head_dim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            grad, drive = _load(grad_y, of_head, real, p, head_dim), _load(x, of_head, real, p, head_dim) * step[:, None]
+            grad, drive = (
+                _load(grad_y, of_head, real, p, head_dim),
+                _load(x, of_head, real, p, head_dim) * step[:, None],
+            )
             h = _load_kept(kept, piece, head, n, p, heads, groups, head_dim, states)
             dh = _load_kept(grad_kept, piece, head, n, p, heads, groups, head_dim, states)
-            d_weights += _product(grad, tl.trans(drive))
             d_b += _product(drive * to_end[:, None], tl.trans(dh))
             d_c += _product(grad * from_start[:, None], tl.trans(h))
-        d_scores += d_weights * _within(sums)
     of_group = token * groups + group
     d_b += _product(tl.trans(d_scores), _load(C, of_group, real, n, states))
     d_c += _product(d_scores, _load(B, of_group, real, n, states))
@@ -249,6 +243,17 @@ def _within(sums):
     t = tl.arange(0, POSITIONS)
     log = (sums[:, None] - sums[None, :]).to(tl.float32)
     return tl.exp(tl.where(t[:, None] < t[None, :], float("-inf"), log))
+
+
+@triton.jit
+def _row_products(left, right, rows, real, width, BLOCK: tl.constexpr):
+    """Return the products of all rows of a chunk in a matrix with all those in another."""
+    products = tl.zeros((POSITIONS, POSITIONS), tl.float32)
+    for first in range(0, width, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        l, r = _load(left, rows, real, columns, width), _load(right, rows, real, columns, width)
+        products += _product(l, tl.trans(r))
+    return products
 
 
 @triton.jit
