@@ -1,12 +1,13 @@
 """Kernels in Triton compute the scan with scalar decay on a GPU, in the matrix form that `torch_scalar_decay` states.
 
-One kernel walks along the sequence: a program has a block (N, p) of the states of a head in registers, and leaves those
-at the start of each chunk in memory. The same kernel takes the gradients of states from the last chunk to the first.
-All else is done for every chunk at once, from those states and gradients; sums over the heads of a group are taken in
-one program, always in the same order. A product of matrices is three in TF32, which together keep the digits of
-float32; on a GPU that has no TF32 it is one in float32.
+One kernel walks along the sequence: a program has a block (N, p) of the state of a head in registers, and leaves the
+states before every chunk in memory; gradients go through the same kernel, from the last chunk to the first. All else
+is computed for all chunks at once from what lies there. What is summed over the heads of a group is summed by one
+program, so that every sum has one order. A product of matrices is three products in TF32, which together keep the
+digits of float32; where a GPU has no TF32 it is one in float32.
 
-Triton is optional: this module is imported where it is there and serves. It is interpreted as `triton_scan` is.
+No tile grows with N, p or L, so that layers with sizes of their own share the kernels that were compiled for one.
+Triton is optional, and can be interpreted, as `triton_scan` says.
 """
 
 import torch
@@ -59,7 +60,7 @@ def _launch(x: Tensor, B: Tensor) -> tuple[tuple[int, ...], dict[str, int], int,
 
 
 def _tile(head_dim: int, states: int) -> dict[str, int]:
-    """Return the tile of a program, for p and N: powers of two, as products of tiles take them, that registers hold."""
+    """Return the blocks of p and N that a program takes at a time: powers of two, not less than a product takes."""
     block_p, block_n = (min(max(triton.next_power_of_2(size), 16), 32) for size in (head_dim, states))
     return {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
 
@@ -74,7 +75,7 @@ def _pass_states(
     maps, values, time_step, A, first_state, kept, last_state, length, heads, groups, head_dim, states,
     backward: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take states, (N, p), through all chunks, and keep those before each; or their gradients, and those after each."""
+    """Pass states through all chunks, and keep those before each; backward their gradients, and those after each."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -92,10 +93,10 @@ def _pass_states(
         token, real = _tokens(batch, chunk, length)
         of_head, of_group = token * heads + head, token * groups + head // (heads // groups)
         step = tl.load(time_step + of_head, real, other=0)
-        sums, total = _log_decays(step, rate, real)
-        weight = tl.exp(sums.to(tl.float32)) if backward else tl.exp((total - sums).to(tl.float32)) * step
+        _, from_start, to_end, whole = _decays(step, rate, real)
+        weight = from_start if backward else step * to_end
         added = _load(values, of_head, real, p, head_dim) * weight[:, None]
-        h = tl.exp(total.to(tl.float32)) * h + _product(tl.trans(_load(maps, of_group, real, n, states)), added)
+        h = whole * h + _product(tl.trans(_load(maps, of_group, real, n, states)), added)
     tl.store(last_state + entries, h, inside)
 
 
@@ -109,7 +110,7 @@ def _outputs(
     of_head, of_group = token * heads + head, token * groups + head // (heads // groups)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     step = tl.load(time_step + of_head, real, other=0)
-    sums, _ = _log_decays(step, tl.load(A + head), real)
+    sums, from_start, _, _ = _decays(step, tl.load(A + head), real)
     weights = _row_products(C, B, of_group, real, states, BLOCK_N) * _within(sums)
     before = tl.zeros((POSITIONS, BLOCK_P), tl.float32)
     for first in range(0, states, BLOCK_N):
@@ -117,7 +118,7 @@ def _outputs(
         h = _load_kept(kept, piece, head, n, p, heads, groups, head_dim, states)
         before += _product(_load(C, of_group, real, n, states), h)
     u = _load(x, of_head, real, p, head_dim)
-    outputs = before * tl.exp(sums.to(tl.float32))[:, None] + _product(weights, u * step[:, None])
+    outputs = before * from_start[:, None] + _product(weights, u * step[:, None])
     if D is not None:
         outputs += tl.load(D + head) * u
     _store(y, outputs, of_head, real, p, head_dim)
@@ -133,8 +134,7 @@ def _input_gradients(
     of_head, of_group = token * heads + head, token * groups + head // (heads // groups)
     rate = tl.load(A + head)
     step = tl.load(time_step + of_head, real, other=0)
-    sums, total = _log_decays(step, rate, real)
-    from_start, to_end = tl.exp(sums.to(tl.float32)), tl.exp((total - sums).to(tl.float32))
+    sums, from_start, to_end, whole = _decays(step, rate, real)
     weights = _row_products(C, B, of_group, real, states, BLOCK_N) * _within(sums)
 
     # log decay t is a part of all decays that lead over it: from s < t to l ≥ t
@@ -168,7 +168,7 @@ def _input_gradients(
         _store(of_x, d_u, of_head, real, p, head_dim)
 
     d_log += tl.cumsum(d_from_start, 0, reverse=True) + tl.cumsum(d_to_end, 0) - d_to_end
-    d_log += d_whole * tl.exp(total.to(tl.float32))
+    d_log += d_whole * whole
     tl.store(of_step + of_head, d_step + d_log * rate, real)
     tl.store(of_A + piece * heads + head, tl.sum(d_log * step))
     tl.store(of_D + piece * heads + head, d_skip)
@@ -188,19 +188,15 @@ def _map_gradients(
         head = group * (heads // groups) + k
         of_head = token * heads + head
         step = tl.load(time_step + of_head, real, other=0)
-        sums, total = _log_decays(step, tl.load(A + head), real)
-        from_start, to_end = tl.exp(sums.to(tl.float32)), tl.exp((total - sums).to(tl.float32))
+        sums, from_start, to_end, _ = _decays(step, tl.load(A + head), real)
         d_weights = _row_products(grad_y, x, of_head, real, head_dim, BLOCK_P) * step[None, :]
         d_scores += d_weights * _within(sums)
         for start in range(0, head_dim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            grad, drive = (
-                _load(grad_y, of_head, real, p, head_dim),
-                _load(x, of_head, real, p, head_dim) * step[:, None],
-            )
+            u, grad = _load(x, of_head, real, p, head_dim), _load(grad_y, of_head, real, p, head_dim)
             h = _load_kept(kept, piece, head, n, p, heads, groups, head_dim, states)
             dh = _load_kept(grad_kept, piece, head, n, p, heads, groups, head_dim, states)
-            d_b += _product(drive * to_end[:, None], tl.trans(dh))
+            d_b += _product(u * (step * to_end)[:, None], tl.trans(dh))
             d_c += _product(grad * from_start[:, None], tl.trans(h))
     of_group = token * groups + group
     d_b += _product(tl.trans(d_scores), _load(C, of_group, real, n, states))
@@ -210,31 +206,34 @@ def _map_gradients(
 
 
 @triton.jit
-def _chunk(rows, length):
-    """Return what a program of (batch · chunks · rows) has: chunk of all, row, tokens of all, and which are real."""
-    program = tl.program_id(0).to(tl.int64)
-    piece, chunks = program // rows, tl.cdiv(length, POSITIONS)
+def _chunk(of_each, length):
+    """Return which chunk of (batch · chunks) a program has, which of its heads or groups, its tokens, the real ones."""
+    program, chunks = tl.program_id(0).to(tl.int64), tl.cdiv(length, POSITIONS)
+    piece = program // of_each
     token, real = _tokens(piece // chunks, piece % chunks, length)
-    return piece, program % rows, token, real
+    return piece, program % of_each, token, real
 
 
 @triton.jit
 def _tokens(batch, chunk, length):
-    """Return the positions of a chunk in (batch · L), and which of them are real."""
+    """Return where the positions of a chunk lie in (batch · L), and which of them are real."""
     position = chunk * POSITIONS + tl.arange(0, POSITIONS)
     return batch * length + position, position < length
 
 
 @triton.jit
-def _log_decays(step, rate, real):
-    """Return the sums of Δ A from the start of a chunk to each position, and that of all; nothing decays beyond the end.
+def _decays(step, rate, real):
+    """Return the sums of Δ A over a chunk, and the decays from its start, to its end, and over the whole.
 
-    They are float64 and no step goes below `LOWEST`: a small difference of two large ones keeps its digits.
+    The sums are float64 and no step goes below `LOWEST`: a small difference of two large ones keeps its digits. Beyond
+    the end of the sequence nothing decays.
     """
     log = step * rate
     log = tl.where(log < LOWEST, LOWEST, log)  # NaN stays
     log = tl.where(real, log, 0).to(tl.float64)
-    return tl.cumsum(log, 0), tl.sum(log, 0)
+    sums, total = tl.cumsum(log, 0), tl.sum(log, 0)
+    to_end = (total - sums).to(tl.float32)
+    return sums, tl.exp(sums.to(tl.float32)), tl.exp(to_end), tl.exp(total.to(tl.float32))
 
 
 @triton.jit
@@ -247,12 +246,12 @@ def _within(sums):
 
 @triton.jit
 def _row_products(left, right, rows, real, width, BLOCK: tl.constexpr):
-    """Return the products of all rows of a chunk in a matrix with all those in another."""
+    """Return the products of the rows of a chunk in one matrix with those in another, (l, l)."""
     products = tl.zeros((POSITIONS, POSITIONS), tl.float32)
     for first in range(0, width, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        l, r = _load(left, rows, real, columns, width), _load(right, rows, real, columns, width)
-        products += _product(l, tl.trans(r))
+        row, other = _load(left, rows, real, columns, width), _load(right, rows, real, columns, width)
+        products += _product(row, tl.trans(other))
     return products
 
 
@@ -277,9 +276,9 @@ def _store(pointer, tile, rows, real, columns, width):
 @triton.jit
 def _kept_offsets(piece, head, n, p, heads, groups, head_dim, states):
     """Return where a block of the state of a head lies in (batch · chunks, G, N, heads / G · p)."""
-    of_group = heads // groups
-    rows, columns = (piece * groups + head // of_group) * states + n, head % of_group * head_dim + p
-    return rows[:, None] * (of_group * head_dim) + columns[None, :]
+    per_group = heads // groups
+    rows, columns = (piece * groups + head // per_group) * states + n, head % per_group * head_dim + p
+    return rows[:, None] * (per_group * head_dim) + columns[None, :]
 
 
 @triton.jit
