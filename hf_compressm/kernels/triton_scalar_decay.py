@@ -207,7 +207,7 @@ def _map_gradients(
 
 @triton.jit
 def _chunk(of_each, length):
-    """Return which chunk of (batch · chunks) a program has, which of its heads or groups, its tokens, the real ones."""
+    """Return which of (batch · chunks) a program has, which head or group, the tokens, and which of them are real."""
     program, chunks = tl.program_id(0).to(tl.int64), tl.cdiv(length, POSITIONS)
     piece = program // of_each
     token, real = _tokens(piece // chunks, piece % chunks, length)

@@ -105,7 +105,7 @@ def test_installing_replaces_five_functions_and_uninstalling_restores_them(model
 # What runs
 
 
-@pytest.mark.parametrize(("requested", "name"), [("", "cpp"), ("torch", "torch"), ("triton", "cpp")])
+@pytest.mark.parametrize(("requested", "name"), [("", "cpp"), ("torch", "torch"), ("triton", "triton")])
 def test_a_compiled_model_runs_the_operator_that_the_environment_names(monkeypatch, requested, name):
     monkeypatch.setenv("HF_COMPRESSM_SCAN", requested)
     assert env_report()["scan of Mamba-2 on cpu"] == f"Transformers' own (call install_scan() for '{name}')"

@@ -9,10 +9,7 @@ import pytest
 import torch
 from gpu_compilation import run_compiler
 from scalar_decay_reference import OPTIONAL, in_float64, outputs_and_gradients, reference_scan, scan_inputs
-from scan_reference import require_gradients
-from torch.library import opcheck
 
-from hf_compressm.kernels.dispatch import choose_scalar_decay_scan, scan_name
 from hf_compressm.kernels.scalar_decay_scan import scalar_decay_scan
 
 triton_scan = partial(scalar_decay_scan, implementation="triton")
@@ -47,20 +44,18 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("options", [(), OPTIONAL], ids=["bare", "all-options"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (2, 67, 4, 3, 5, 2), (1, 65, 2, 33, 17, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [((1, 1, 1, 1, 1, 1), ()), ((2, 67, 4, 3, 5, 2), OPTIONAL), ((1, 65, 2, 33, 17, 1), ())],
+    ids=str,
+)
 def test_odd_shapes_equal_the_recurrence_forward_and_backward(sizes, options):
     """One block or two of each size: of batch, L, heads, p, N and G."""
     inputs = scan_inputs(*sizes, dtype=torch.float32, options=options)
-    found, expected = (
-        outputs_and_gradients(triton_scan, inputs),
-        outputs_and_gradients(reference_scan, in_float64(inputs)),
-    )
-    for name, value in expected.items():
+    found = outputs_and_gradients(triton_scan, inputs)
+    for name, value in outputs_and_gradients(reference_scan, in_float64(inputs)).items():
         assert found[name].dtype == torch.float32
         assert (found[name] - value).abs().max() <= 5e-6 * value.abs().max(), name
-    again = outputs_and_gradients(triton_scan, inputs)
-    assert all(torch.equal(again[name], value) for name, value in found.items())
 
 
 def test_what_lies_between_two_extreme_steps_keeps_its_digits():
@@ -69,21 +64,12 @@ def test_what_lies_between_two_extreme_steps_keeps_its_digits():
     inputs["time_step"][:, 4::9] = 0
     inputs["x"][:, ::9] /= 1e3
     inputs["A"][1] = -1e4
-    found, expected = (
-        outputs_and_gradients(triton_scan, inputs),
-        outputs_and_gradients(reference_scan, in_float64(inputs)),
-    )
-    for name, value in expected.items():
+    found = outputs_and_gradients(triton_scan, inputs)
+    for name, value in outputs_and_gradients(reference_scan, in_float64(inputs)).items():
         scale = value.abs().max()
         if name in ("A", "time_step"):  # cancelling sums would spoil the small ones
             scale = value.abs().clamp(min=1e-3 * scale)
         assert ((found[name] - value).abs() / scale).max() < 1e-4, name
-
-
-def test_the_scan_keeps_what_an_operator_promises():
-    inputs = require_gradients(scan_inputs(1, 2, 2, 1, 1, 1, torch.float32))
-    tensors = [inputs.get(key) for key in ("x", "time_step", "A", "B", "C", "D", "initial_state")]
-    opcheck(choose_scalar_decay_scan("cpu", torch.float32, "triton"), (*tensors, True))
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "states", "absent"), [("bf16", 16, 12, ()), *SLOW])
