@@ -157,7 +157,7 @@ def test_a_kernel_of_the_hub_serves_where_our_scan_would(monkeypatch, installed_
     monkeypatch.setattr(MAMBA2, "mamba2_chunk_scan", module)
     if installed_first:
         install_scan()
-        assert scan_in_force("cuda", "mamba2") == "torch, or a kernel of the Hub for a model with use_kernels=True"
+        assert scan_in_force("cuda", "mamba2") == "triton, or a kernel of the Hub for a model with use_kernels=True"
     module.forward = MethodType(of_the_hub, module)
     install_scan()
     devices = ("cpu", "cuda", "xpu")
