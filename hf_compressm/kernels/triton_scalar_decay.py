@@ -4,7 +4,7 @@ One kernel walks along the sequence: a program has a block (N, p) of the state o
 states before every chunk in memory; gradients go through the same kernel, from the last chunk to the first. All else
 is computed for all chunks at once from what lies there. What is summed over the heads of a group is summed by one
 program, so that every sum has one order. A product of matrices is three products in TF32, which together keep the
-digits of float32; where a GPU has no TF32 it is one in float32.
+digits of float32; on a GPU of AMD it is one in float32.
 
 No tile grows with N, p or L, so that layers with sizes of their own share the kernels that were compiled for one.
 Triton is optional, and can be interpreted, as `triton_scan` says.

@@ -22,7 +22,7 @@ from hf_compressm.kernels import triton_scalar_decay as kernels
 folder, dtype, head_dim, states, *absent = sys.argv[1:]
 tile = kernels._tile(int(head_dim), int(states))
 options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-numbers = {"length", "heads", "groups", "head_dim", "states"}
+numbers = {"length", "heads", "head_dim", "states"}  # a 1, as of groups mostly, Triton takes as a constant
 divisible = [name for name, size in (("head_dim", head_dim), ("states", states)) if int(size) % 16 == 0]
 inputs, maps = dict.fromkeys(("x", "B", "C", "of_x", "of_B", "of_C"), dtype), {"maps": dtype}
 first = {"first_state": None} if "initial_state" in absent else {}
@@ -34,7 +34,7 @@ for kernel, narrow, constants in (
     (kernels._input_gradients, inputs, skip),
     (kernels._map_gradients, inputs, {}),
 ):
-    found = compiled(kernel, tile | constants, numbers, narrow, divisible, **options)
+    found = compiled(kernel, tile | constants | {"groups": 1}, numbers, narrow, divisible, **options)
     print(found.metadata.shared, stack_bytes(found, Path(folder)))
 """
 SLOW = [
