@@ -20,7 +20,7 @@ from .torch_scan import scan as torch_scan
 VARIABLE = "HF_COMPRESSM_SCAN"
 FOREIGN = ("hub", "mamba_ssm")  # reached through Transformers only
 NAMES = ("torch", "cpp", "triton", *reversed(FOREIGN))
-SCALAR_DECAY = ("torch", "cpp")  # what there is of the scan with scalar decay, beside kernels of others
+SCALAR_DECAY = ("torch", "cpp", "triton")  # what there is of the scan with scalar decay, beside kernels of others
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 
 
@@ -76,6 +76,10 @@ def choose_scalar_decay_scan(device_type: str, dtype: torch.dtype, implementatio
         ValueError: the one that is asked for does not exist, or cannot serve here.
     """
     name = _chosen(device_type, dtype, implementation, SCALAR_DECAY)
+    if name == "triton":
+        from .triton_scalar_decay import scan as triton_scalar_decay_scan
+
+        return triton_scalar_decay_scan
     return cpp_scalar_decay_scan if name == "cpp" else torch_scalar_decay_scan
 
 

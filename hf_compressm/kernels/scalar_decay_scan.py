@@ -82,7 +82,7 @@ def scalar_decay_scan(
         time_step_limit: the least and the largest effective time step, if there are such.
         initial_state: H_0, (batch, heads, p, N); zero if not given.
         return_last_state: True returns H_L, too.
-        implementation: "torch" or "cpp"; by default what `dispatch` chooses for the device.
+        implementation: "torch", "cpp" or "triton"; by default what `dispatch` chooses for the device.
 
     Returns:
         y, (batch, L, heads, p); with `return_last_state` also H_L, (batch, heads, p, N): both float32 or float64.

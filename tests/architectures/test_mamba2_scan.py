@@ -105,7 +105,7 @@ def test_installing_replaces_five_functions_and_uninstalling_restores_them(model
 # What runs
 
 
-@pytest.mark.parametrize(("requested", "name"), [("", "cpp"), ("torch", "torch"), ("triton", "cpp")])
+@pytest.mark.parametrize(("requested", "name"), [("", "cpp"), ("torch", "torch"), ("triton", "triton")])
 def test_a_compiled_model_runs_the_operator_that_the_environment_names(monkeypatch, requested, name):
     monkeypatch.setenv("HF_COMPRESSM_SCAN", requested)
     assert env_report()["scan of Mamba-2 on cpu"] == f"Transformers' own (call install_scan() for '{name}')"
@@ -157,7 +157,7 @@ def test_a_kernel_of_the_hub_serves_where_our_scan_would(monkeypatch, installed_
     monkeypatch.setattr(MAMBA2, "mamba2_chunk_scan", module)
     if installed_first:
         install_scan()
-        assert scan_in_force("cuda", "mamba2") == "torch, or a kernel of the Hub for a model with use_kernels=True"
+        assert scan_in_force("cuda", "mamba2") == "triton, or a kernel of the Hub for a model with use_kernels=True"
     module.forward = MethodType(of_the_hub, module)
     install_scan()
     devices = ("cpu", "cuda", "xpu")

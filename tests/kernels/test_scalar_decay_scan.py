@@ -12,7 +12,7 @@ from hf_compressm.kernels import cpp_scan
 from hf_compressm.kernels.cpp_scalar_decay import step
 from hf_compressm.kernels.scalar_decay_scan import scalar_decay_scan
 
-IMPLEMENTATIONS = ["torch", "cpp"]
+IMPLEMENTATIONS = ["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)]  # interpreted, in minutes
 SIZES = [  # batch, L, heads, p, N, G
     (1, 1, 1, 1, 1, 1),
     (3, 5, 4, 3, 7, 2),

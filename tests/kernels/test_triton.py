@@ -1,11 +1,8 @@
 """The scan in Triton, interpreted on this CPU, and compiled for a GPU that need not be there."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from gpu_compilation import run_compiler
 from scan_reference import OPTIONAL, reference_scan, relative_error, require_gradients, scan_inputs
 
 from hf_compressm.kernels import selective_scan
@@ -13,33 +10,17 @@ from hf_compressm.kernels.dispatch import scan_name
 
 COMPILE = """
 import sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from gpu_compilation import compiled
 from hf_compressm.kernels import triton_scan
 
-OPTIONAL = {"D", "bias", "gate", "initial_state", "ungated"}
-NUMBERS = {"length", "channels"}
-
-
-def compiled(kernel, narrow, state_size, without, target, **constants):
-    tile = triton_scan._tile(state_size)
-    warps = tile.pop("num_warps")
-    constants |= tile | {"states": state_size} | dict.fromkeys(OPTIONAL & without & set(kernel.arg_names))
-    types = {name: "i32" if name in NUMBERS else "*fp32" for name in kernel.arg_names if name not in constants}
-    types |= {name: f"*{narrow}" for name in ("u", "time_step", "B", "C", "gate", "y", "grad_y") if name in types}
-    types |= dict.fromkeys(constants, "constexpr")
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    aligned = [name for name in kernel.arg_names if types[name].startswith("*") or name == "channels"]
-    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}  # as torch's tensors are
-    source = ASTSource(kernel, signature=types, constexprs=values, attrs=hints)
-    return compile(source, target=target, options={"num_warps": warps})
-
-
-narrow, state_size, without = sys.argv[1], int(sys.argv[2]), OPTIONAL & set(sys.argv[3:])
-target = GPUTarget("cuda", 90, 32)
-forward = compiled(triton_scan._scan_forward, narrow, state_size, without, target, softplus=True, keep=True)
-backward = compiled(triton_scan._scan_backward, narrow, state_size, without, target, softplus=True)
-print(len(forward.asm["cubin"]), len(backward.asm["cubin"]))
+dtype, states, *absent = sys.argv[1:]
+tile = triton_scan._tile(int(states))
+warps, constants = tile.pop("num_warps"), {"states": int(states), "softplus": True}
+narrow = dict.fromkeys(("u", "time_step", "B", "C", "gate", "y", "grad_y"), dtype)
+for kernel, others in ((triton_scan._scan_forward, {"keep": True}), (triton_scan._scan_backward, {})):
+    given = tile | constants | others | {name: None for name in absent if name in kernel.arg_names}
+    found = compiled(kernel, given, {"length", "channels"}, narrow, ["channels"], num_warps=warps)
+    print(len(found.asm["cubin"]))
 """
 SLOW = [
     pytest.param(narrow, state_size, without, marks=pytest.mark.slow)
@@ -78,9 +59,5 @@ def test_where_torch_is_to_be_deterministic_another_scan_serves():
 
 @pytest.mark.parametrize(("narrow", "state_size", "without"), [("bf16", 12, ()), *SLOW])
 def test_the_kernels_compile_for_a_gpu(tmp_path, narrow, state_size, without):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, narrow, str(state_size), *without]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert all(int(size) > 1000 for size in run.stdout.split())
+    sizes = run_compiler(COMPILE, tmp_path, narrow, state_size, *without).split()
+    assert len(sizes) == 2 and all(int(size) > 1000 for size in sizes)
