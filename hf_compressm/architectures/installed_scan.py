@@ -49,7 +49,8 @@ def install_scan() -> None:
     check_private_names(*(module.__name__ for module in modules), hub_kernels.__name__)
     for kind in KINDS:
         replace_functions(kind.MODULES.values(), kind.STAND_INS)
-        replace_functions(kind.MIXERS, kind.METHODS)
+        for owner, stand_in in kind.STEPS.items():
+            replace_functions([owner], {"forward": stand_in})
 
 
 def uninstall_scan() -> None:

@@ -1,11 +1,13 @@
-"""A step of generation runs a whole mixer as one operator, where nothing else has a part in what the mixer computes.
+"""A step of generation runs a whole layer as one operator, where nothing else has a part in what the layer computes.
 
-Between its small operations a mixer spends most of such a step in Python. The stand-in for its `forward` takes the
-operator for a single token on a CPU, in float32, and leaves everything else to the method that it stands in for.
+Between its small operations a layer spends most of such a step in Python. Stand-ins for the `forward` of mixers, and
+of the blocks of Mamba and Mamba-2 that hold a norm and a mixer, take the operator for a single token on a CPU, in
+float32, and leave everything else to the methods that they stand in for.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +15,23 @@ from torch import Tensor, nn
 from ..kernels.dispatch import scan_name
 from ..kernels.torch_scan import torch_transforms
 from .convolutions import ACTIVATIONS
-from .replaced_functions import is_packed
+from .replaced_functions import StandIn, is_packed
 
 PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.activations")  # where plain modules come from
+TENSORS = (nn.Parameter, Tensor)  # no subclass: it may be sharded, or quantised
 
-Step = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor | None]
+Norm = tuple[Tensor | None, float]  # weight and ε
+WITHOUT_NORM: Norm = (None, 0.0)
+Step = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor], Norm], Tensor | None]
 
 
-def stand_in_for_forward(step: Step) -> Callable[[type, str], Callable]:
+def stand_in_for_mixer(step: Step) -> StandIn:
     """Return the stand-in for a mixer's `forward`, from its `step`.
 
     Args:
-        step: a function of the mixer, its input (batch, 1, hidden size) and the states in the cache, that of the
-            convolution first; it returns the output, or None where the operator cannot serve.
+        step: a function of the mixer, its input (batch, 1, hidden size), the states in the cache, that of the
+            convolution first, and the norm of the block, if the input is that of a block; it returns the output, or
+            None where the operator cannot serve.
     """
 
     def stand_in(mixer_class: type, name: str) -> Callable:
@@ -34,30 +40,55 @@ def stand_in_for_forward(step: Step) -> Callable[[type, str], Callable]:
         @functools.wraps(whole)
         def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
             output = None
-            is_step = cache_params is not None and hidden_states.shape[1] == 1 and attention_mask is None
-            if is_step and _kernel_serves(self, hidden_states, kwargs):
+            if _is_step(hidden_states, cache_params, attention_mask) and _kernel_serves(self, hidden_states, kwargs):
                 states = _cached_states(cache_params, self.layer_idx)
-                output = states and step(self, hidden_states.contiguous(), states)
+                output = states and step(self, hidden_states.contiguous(), states, WITHOUT_NORM)
             return whole(self, hidden_states, cache_params, attention_mask, **kwargs) if output is None else output
 
+        forward.step = step
         return forward
 
     return stand_in
 
 
-def fit_the_kernel(tensors: Iterable[Tensor | None]) -> bool:
+def stand_in_for_block(block_class: type, name: str) -> Callable:
+    """Return the stand-in for the `forward` of a block that adds what its mixer makes of its norm."""
+    whole = getattr(block_class, name)
+
+    @functools.wraps(whole)
+    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        output = None
+        if _is_step(hidden_states, cache_params, attention_mask):
+            mixer, norm = self.mixer, self.norm
+            step = getattr(type(mixer).forward, "step", None)
+            alone = step and not _is_hooked(mixer) and _is_plain(norm)
+            if alone and _kernel_serves(mixer, hidden_states, kwargs):
+                states = _cached_states(cache_params, mixer.layer_idx)
+                of_norm = norm.weight, norm.variance_epsilon
+                output = states and step(mixer, hidden_states.contiguous(), states, of_norm)
+        return whole(self, hidden_states, cache_params, attention_mask, **kwargs) if output is None else output
+
+    return forward
+
+
+def fit_the_kernel(*groups: tuple[Tensor | None, ...]) -> bool:
     """Return whether all of these are what the operators read: plain parameters or tensors, float32 and contiguous."""
-    return all(
-        tensor is None
-        or (type(tensor) in (nn.Parameter, Tensor) and tensor.dtype == torch.float32 and tensor.is_contiguous())
-        for tensor in tensors
-    )
+    for tensor in chain.from_iterable(groups):
+        if tensor is not None and (
+            type(tensor) not in TENSORS or tensor.dtype is not torch.float32 or not tensor.is_contiguous()
+        ):
+            return False
+    return True
+
+
+def _is_step(hidden_states: Tensor, cache, attention_mask: Tensor | None) -> bool:
+    return cache is not None and hidden_states.shape[1] == 1 and attention_mask is None
 
 
 def _kernel_serves(mixer: nn.Module, hidden_states: Tensor, options: dict) -> bool:
     if torch.is_grad_enabled() or torch_transforms() or torch.is_autocast_enabled("cpu") or is_packed(options):
         return False
-    if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32:
+    if hidden_states.device.type != "cpu" or hidden_states.dtype is not torch.float32:
         return False
     if not ACTIVATIONS.get(mixer.activation) or scan_name("cpu", own=("cpp", "torch")) != "cpp":
         return False
@@ -66,11 +97,14 @@ def _kernel_serves(mixer: nn.Module, hidden_states: Tensor, options: dict) -> bo
 
 def _is_plain(module: nn.Module) -> bool:
     """Return whether a module computes what its class does, and no hook waits for its call."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not hooked and type(module).__module__.startswith(PLAIN)
+    return type(module).__module__.startswith(PLAIN) and not _is_hooked(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _cached_states(cache, layer: int) -> tuple[Tensor, Tensor] | None:
     """Return the states that a step overwrites, or None where there are none, or old ones have to be kept."""
     states = cache.get_conv_state(layer, state_idx=0), cache.get_recurrent_state(layer, state_idx=0)
-    return None if cache.is_recording_past(layer) or any(state is None for state in states) else states
+    return None if cache.is_recording_past(layer) or states[0] is None or states[1] is None else states

@@ -27,7 +27,7 @@ def step(state, x, time_step, A, B, C, D, time_step_bias, softplus):
 
 
 def mixer_step(
-    hidden, conv_state, state, in_proj, conv1d, dt_bias, A_log, D, groups, projections, norm, norm_group, out_proj
+    hidden, conv_state, state, norm, in_proj, conv1d, dt_bias, A_log, D, groups, projections, gated_norm, out_proj
 ):
     """Take a step of a whole mixer of Mamba-2: overwrite the states, and return its output, (batch, 1, hidden size).
 
@@ -35,13 +35,14 @@ def mixer_step(
         hidden: its input, (batch, 1, hidden size); it and all other tensors are float32 and contiguous.
         conv_state: the last inputs of the convolution, (batch, D + 2 G N, K).
         state: (batch, heads, p, N), or r for N where B and C are projected.
+        norm: weight and ε of an RMS norm before the mixer, whose output is then added to `hidden`; or None and 0.
         in_proj: weight and bias, as those of all layers; a bias may be None.
         groups: G.
         projections: of B and of C, (G, r, N), or None for each.
-        norm: weight and ε of the gated norm, each of whose groups has `norm_group` channels.
+        gated_norm: weight, ε and the channels of a group of the norm after the gate.
     """
-    weights = *in_proj, *conv1d, dt_bias, A_log, D, groups, *projections, *norm, norm_group, *out_proj
-    return torch.ops.hf_compressm_kernel.scalar_decay_mixer_step(hidden, conv_state, state, *weights)
+    weights = *norm, *in_proj, *conv1d, dt_bias, A_log, D, groups, *projections, *gated_norm, *out_proj
+    return torch.ops.hf_compressm_kernel.scalar_decay_mixer_step.default(hidden, conv_state, state, *weights)
 
 
 scan = define_scalar_decay_scan("cpp", forward, backward)

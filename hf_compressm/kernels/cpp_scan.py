@@ -78,18 +78,19 @@ def step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus):
     return torch.ops.hf_compressm_kernel.step(state, u, time_step, A, B, C, D, gate, time_step_bias, softplus)
 
 
-def mixer_step(hidden, conv_state, state, in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj):
+def mixer_step(hidden, conv_state, state, norm, in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj):
     """Take a step of a whole mixer of Mamba-1: overwrite the states, and return its output, (batch, 1, hidden size).
 
     Args:
         hidden: its input, (batch, 1, hidden size); it and all others are float32 and contiguous.
         conv_state: the last inputs of the convolution, (batch, D, K).
         state: (batch, D, N).
+        norm: weight and ε of an RMS norm before the mixer, whose output is then added to `hidden`; or None and 0.
         in_proj: weight and bias, as those of all layers; a bias may be None.
         x_proj: only a weight.
     """
-    weights = *in_proj, *conv1d, x_proj, *dt_proj, A_log, D, *out_proj
-    return torch.ops.hf_compressm_kernel.selective_mixer_step(hidden, conv_state, state, *weights)
+    weights = *norm, *in_proj, *conv1d, x_proj, *dt_proj, A_log, D, *out_proj
+    return torch.ops.hf_compressm_kernel.selective_mixer_step.default(hidden, conv_state, state, *weights)
 
 
 def _library() -> Path:

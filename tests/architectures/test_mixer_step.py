@@ -8,8 +8,8 @@ from balanced_models import CASES, build_cut, build_stock, cache_for
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, set_seed
-from transformers.models.mamba.modeling_mamba import MambaMixer
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2Mixer
 
 from hf_compressm import install_scan, uninstall_scan
 from hf_compressm.architectures.scalar_decay.balanced import BalancedMixer
@@ -120,6 +120,21 @@ def with_a_hook(model):
             module.out_proj.register_forward_hook(lambda *args: args[-1] + 1)
 
 
+def with_a_hook_on_the_mixer(model):
+    for module in model.modules():
+        if isinstance(module, (MambaMixer, Mamba2Mixer)):
+            module.register_forward_pre_hook(lambda mixer, given: (given[0] + 1, *given[1:]))
+
+
+def with_a_mixer_of_ones_own(model):
+    class Own(type(model.backbone.layers[0].mixer)):
+        def forward(self, hidden_states, *args, **kwargs):
+            return super().forward(hidden_states * 2, *args, **kwargs)
+
+    for block in model.backbone.layers:
+        block.mixer.__class__ = Own
+
+
 STAND_ASIDE = {
     "gradients": {"context": nullcontext},
     "autocast": {"context": lambda: torch.autocast("cpu", torch.bfloat16)},
@@ -140,6 +155,27 @@ def test_it_stands_aside_where_something_else_has_a_part(kind, reason, monkeypat
     case["change"](model)
     error, count = compared(model, context=case["context"])
     assert count == 0 and error < (0.1 if reason in ("autocast", "bfloat16") else 1e-5)
+
+
+@pytest.mark.parametrize("change", [with_a_hook_on_the_mixer, with_a_mixer_of_ones_own])
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_what_stands_between_a_block_and_its_mixer_is_called(kind, change):
+    """The mixer alone is one operator then."""
+    model = BUILDERS[kind]().eval()
+    plain, _ = generated(model, context=torch.no_grad)
+    change(model)
+    assert relative_error(generated(model, context=torch.no_grad)[0], plain) > 0.01
+    error, count = compared(model, context=torch.no_grad)
+    assert error < 1e-5 and count == 3 * 2
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_hook_on_the_norm_of_a_block_is_called(kind):
+    model = BUILDERS[kind]().eval()
+    for block in model.backbone.layers:
+        block.norm.register_forward_hook(lambda *args: args[-1] * 2)
+    error, count = compared(model, context=torch.no_grad)
+    assert error < 1e-5 and count == 3 * 2
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -170,13 +206,13 @@ def test_a_cache_of_another_batch_is_an_error(kind):
             model(torch.ones(3, 1, dtype=torch.long), **cache)
 
 
-@pytest.mark.parametrize("mixer", [MambaMixer, Mamba2Mixer, BalancedMixer])
-def test_installing_replaces_a_method_and_uninstalling_restores_it(mixer):
-    before = mixer.forward
+@pytest.mark.parametrize("owner", [MambaMixer, MambaBlock, Mamba2Mixer, Mamba2Block, BalancedMixer])
+def test_installing_replaces_a_method_and_uninstalling_restores_it(owner):
+    before = owner.forward
     install_scan()
-    assert mixer.forward is not before and mixer.forward.__wrapped__ is before
+    assert owner.forward is not before and owner.forward.__wrapped__ is before
     uninstall_scan()
-    assert mixer.forward is before
+    assert owner.forward is before
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ...kernels.dispatch import FOREIGN, SCALAR_DECAY, scan_name
 from ...kernels.scalar_decay_scan import scalar_decay_scan
 from ...kernels.torch_scan import torch_transforms
 from ..convolutions import convolution, convolution_step
-from ..mixer_step import fit_the_kernel, stand_in_for_forward
+from ..mixer_step import fit_the_kernel, stand_in_for_block, stand_in_for_mixer
 from ..replaced_functions import (
     StandIn,
     check_cached_state,
@@ -105,27 +105,27 @@ STAND_INS: dict[str, StandIn] = {  # by the name of what they stand in for
 }
 
 
-def _step(mixer, hidden_states, states):
-    """Return the output of a mixer for one token, or None where its weights or the states do not fit the kernel."""
+def _step(mixer, hidden_states, states, norm):
+    """Return the output of a layer for one token, or None where its weights or the states do not fit the kernel."""
     if isinstance(mixer, modeling_falcon_h1.FalconH1Mixer):  # balanced; it has multipliers of its own
         return None
     projected = isinstance(mixer, BalancedMixer) and mixer.reduced_state_size is not None
     projections = (mixer.B_proj, mixer.C_proj) if projected else (None, None)
     layers = [(layer.weight, layer.bias) for layer in (mixer.in_proj, mixer.conv1d, mixer.out_proj)]
-    vectors = mixer.dt_bias, mixer.A_log, mixer.D
+    vectors, gated_norm = (mixer.dt_bias, mixer.A_log, mixer.D), mixer.norm
     batch, (channels, _, width) = len(hidden_states), mixer.conv1d.weight.shape
     size = mixer.reduced_state_size if projected else mixer.ssm_state_size
     shapes = (batch, channels, width), (batch, mixer.num_heads, mixer.head_dim, size)
-    norm = mixer.norm.weight, mixer.norm.variance_epsilon
-    tensors = *vectors, *projections, norm[0], *states, *(tensor for layer in layers for tensor in layer)
-    if not fit_the_kernel(tensors) or tuple(state.shape for state in states) != shapes:
+    tensors = vectors, projections, (gated_norm.weight, norm[0]), states, *layers
+    if tuple(state.shape for state in states) != shapes or not fit_the_kernel(*tensors):
         return None
     in_proj, conv1d, out_proj = layers
-    middle = *vectors, mixer.n_groups, projections, norm, mixer.norm.group_size
-    return cpp_mixer_step(hidden_states, *states, in_proj, conv1d, *middle, out_proj)
+    gate = gated_norm.weight, gated_norm.variance_epsilon, gated_norm.group_size
+    middle = *vectors, mixer.n_groups, projections, gate
+    return cpp_mixer_step(hidden_states, *states, norm, in_proj, conv1d, *middle, out_proj)
 
 
-MIXERS = (  # those whose step is the kernel's
+MIXERS = (  # those that have Mamba-2's `forward`
     modeling_mamba2.Mamba2Mixer,
     modeling_bamba.BambaMixer,
     modeling_granitemoehybrid.GraniteMoeHybridMambaLayer,
@@ -133,4 +133,7 @@ MIXERS = (  # those whose step is the kernel's
     modeling_zamba2.Zamba2MambaMixer,
     BalancedMixer,
 )
-METHODS: dict[str, StandIn] = {"forward": stand_in_for_forward(_step)}
+STEPS: dict[type, StandIn] = {  # for the `forward` of these
+    **dict.fromkeys(MIXERS, stand_in_for_mixer(_step)),
+    modeling_mamba2.Mamba2Block: stand_in_for_block,
+}

@@ -16,7 +16,7 @@ from ...kernels.dispatch import FOREIGN, NAMES, scan_name
 from ...kernels.scan import selective_scan
 from ...kernels.torch_scan import torch_transforms
 from ..convolutions import convolution, convolution_step
-from ..mixer_step import fit_the_kernel, stand_in_for_forward
+from ..mixer_step import fit_the_kernel, stand_in_for_block, stand_in_for_mixer
 from ..replaced_functions import (
     StandIn,
     check_cached_state,
@@ -91,18 +91,21 @@ STAND_INS: dict[str, StandIn] = {  # by the name of what they stand in for
 }
 
 
-def _step(mixer, hidden_states, states):
-    """Return the output of a mixer for one token, or None where its weights or the states do not fit the kernel."""
-    conv1d, x_proj, A_log, D = mixer.conv1d, mixer.x_proj.weight, mixer.A_log, mixer.D
+def _step(mixer, hidden_states, states, norm):
+    """Return the output of a layer for one token, or None where its weights or the states do not fit the kernel."""
+    conv1d, x_proj, vectors = mixer.conv1d, mixer.x_proj.weight, (mixer.A_log, mixer.D)
     layers = [(layer.weight, layer.bias) for layer in (mixer.in_proj, conv1d, mixer.dt_proj, mixer.out_proj)]
     channels, _, width = conv1d.weight.shape
-    shapes = (len(hidden_states), channels, width), (len(hidden_states), *A_log.shape)
-    tensors = x_proj, A_log, D, *states, *(tensor for layer in layers for tensor in layer)
-    if not fit_the_kernel(tensors) or tuple(state.shape for state in states) != shapes:
+    shapes = (len(hidden_states), channels, width), (len(hidden_states), *vectors[0].shape)
+    if tuple(state.shape for state in states) != shapes or not fit_the_kernel(
+        (x_proj, norm[0]), vectors, states, *layers
+    ):
         return None
     in_proj, conv1d, dt_proj, out_proj = layers
-    return cpp_mixer_step(hidden_states, *states, in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj)
+    return cpp_mixer_step(hidden_states, *states, norm, in_proj, conv1d, x_proj, dt_proj, *vectors, out_proj)
 
 
-MIXERS = (modeling_mamba.MambaMixer,)  # those whose step is the kernel's
-METHODS: dict[str, StandIn] = {"forward": stand_in_for_forward(_step)}
+STEPS: dict[type, StandIn] = {  # for the `forward` of these
+    modeling_mamba.MambaMixer: stand_in_for_mixer(_step),
+    modeling_mamba.MambaBlock: stand_in_for_block,
+}

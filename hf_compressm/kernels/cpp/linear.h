@@ -24,7 +24,10 @@ inline Vector load_lanes(const float* data, int64_t count) {
 }
 
 inline void store_lanes(Vector values, float* data, int64_t count) {
-  std::memcpy(data, &values, std::min<int64_t>(count, LANES) * sizeof(float));
+  if (count >= LANES)
+    *(Vector*)data = values;
+  else
+    std::memcpy(data, &values, count * sizeof(float));
 }
 
 // data[i] = f(data[i]), by vectors.
@@ -48,16 +51,20 @@ void few_products(const float* weight, int64_t depth, int64_t rows, const float*
   const float* row[ROWS];
   for (int r = 0; r < ROWS; ++r) row[r] = weight + std::min<int64_t>(r, rows - 1) * depth;
   Vector totals[LANES] = {};
-  for (int64_t k = 0; k < depth; k += LANES) {
+  auto add = [&](int64_t k, auto load) {
     Vector inputs[COUNT];
-    for (int i = 0; i < COUNT; ++i) inputs[i] = load_lanes(x[i] + k, depth - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) inputs[i] = load(x[i] + k);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const Vector weights = load_lanes(row[r] + k, depth - k);
+      const Vector weights = load(row[r] + k);
 #pragma GCC unroll 16
       for (int i = 0; i < COUNT; ++i) totals[i * ROWS + r] += weights * inputs[i];
     }
-  }
+  };
+  const int64_t whole = depth / LANES * LANES;
+  for (int64_t k = 0; k < whole; k += LANES) add(k, [](const float* data) { return *(const Vector*)data; });
+  if (whole < depth) add(whole, [&](const float* data) { return load_lanes(data, depth - whole); });
   const Vector values = sums(totals);
   for (int i = 0; i < COUNT; ++i)
     for (int r = 0; r < std::min<int64_t>(ROWS, rows); ++r) out[i][r] = values[i * ROWS + r] + (bias ? bias[r] : 0);

@@ -1,5 +1,6 @@
 // A position of a whole mixer, when text is generated: what lies between its input and its output is one operator, and
-// the states in the cache are overwritten. All tensors are float32 and contiguous.
+// the states in the cache are overwritten. With the norm before a mixer it is a whole layer, residual stream included.
+// All tensors are float32 and contiguous.
 
 #pragma once
 
@@ -53,17 +54,55 @@ Tensor causal_convolution_step(Tensor state, const Tensor& x, const Tensor& weig
   return out;
 }
 
+// y ← weight · y / √(mean y² + ε), by groups.
+void rms_norm(float* y, const float* weight, int64_t size, int64_t group, float epsilon) {
+  for (int64_t first = 0; first < size; first += group) {
+    Vector squares{};
+    for (int64_t i = first; i < first + group; i += LANES) {
+      const Vector value = load_lanes(y + i, first + group - i);
+      squares += value * value;
+    }
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += squares[i];
+    const float scale = 1 / std::sqrt(total / group + epsilon);
+    for (int64_t i = first; i < first + group; ++i) y[i] *= scale * weight[i];
+  }
+}
+
+// y ← y · silu(gate)
+void open_gate(float* y, const float* gate, int64_t size) {
+  for (int64_t i = 0; i < size; i += LANES)
+    store_lanes(load_lanes(y + i, size - i) * silu(load_lanes(gate + i, size - i)), y + i, size - i);
+}
+
+// What a mixer reads: hidden (batch, 1, H), or, with the weight of a norm, a copy of it that is normalised.
+Vectors mixer_input(const Tensor& hidden, Optional norm, float epsilon, Scratch& scratch) {
+  const int64_t batches = hidden.size(0), size = hidden.size(2);
+  if (!norm) return {hidden.data_ptr<float>(), size};
+  const Vectors input = scratch.vectors(batches, size);
+  std::copy_n(hidden.data_ptr<float>(), batches * size, input.data);
+  for (int64_t batch = 0; batch < batches; ++batch) rms_norm(input[batch], norm->data_ptr<float>(), size, size, epsilon);
+  return input;
+}
+
+// What a mixer gives back, its last layer's output; with a norm it is added to the residual stream.
+Tensor mixer_output(const Tensor& hidden, Optional norm, const Tensor& weight, Optional bias, Vectors y) {
+  Tensor out = at::empty(hidden.sizes(), hidden.options());
+  linear(weight, bias, hidden.size(0), y, {out.data_ptr<float>(), out.size(2)});
+  return norm ? out.add_(hidden) : out;
+}
+
 // A step of a mixer of Mamba-1: hidden (batch, 1, H), the states (batch, D, K) and (batch, D, N).
-Tensor selective_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor state, const Tensor& in_weight, Optional in_bias,
-                            const Tensor& conv_weight, Optional conv_bias, const Tensor& x_weight, const Tensor& step_weight,
+Tensor selective_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor state, Optional norm, double epsilon,
+                            const Tensor& in_weight, Optional in_bias, const Tensor& conv_weight, Optional conv_bias, const Tensor& x_weight, const Tensor& step_weight,
                             Optional step_bias, const Tensor& A_log, const Tensor& D, const Tensor& out_weight,
                             Optional out_bias) {
   const int64_t batches = state.size(0), channels = state.size(1), N = state.size(2), rank = step_weight.size(1);
-  Scratch scratch(batches * (5 * channels + rank + 2 * N));
+  Scratch scratch(batches * (hidden.size(2) + 5 * channels + rank + 2 * N));
   const Vectors projected = scratch.vectors(batches, 2 * channels), x = scratch.vectors(batches, channels),
                 selected = scratch.vectors(batches, rank + 2 * N), step = scratch.vectors(batches, channels),
                 y = scratch.vectors(batches, channels);
-  linear(in_weight, in_bias, batches, {hidden.data_ptr<float>(), hidden.size(2)}, projected);
+  linear(in_weight, in_bias, batches, mixer_input(hidden, norm, epsilon, scratch), projected);
   convolution_step(conv_weight, conv_bias, true, conv_state, projected, x);
   linear(x_weight, std::nullopt, batches, x, selected);
   linear(step_weight, step_bias, batches, selected, step);
@@ -87,46 +126,23 @@ Tensor selective_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor stat
       }
     }
   });
-  for (int64_t batch = 0; batch < batches; ++batch) {
-    const float* gate = projected[batch] + channels;
-    for (int64_t d = 0; d < channels; d += LANES)
-      store_lanes(load_lanes(y[batch] + d, channels - d) * silu(load_lanes(gate + d, channels - d)), y[batch] + d, channels - d);
-  }
-  Tensor out = at::empty(hidden.sizes(), hidden.options());
-  linear(out_weight, out_bias, batches, y, {out.data_ptr<float>(), out.size(2)});
-  return out;
-}
-
-// y ← weight · rms_norm(y · silu(gate)), by groups.
-void gated_norm(float* y, const float* gate, const float* weight, int64_t size, int64_t group, float epsilon) {
-  for (int64_t first = 0; first < size; first += group) {
-    Vector squares{};
-    for (int64_t i = first; i < first + group; i += LANES) {
-      const int64_t left = first + group - i;
-      const Vector value = load_lanes(y + i, left) * silu(load_lanes(gate + i, left));
-      squares += value * value;
-      store_lanes(value, y + i, left);
-    }
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += squares[i];
-    const float scale = 1 / std::sqrt(total / group + epsilon);
-    for (int64_t i = first; i < first + group; ++i) y[i] *= scale * weight[i];
-  }
+  for (int64_t batch = 0; batch < batches; ++batch) open_gate(y[batch], projected[batch] + channels, channels);
+  return mixer_output(hidden, norm, out_weight, out_bias, y);
 }
 
 // A step of a mixer of Mamba-2: hidden (batch, 1, H), the states (batch, channels, K) and (batch, heads, p, N). With
 // projections (G, r, N) of B and C the state is (batch, heads, p, r).
-Tensor scalar_decay_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor state, const Tensor& in_weight,
-                               Optional in_bias, const Tensor& conv_weight, Optional conv_bias, const Tensor& step_bias,
+Tensor scalar_decay_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor state, Optional norm, double epsilon,
+                               const Tensor& in_weight, Optional in_bias, const Tensor& conv_weight, Optional conv_bias, const Tensor& step_bias,
                                const Tensor& A_log, const Tensor& D, int64_t groups, Optional B_projection,
-                               Optional C_projection, const Tensor& norm_weight, double epsilon, int64_t norm_group,
+                               Optional C_projection, const Tensor& gated_norm, double gated_epsilon, int64_t gated_channels,
                                const Tensor& out_weight, Optional out_bias) {
   const int64_t batches = state.size(0), heads = state.size(1), p = state.size(2), N = state.size(3), inner = heads * p,
                 convolved = conv_state.size(1), features = (convolved - inner) / 2 / groups;
-  Scratch scratch(batches * (3 * inner + 2 * convolved + heads + 2 * groups * N));
+  Scratch scratch(batches * (hidden.size(2) + 3 * inner + 2 * convolved + heads + 2 * groups * N));
   const Vectors projected = scratch.vectors(batches, inner + convolved + heads), x = scratch.vectors(batches, convolved),
                 y = scratch.vectors(batches, inner), reduced = scratch.vectors(batches, 2 * groups * N);
-  linear(in_weight, in_bias, batches, {hidden.data_ptr<float>(), hidden.size(2)}, projected);
+  linear(in_weight, in_bias, batches, mixer_input(hidden, norm, epsilon, scratch), projected);
   convolution_step(conv_weight, conv_bias, true, conv_state, {projected.data + inner, projected.stride}, x);
   Vectors B{x.data + inner, x.stride}, C{x.data + inner + groups * features, x.stride};
   if (B_projection) {
@@ -160,11 +176,11 @@ Tensor scalar_decay_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor s
       }
     }
   });
-  for (int64_t batch = 0; batch < batches; ++batch)
-    gated_norm(y[batch], projected[batch], norm_weight.data_ptr<float>(), inner, norm_group, epsilon);
-  Tensor out = at::empty(hidden.sizes(), hidden.options());
-  linear(out_weight, out_bias, batches, y, {out.data_ptr<float>(), out.size(2)});
-  return out;
+  for (int64_t batch = 0; batch < batches; ++batch) {
+    open_gate(y[batch], projected[batch], inner);
+    rms_norm(y[batch], gated_norm.data_ptr<float>(), inner, gated_channels, gated_epsilon);
+  }
+  return mixer_output(hidden, norm, out_weight, out_bias, y);
 }
 
 }  // namespace

@@ -34,14 +34,14 @@ TORCH_LIBRARY(hf_compressm_kernel, library) {
   library.def(
       "causal_convolution_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor");
   library.def(
-      "selective_mixer_step(Tensor hidden, Tensor(a!) conv_state, Tensor(b!) state, Tensor in_weight, Tensor? in_bias, "
-      "Tensor conv_weight, Tensor? conv_bias, Tensor x_weight, Tensor step_weight, Tensor? step_bias, Tensor A_log, "
+      "selective_mixer_step(Tensor hidden, Tensor(a!) conv_state, Tensor(b!) state, Tensor? norm, float epsilon, "
+      "Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, Tensor x_weight, Tensor step_weight, Tensor? step_bias, Tensor A_log, "
       "Tensor D, Tensor out_weight, Tensor? out_bias) -> Tensor");
   library.def(
-      "scalar_decay_mixer_step(Tensor hidden, Tensor(a!) conv_state, Tensor(b!) state, Tensor in_weight, "
-      "Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, Tensor step_bias, Tensor A_log, Tensor D, int groups, "
-      "Tensor? B_projection, Tensor? C_projection, Tensor norm_weight, float epsilon, int norm_group, "
-      "Tensor out_weight, Tensor? out_bias) -> Tensor");
+      "scalar_decay_mixer_step(Tensor hidden, Tensor(a!) conv_state, Tensor(b!) state, Tensor? norm, float epsilon, "
+      "Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, Tensor step_bias, Tensor A_log, "
+      "Tensor D, int groups, Tensor? B_projection, Tensor? C_projection, Tensor gated_norm, float gated_epsilon, "
+      "int gated_channels, Tensor out_weight, Tensor? out_bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(hf_compressm_kernel, CPU, library) {
