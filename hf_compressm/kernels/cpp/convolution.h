@@ -43,7 +43,7 @@ struct alignas(64) Row {
   }
 };
 
-// The last K rows; `push` brings in one more at an end, and the one at the other end goes.
+// The last K rows, the newest behind.
 template <int K>
 struct Window {
   Row rows[K] = {};
@@ -53,7 +53,6 @@ struct Window {
     for (int k = 0; k < K; ++k) order[k] = &rows[k];
   }
   Row& push_back() { return std::rotate(order, order + 1, order + K), *order[K - 1]; }
-  Row& push_front() { return std::rotate(order, order + K - 1, order + K), *order[0]; }
 };
 
 // The weights (D, K) and the bias of a strip, newest position last.
@@ -121,38 +120,37 @@ void convolve(const Tensor& x, const Tensor& weight, Optional bias, bool silu, T
   });
 }
 
-// From the last position to the first: an input has a part in its own output and in the K - 1 after it.
+// An input has a part in its own output and in the K - 1 after it: its gradient is there K - 1 positions later.
 template <int K, typename T>
 void convolve_back(const Tensor& grad_y, const Tensor& x, const Tensor& weight, Optional bias, bool silu, Tensor& of_x,
                    Tensor& of_taps) {
   for_strips(x, [&](const Strip& strip, int64_t tile) {
     const Taps<K> taps(weight, bias, strip.first, strip.count);
-    Window<K> inputs, of_sums;  // of_sums.order[k]: the gradient, before silu, of the position k later
+    Window<K> inputs, of_sums;  // of_sums: the gradients before silu
     Row totals[K + 1] = {}, out;
-    auto load_input = [&](int64_t t, Row& row) {
-      if (t < 0) return void(row = Row{});
-      row.load(strip.row<T>(x, t), strip.count);
-    };
-
-    const int64_t last = std::min(strip.stop + K - 1, x.size(1)) - 1;
-    for (int64_t t = last; t > last - K + 1; --t) load_input(t, inputs.push_front());
-    for (int64_t t = last; t >= strip.start; --t) {
-      load_input(t - K + 1, inputs.push_front());
-      Row& of_sum = of_sums.push_front();
-      of_sum.load(strip.row<T>(grad_y, t), strip.count);
+    for (int64_t t = std::max<int64_t>(strip.start - K + 1, 0); t < strip.start; ++t)
+      inputs.push_back().load(strip.row<T>(x, t), strip.count);
+    for (int64_t t = strip.start; t < strip.stop + K - 1; ++t) {
+      Row& of_sum = of_sums.push_back();
+      if (t < x.size(1)) {
+        inputs.push_back().load(strip.row<T>(x, t), strip.count);
+        of_sum.load(strip.row<T>(grad_y, t), strip.count);
+      } else
+        of_sum = Row{};
       for (int v = 0; v < strip.vectors(); ++v) {
         if (silu) {
           const Vector sum = taps(inputs, v), open = sigmoid(sum);
           of_sum.vector[v] *= open * (1 + sum * (1 - open));
         }
-        if (t >= strip.stop) continue;
-        Vector total{};
-        for (int k = 0; k < K; ++k) total += taps.weight[K - 1 - k].vector[v] * of_sums.order[k]->vector[v];
-        out.vector[v] = total;
-        for (int k = 0; k < K; ++k) totals[k].vector[v] += of_sum.vector[v] * inputs.order[k]->vector[v];
-        totals[K].vector[v] += of_sum.vector[v];
+        if (t < strip.stop) {
+          for (int k = 0; k < K; ++k) totals[k].vector[v] += of_sum.vector[v] * inputs.order[k]->vector[v];
+          totals[K].vector[v] += of_sum.vector[v];
+        }
+        out.vector[v] = Vector{};
+        for (int k = 0; k < K; ++k) out.vector[v] += taps.weight[K - 1 - k].vector[v] * of_sums.order[k]->vector[v];
       }
-      if (t < strip.stop) out.store(strip.row<T>(of_x, t), strip.count);
+      const int64_t position = t - K + 1;
+      if (position >= strip.start) out.store(strip.row<T>(of_x, position), strip.count);
     }
     float* data = of_taps.data_ptr<float>() + tile * (K + 1) * x.size(2) + strip.first;
     for (int k = 0; k <= K; ++k) totals[k].store(data + k * x.size(2), strip.count);

@@ -117,7 +117,8 @@ class BalancedMixer:
             if past is not None and length == 1 and not cache.is_recording_past(self.layer_idx):
                 return self.functions.causal_conv1d_update(xBC, past, *weights, activation=self.activation)
             xBC = cache.update_conv_state(xBC, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-        return self.functions.causal_conv1d_fn(xBC, *weights, activation=self.activation, **kwargs)[..., -length:]
+        xBC = self.functions.causal_conv1d_fn(xBC, *weights, activation=self.activation, **kwargs)
+        return xBC if cache is None else xBC[..., -length:]  # the gradient of a slice is a copy
 
     def _scan(self, x: Tensor, time_step: Tensor, B: Tensor, C: Tensor, cache, kwargs: dict) -> Tensor:
         """Return the output of the scan, (batch, L, heads p), of x (batch, L, heads, p) and B, C (batch, L, G, r)."""
