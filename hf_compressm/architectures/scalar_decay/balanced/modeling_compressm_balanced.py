@@ -98,13 +98,18 @@ class BalancedMixer:
         projected = self._project_input(mask(hidden_states, attention_mask))
         gate, xBC, time_step = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         xBC = mask(self._convolve(xBC.transpose(1, 2), cache_params, kwargs).transpose(1, 2), attention_mask)
-        x, B, C = xBC.split([self.intermediate_size, *2 * [self.n_groups * self.ssm_state_size]], dim=-1)
-        B, C = _project(B, self.B_proj), _project(C, self.C_proj)
+        x, BC = xBC.tensor_split([self.intermediate_size], dim=-1)
+        B, C = self._project(BC.unflatten(-1, (-1, self.ssm_state_size)))
         y = self._scan(x.unflatten(-1, (self.num_heads, self.head_dim)), time_step, B, C, cache_params, kwargs)
         return self.out_proj(self._gate_output(y, gate).to(dtype))
 
     def _project_input(self, hidden_states: Tensor) -> Tensor:
         return self.in_proj(hidden_states)
+
+    def _project(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return B and C, (batch, L, G, r) each, of the features of both, (batch, L, 2 G, N), by one product."""
+        projections = torch.cat([self.B_proj, self.C_proj])
+        return torch.einsum("blgn,grn->blgr", features, projections).split(self.n_groups, dim=2)
 
     def _gate_output(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.norm(y, gate)
@@ -137,12 +142,6 @@ class BalancedMixer:
             y, state = y
             cache.update_recurrent_state(state, layer_idx=self.layer_idx)
         return y.flatten(2)
-
-
-def _project(features: Tensor, projection: Tensor) -> Tensor:
-    """Return (batch, L, G, r) of features (batch, L, G N) and a projection (G, r, N)."""
-    groups, _, size = projection.shape
-    return torch.einsum("blgn,grn->blgr", features.unflatten(-1, (groups, size)), projection)
 
 
 class BalancedModel:
