@@ -60,7 +60,7 @@ class Training:
         """Cut to `size` states after a step, which fills the optimizer, and return the seconds of the parts."""
         self.step()
         config = CompreSSMConfig(target_state_size=size, basis=basis)
-        batches = [{"input_ids": self.batch}] * config.calibration_batches
+        batches = [{"input_ids": self.batch, "labels": self.batch}] * config.calibration_batches
         with torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda"):
             report = analyze(self.model, batches, config)
         surgery = timed(lambda: compress(self.model, report, self.optimizer), self.args.device)
