@@ -94,9 +94,9 @@ Tensor mixer_output(const Tensor& hidden, Optional norm, const Tensor& weight, O
 
 // A step of a mixer of Mamba-1: hidden (batch, 1, H), the states (batch, D, K) and (batch, D, N).
 Tensor selective_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor state, Optional norm, double epsilon,
-                            const Tensor& in_weight, Optional in_bias, const Tensor& conv_weight, Optional conv_bias, const Tensor& x_weight, const Tensor& step_weight,
-                            Optional step_bias, const Tensor& A_log, const Tensor& D, const Tensor& out_weight,
-                            Optional out_bias) {
+                            const Tensor& in_weight, Optional in_bias, const Tensor& conv_weight, Optional conv_bias,
+                            const Tensor& x_weight, const Tensor& step_weight, Optional step_bias, const Tensor& A_log,
+                            const Tensor& D, const Tensor& out_weight, Optional out_bias) {
   const int64_t batches = state.size(0), channels = state.size(1), N = state.size(2), rank = step_weight.size(1);
   Scratch scratch(batches * (hidden.size(2) + 5 * channels + rank + 2 * N));
   const Vectors projected = scratch.vectors(batches, 2 * channels), x = scratch.vectors(batches, channels),
@@ -133,10 +133,10 @@ Tensor selective_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor stat
 // A step of a mixer of Mamba-2: hidden (batch, 1, H), the states (batch, channels, K) and (batch, heads, p, N). With
 // projections (G, r, N) of B and C the state is (batch, heads, p, r).
 Tensor scalar_decay_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor state, Optional norm, double epsilon,
-                               const Tensor& in_weight, Optional in_bias, const Tensor& conv_weight, Optional conv_bias, const Tensor& step_bias,
-                               const Tensor& A_log, const Tensor& D, int64_t groups, Optional B_projection,
-                               Optional C_projection, const Tensor& gated_norm, double gated_epsilon, int64_t gated_channels,
-                               const Tensor& out_weight, Optional out_bias) {
+                               const Tensor& in_weight, Optional in_bias, const Tensor& conv_weight, Optional conv_bias,
+                               const Tensor& step_bias, const Tensor& A_log, const Tensor& D, int64_t groups,
+                               Optional B_projection, Optional C_projection, const Tensor& gated_norm,
+                               double gated_epsilon, int64_t gated_channels, const Tensor& out_weight, Optional out_bias) {
   const int64_t batches = state.size(0), heads = state.size(1), p = state.size(2), N = state.size(3), inner = heads * p,
                 convolved = conv_state.size(1), features = (convolved - inner) / 2 / groups;
   Scratch scratch(batches * (hidden.size(2) + 3 * inner + 2 * convolved + heads + 2 * groups * N));
