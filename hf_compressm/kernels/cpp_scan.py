@@ -39,7 +39,7 @@ def is_available() -> bool:
         library = _library()
         if not library.exists():
             logger.warning(
-                f"hf_compressm compiles its scan for this processor, once (about twenty seconds): {library}"
+                f"hf_compressm compiles its scan for this processor, once (about half a minute): {library}"
             )
             _compile(library)
         torch.ops.load_library(str(library))
