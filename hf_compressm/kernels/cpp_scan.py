@@ -38,9 +38,7 @@ def is_available() -> bool:
     try:
         library = _library()
         if not library.exists():
-            logger.warning(
-                f"hf_compressm compiles its scan for this processor, once (about half a minute): {library}"
-            )
+            logger.warning(f"hf_compressm compiles its scan for this processor, once (about half a minute): {library}")
             _compile(library)
         torch.ops.load_library(str(library))
         for name, like in STEPS.items():
