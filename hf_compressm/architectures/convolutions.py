@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 
 from ..kernels.cpp_convolution import WIDTHS, causal_convolution, causal_convolution_step
-from ..kernels.dispatch import scan_name
+from ..kernels.dispatch import compiled_kernel_serves
 from ..kernels.torch_scan import torch_transforms
 from .replaced_functions import is_packed, kernel_or_reference
 
@@ -45,4 +45,4 @@ def convolution_step(module: ModuleType, name: str) -> Callable:
 
 def _kernel_serves(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> bool:
     fits = activation in ACTIVATIONS and weight.shape[1] in WIDTHS and not torch_transforms()
-    return fits and x.device.type == "cpu" and scan_name("cpu", own=("cpp", "torch")) == "cpp"
+    return fits and compiled_kernel_serves(x.device.type)

@@ -12,7 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dispatch import scan_name
+from ..kernels.dispatch import compiled_kernel_serves
 from ..kernels.torch_scan import torch_transforms
 from .convolutions import ACTIVATIONS
 from .replaced_functions import StandIn, is_packed
@@ -39,10 +39,7 @@ def stand_in_for_mixer(step: Step) -> StandIn:
 
         @functools.wraps(whole)
         def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-            output = None
-            if _is_step(hidden_states, cache_params, attention_mask) and _kernel_serves(self, hidden_states, kwargs):
-                states = _cached_states(cache_params, self.layer_idx)
-                output = states and step(self, hidden_states.contiguous(), states, WITHOUT_NORM)
+            output = _output_of_step(step, self, hidden_states, cache_params, attention_mask, kwargs)
             return whole(self, hidden_states, cache_params, attention_mask, **kwargs) if output is None else output
 
         forward.step = step
@@ -57,15 +54,11 @@ def stand_in_for_block(block_class: type, name: str) -> Callable:
 
     @functools.wraps(whole)
     def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        output = None
-        if _is_step(hidden_states, cache_params, attention_mask):
-            mixer, norm = self.mixer, self.norm
-            step = getattr(type(mixer).forward, "step", None)
-            alone = step and not _is_hooked(mixer) and _is_plain(norm)
-            if alone and _kernel_serves(mixer, hidden_states, kwargs):
-                states = _cached_states(cache_params, mixer.layer_idx)
-                of_norm = norm.weight, norm.variance_epsilon
-                output = states and step(mixer, hidden_states.contiguous(), states, of_norm)
+        output, mixer, norm = None, self.mixer, self.norm
+        step = getattr(type(mixer).forward, "step", None)
+        if step and not _is_hooked(mixer) and _is_plain(norm):
+            given = hidden_states, cache_params, attention_mask, kwargs
+            output = _output_of_step(step, mixer, *given, (norm.weight, norm.variance_epsilon))
         return whole(self, hidden_states, cache_params, attention_mask, **kwargs) if output is None else output
 
     return forward
@@ -81,8 +74,21 @@ def fit_the_kernel(*groups: tuple[Tensor | None, ...]) -> bool:
     return True
 
 
-def _is_step(hidden_states: Tensor, cache, attention_mask: Tensor | None) -> bool:
-    return cache is not None and hidden_states.shape[1] == 1 and attention_mask is None
+def _output_of_step(
+    step: Step,
+    mixer: nn.Module,
+    hidden_states: Tensor,
+    cache,
+    mask: Tensor | None,
+    options: dict,
+    norm: Norm = WITHOUT_NORM,
+) -> Tensor | None:
+    """Return the output of the operator, or None where this is no step of generation, or it cannot serve."""
+    is_step = cache is not None and hidden_states.shape[1] == 1 and mask is None
+    if not is_step or not _kernel_serves(mixer, hidden_states, options):
+        return None
+    states = _cached_states(cache, mixer.layer_idx)
+    return states and step(mixer, hidden_states.contiguous(), states, norm)
 
 
 def _kernel_serves(mixer: nn.Module, hidden_states: Tensor, options: dict) -> bool:
@@ -90,7 +96,7 @@ def _kernel_serves(mixer: nn.Module, hidden_states: Tensor, options: dict) -> bo
         return False
     if hidden_states.device.type != "cpu" or hidden_states.dtype is not torch.float32:
         return False
-    if not ACTIVATIONS.get(mixer.activation) or scan_name("cpu", own=("cpp", "torch")) != "cpp":
+    if not ACTIVATIONS.get(mixer.activation) or not compiled_kernel_serves("cpu"):
         return False
     return all(map(_is_plain, mixer.children()))
 

@@ -47,6 +47,11 @@ def scan_name(
     )
 
 
+def compiled_kernel_serves(device_type: str) -> bool:
+    """Return whether the kernel in C++ serves for what it has beside scans: convolutions, and steps of layers."""
+    return scan_name(device_type, own=("torch", "cpp")) == "cpp"
+
+
 def requested_scan() -> list[str]:
     """Return what the environment asks for: one name, or none."""
     name = os.environ.get(VARIABLE, "")

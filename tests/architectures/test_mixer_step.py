@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from balanced_models import CASES, build_cut, build_stock, cache_for
+from conftest import from_origin
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, set_seed
@@ -17,10 +18,11 @@ from hf_compressm.architectures.scalar_decay.balanced import BalancedMixer
 WITHOUT = ("falcon_h1", "falcon_h1_norm")  # their mixers have multipliers
 
 
+@from_origin
 @torch.no_grad()
-def build_mamba(**options) -> MambaForCausalLM:
+def build_mamba(seed: int = 0, **options) -> MambaForCausalLM:
     """Random enough that every parameter matters."""
-    set_seed(0)
+    set_seed(seed)
     model = MambaForCausalLM(
         MambaConfig(vocab_size=61, hidden_size=40, num_hidden_layers=2, state_size=7, **options)
     ).eval()
@@ -204,6 +206,19 @@ def test_a_cache_of_another_batch_is_an_error(kind):
         model(torch.ones(2, 5, dtype=torch.long), **cache)
         with pytest.raises((ValueError, RuntimeError), match="the cache holds states|Sizes of tensors must match"):
             model(torch.ones(3, 1, dtype=torch.long), **cache)
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_an_input_of_another_width_is_an_error(kind):
+    """A kernel without checks would read past the end of a tensor."""
+    install_scan()
+    model = BUILDERS[kind]().eval()
+    cache, mixer = cache_for(model), model.backbone.layers[0].mixer
+    with torch.no_grad():
+        model(torch.ones(2, 5, dtype=torch.long), **cache)
+        for width in (8, 200):
+            with pytest.raises(RuntimeError, match="the sizes of the layer do not fit together"):
+                mixer(torch.randn(2, 1, width), cache_params=next(iter(cache.values())))
 
 
 @pytest.mark.parametrize("owner", [MambaMixer, MambaBlock, Mamba2Mixer, Mamba2Block, BalancedMixer])

@@ -89,6 +89,13 @@ def test_a_width_that_it_does_not_have_is_an_error():
         causal_convolution(torch.randn(1, 3, 9), torch.randn(3, 5))
 
 
+def test_weights_of_other_channels_are_an_error():
+    with pytest.raises(RuntimeError, match="the sizes do not fit"):
+        causal_convolution(torch.randn(1, 7, 9), torch.randn(6, 4))
+    with pytest.raises(RuntimeError, match="the sizes do not fit"):
+        causal_convolution_step(torch.zeros(1, 7, 4), torch.randn(1, 7), torch.randn(6, 4), None, True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("width", "silu", "bias"), [(4, True, True), (3, False, True), (2, True, False)])
 def test_steps_equal_the_whole_sequence(width, silu, bias):

@@ -171,6 +171,8 @@ void with_width(int64_t width, F f) {
 inline Tensor with_channels_together(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
 
 Tensor convolution_forward(const Tensor& x_, const Tensor& weight, Optional bias, bool silu) {
+  TORCH_CHECK(weight.size(0) == x_.size(2) && (!bias || bias->numel() == x_.size(2)), "the sizes do not fit: x ",
+              x_.sizes(), ", weight ", weight.sizes());
   const Tensor x = with_channels_together(x_);
   Tensor y = at::empty(x.sizes(), x.options());
   with_width(weight.size(1), [&](auto width) {

@@ -49,6 +49,9 @@ void convolution_step(const Tensor& weight, Optional bias, bool silu_, const Ten
 
 // The same for x (batch, D) alone.
 Tensor causal_convolution_step(Tensor state, const Tensor& x, const Tensor& weight, Optional bias, bool silu) {
+  TORCH_CHECK(x.sizes() == state.sizes().slice(0, 2) && weight.sizes() == state.sizes().slice(1) &&
+                  (!bias || bias->numel() == x.size(1)),
+              "the sizes do not fit: state ", state.sizes(), ", x ", x.sizes(), ", weight ", weight.sizes());
   Tensor out = at::empty(x.sizes(), x.options());
   convolution_step(weight, bias, silu, state, {x.data_ptr<float>(), x.size(1)}, {out.data_ptr<float>(), x.size(1)});
   return out;
@@ -75,6 +78,19 @@ void open_gate(float* y, const float* gate, int64_t size) {
     store_lanes(load_lanes(y + i, size - i) * silu(load_lanes(gate + i, size - i)), y + i, size - i);
 }
 
+constexpr auto MISFIT = "the sizes of the layer do not fit together, or not to its input";
+
+// Whether what both mixers have fits together: `projected` rows of the first layer, and what its last one reads.
+void check_sizes(const Tensor& hidden, const Tensor& conv_state, const Tensor& state, Optional norm, const Tensor& in_weight,
+                 int64_t projected, const Tensor& conv_weight, int64_t convolved, const Tensor& out_weight, int64_t inner) {
+  const int64_t batches = state.size(0), size = hidden.size(2);
+  TORCH_CHECK(hidden.size(0) == batches && hidden.size(1) == 1 && in_weight.size(0) == projected &&
+                  in_weight.size(1) == size && out_weight.size(0) == size && out_weight.size(1) == inner &&
+                  conv_state.size(0) == batches && conv_state.size(1) == convolved &&
+                  conv_weight.numel() == convolved * conv_state.size(2) && (!norm || norm->numel() == size),
+              MISFIT);
+}
+
 // What a mixer reads: hidden (batch, 1, H), or, with the weight of a norm, a copy of it that is normalised.
 Vectors mixer_input(const Tensor& hidden, Optional norm, float epsilon, Scratch& scratch) {
   const int64_t batches = hidden.size(0), size = hidden.size(2);
@@ -98,6 +114,10 @@ Tensor selective_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor stat
                             const Tensor& x_weight, const Tensor& step_weight, Optional step_bias, const Tensor& A_log,
                             const Tensor& D, const Tensor& out_weight, Optional out_bias) {
   const int64_t batches = state.size(0), channels = state.size(1), N = state.size(2), rank = step_weight.size(1);
+  check_sizes(hidden, conv_state, state, norm, in_weight, 2 * channels, conv_weight, channels, out_weight, channels);
+  TORCH_CHECK(x_weight.size(0) == rank + 2 * N && x_weight.size(1) == channels && step_weight.size(0) == channels &&
+                  A_log.sizes() == state.sizes().slice(1) && D.numel() == channels,
+              MISFIT);
   Scratch scratch(batches * (hidden.size(2) + 5 * channels + rank + 2 * N));
   const Vectors projected = scratch.vectors(batches, 2 * channels), x = scratch.vectors(batches, channels),
                 selected = scratch.vectors(batches, rank + 2 * N), step = scratch.vectors(batches, channels),
@@ -139,6 +159,12 @@ Tensor scalar_decay_mixer_step(const Tensor& hidden, Tensor conv_state, Tensor s
                                double gated_epsilon, int64_t gated_channels, const Tensor& out_weight, Optional out_bias) {
   const int64_t batches = state.size(0), heads = state.size(1), p = state.size(2), N = state.size(3), inner = heads * p,
                 convolved = conv_state.size(1), features = (convolved - inner) / 2 / groups;
+  check_sizes(hidden, conv_state, state, norm, in_weight, inner + convolved + heads, conv_weight, convolved, out_weight, inner);
+  TORCH_CHECK(heads % groups == 0 && step_bias.numel() == heads && A_log.numel() == heads && D.numel() == heads &&
+                  gated_norm.numel() == inner && inner % gated_channels == 0,
+              MISFIT);
+  for (Optional map : {B_projection, C_projection})
+    TORCH_CHECK(map ? map->size(0) == groups && map->size(1) == N && map->size(2) == features : features == N, MISFIT);
   Scratch scratch(batches * (hidden.size(2) + 3 * inner + 2 * convolved + heads + 2 * groups * N));
   const Vectors projected = scratch.vectors(batches, inner + convolved + heads), x = scratch.vectors(batches, convolved),
                 y = scratch.vectors(batches, inner), reduced = scratch.vectors(batches, 2 * groups * N);
