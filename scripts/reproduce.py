@@ -23,10 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from studies import language, time_invariant
+from studies import language, scalar_decay, time_invariant
 from studies.running import all_results, gather
 
-STUDIES = time_invariant.STUDIES | language.STUDIES
+STUDIES = time_invariant.STUDIES | language.STUDIES | scalar_decay.STUDIES
 
 
 def main() -> None:

@@ -26,6 +26,16 @@ def as_long_as(arm: str, other: str) -> str:
     return f"{arm}, as long as {other}"
 
 
+def projected(size: int, full: int, rows: str) -> str:
+    """Name the arm that has so few states from the start, projected from N features by such rows."""
+    return f"{size} projected from {full} at the start, {rows}"
+
+
+def cut_when_able(full: int, size: int) -> str:
+    """Name the arm that is cut at the step at which the full size of its seed passed 90 % accuracy."""
+    return f"{full} → {size} at 90 % accuracy"
+
+
 def grown_to(arm: str, size: int) -> str:
     """Name an arm whose states are doubled whenever they are flat, up to this size."""
     return f"{arm}, grown to {size} when flat"
@@ -36,6 +46,6 @@ def difficulty_run(name: str, size: int) -> str:
     return f"difficulty {name}, N = {size}"
 
 
-def rate_run(rate: float, size: int) -> str:
-    """Name a run that shows how well a learning rate serves a size."""
-    return f"rate {rate:g}, N = {size}"
+def rate_run(rate: float, size: int, scale: float = 1) -> str:
+    """Name a run that shows how well a learning rate, and an initial scale of the maps B and C, serve a size."""
+    return f"rate {rate:g}, N = {size}" + (f", scale {scale:g}" if scale != 1 else "")

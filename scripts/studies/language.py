@@ -30,10 +30,11 @@ from transformers import set_seed
 
 from .arms import as_long_as, cut_at, difficulty_run, from_scratch, grown_to, rate_run, refitted, throughout
 from .language_results import clock_of, report, seconds_of, steps_of
+from .models import model_of
 from .running import all_results, by_arm, carry_out_all, name_of
 from .tasks import AssociativeRecall, SelectiveCopying
 from .text import EnglishText
-from .training import WHEN_FLAT, Recipe, build, trained
+from .training import WHEN_FLAT, Recipe, trained
 
 TUNING_SEED = 100  # of what comes before the comparison
 MIDDLE = 0.50  # when the ablations are cut
@@ -110,7 +111,7 @@ class Study:
         data = run.task.training(
             run.recipe.steps * self.training["per_device_train_batch_size"], run.seed, folder.parent
         )
-        model = build(run.recipe, self.architecture | run.task.architecture())
+        model = model_of(self.architecture | run.task.architecture(), run.recipe.state_size)
         measure = run.task.measure(folder.parent)
         result = trained(run.recipe, self.training, model, data, measure, run.seed, folder)
         return result | measure(model)
@@ -119,7 +120,7 @@ class Study:
         """Return all that a result depends on."""
         return {"architecture": self.architecture, "training": self.training} | {
             "task": asdict(run.task),
-            "recipe": asdict(run.recipe),
+            "recipe": run.recipe.told(),
         }
 
     def line(self, result: dict) -> str:

@@ -7,6 +7,7 @@ an `arm`, a `seed` and a `name` for its folder. All that a result depends on is 
 import json
 import multiprocessing
 import os
+import platform
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -58,9 +59,18 @@ def carry_out(study, run, root: Path, threads: int) -> tuple:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, redirect_stdout(log):
         result = study.perform(run, folder)
-    described = {"arm": run.arm, "seed": run.seed, "settings": study.settings(run)} | result
+    described = {"arm": run.arm, "seed": run.seed, "machine": machine(), "settings": study.settings(run)} | result
     write_json(result_file(folder), described)
     return run, as_read(described)
+
+
+def machine() -> str:
+    """Return the name of the processor, and of the GPU if there is one: times compare on the same machine alone."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([names[0] if names else platform.processor(), *gpu])
 
 
 def result_file(folder: Path) -> Path:

@@ -61,9 +61,9 @@ class GeneratedTask:
         """Return what the model has to know of the task."""
         return {"vocab_size": self.vocab_size}
 
-    def measure(self, root: Path) -> Callable[[nn.Module], dict[str, float]]:
-        """Return a function for loss and accuracy on sequences that are the same for all runs."""
-        test = self.sequences(TEST_SEQUENCES, TEST_SEED)
+    def measure(self, root: Path, count: int = TEST_SEQUENCES) -> Callable[[nn.Module], dict[str, float]]:
+        """Return a function for loss and accuracy on `count` sequences that are the same for all runs."""
+        test = self.sequences(count, TEST_SEED)
         return lambda model: answered(model, test, 256)
 
 

@@ -2,14 +2,13 @@
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 
 import torch
 from transformers import (
-    MambaConfig,
-    MambaForCausalLM,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -17,19 +16,26 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
+from hf_compressm import (
+    CompreSSMCallback,
+    CompreSSMConfig,
+    CompreSSMSchedule,
+    install_scan,
+    parameter_groups,
+)
 from hf_compressm.architectures import state_layers, state_sizes
 from hf_compressm.storage.history import save_history
 from hf_compressm.surgery.shrink_and_grow import grow_state
 from hf_compressm.training.monitor import StateMonitor
 
+from .models import start_afresh
 from .tasks import Sequences
 
 OBSERVATIONS = 10  # in each run: after every tenth of the steps
 RANKING_BATCHES = 8  # two draws of four
 WHEN_FLAT = "flat"
 FLAT = 0.8  # the share of the states that the scores amount to, from which on they are flat
-AFRESH = ("decay rates", "maps", "moments")  # A_log; rows of B and C; all that the optimizer remembers
+PROBES, PROBED_SEQUENCES = 40, 256  # where the moment counts at which a model becomes able to do a task
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Recipe:
             doubles them whenever the scores of all layers are flat, until there are `size`.
         afresh: names of `AFRESH` that start anew after the cut, to find out what it suffers from.
         cycles: cycles of the learning rate: with two it starts again from its peak in the middle after the warm-up.
+        map_scale: what the initial weights of B and C are multiplied by.
+        projected: (r, one of `ROWS`): the model starts with r states, projected from `state_size` features.
     """
 
     state_size: int
@@ -52,6 +60,13 @@ class Recipe:
     grown: tuple[float | str, int] | None = None
     afresh: tuple[str, ...] = ()
     cycles: int = 1
+    map_scale: float = 1.0
+    projected: tuple[int, str] | None = None
+
+    def told(self) -> dict:
+        """Return it as JSON types; what came later is left out where it has no effect, as in results from before."""
+        later = {field.name: field.default for field in fields(self) if field.name in ("map_scale", "projected")}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 class StudyTrainer(Trainer):
@@ -109,9 +124,34 @@ class Observer(TrainerCallback):
                 "scores": [layer.tolist() for layer in seen.scores],
                 "hankel_singular_values": [layer.tolist() for layer in seen.hankel_singular_values],
                 "rank_noise": seen.rank_noise,
+                "movement": seen.movement,
+                "weyl_bound": seen.weyl_bound,
             }
             | self.measure(model)
         )
+
+
+class Probe(TrainerCallback):
+    """It measures often what the model can do, and at a cut before it and after; so it precedes what cuts.
+
+    Args:
+        measure: model → numbers by name, quickly.
+    """
+
+    def __init__(self, measure):
+        self.measure, self.curve = measure, []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.curve and max(state_sizes(model).values()) < self.curve[-1]["state_size"]:
+            self.look(state, model)  # what came after the last step was a cut
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % max(1, state.max_steps // PROBES) == 0:
+            self.look(state, model)
+
+    def look(self, state, model) -> None:
+        size = max(state_sizes(model).values())
+        self.curve.append({"step": state.global_step, "state_size": size} | self.measure(model))
 
 
 class Regrowth(TrainerCallback):
@@ -163,38 +203,36 @@ class Afresh(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.size = max(state_sizes(model).values())
 
-    @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        size = max(state_sizes(model).values())
-        if size == self.size:
-            return
-        std, layers = model.config.initializer_range, state_layers(model)
-        for index, mixer in layers.items():
-            maps = layers.family.maps(layers.whole_tensors(index), mixer)
-            if "decay rates" in self.parts:
-                maps.A_log.copy_(torch.arange(1, size + 1).log().expand_as(maps.A_log))
-            if "maps" in self.parts:
-                for rows in (maps.B_rows, maps.C_rows):
-                    rows.copy_(torch.empty(rows.shape).normal_(0, std, generator=self.generator))
-        if "moments" in self.parts:
-            optimizer.state.clear()
+        if max(state_sizes(model).values()) != self.size:
+            start_afresh(model, self.parts, optimizer, self.generator)
 
 
 def trained(
-    recipe: Recipe, training: dict, model: MambaForCausalLM, data: Sequences, measure, seed: int, folder: Path
+    recipe: Recipe,
+    training: dict,
+    model: PreTrainedModel,
+    data: Sequences,
+    measure,
+    seed: int,
+    folder: Path,
+    probe=None,
+    ranked: bool = True,
 ) -> dict:
     """Train the model as the recipe says, and return what came out, as JSON types.
 
     Args:
         training: options of TrainingArguments, the same for all runs of a study.
         measure: model → numbers by name.
+        probe: the same, to be measured often, or None.
+        ranked: whether to rank the states on the way.
     """
     install_scan()
     stopwatch = Stopwatch()
-    size = training["per_device_train_batch_size"]
-    batches = Sequences(**data[: RANKING_BATCHES * size]).batches(size)
-    observer, shrink, regrowth = Observer(measure, batches), None, None
-    callbacks = [stopwatch]
+    batches = ranking_batches(data, training)
+    shrink, regrowth, callbacks = None, None, [stopwatch]
+    if probe is not None:
+        callbacks.append(probe := Probe(probe))
     if recipe.reduction is not None:
         config = CompreSSMConfig(**recipe.reduction, calibration_seed=seed)
         callbacks.append(shrink := CompreSSMCallback(config, schedule_of(recipe)))
@@ -202,12 +240,15 @@ def trained(
         callbacks.append(regrowth := Regrowth(recipe.grown, batches, recipe.schedule, seed))
     if recipe.afresh:
         callbacks.append(Afresh(recipe.afresh, seed))
+    observer = Observer(measure, batches)
+    if ranked:
+        callbacks.append(observer)
     trainer = StudyTrainer(
         model=model,
         args=arguments_of(recipe, training, seed, folder),
         train_dataset=data,
         data_collator=default_data_collator,
-        callbacks=[*callbacks, observer],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -228,12 +269,13 @@ def trained(
         "growths": regrowth.growths if regrowth else [],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "curve": observer.curve,
-    }
+    } | ({"probes": probe.curve} if probe else {})
 
 
-def build(recipe: Recipe, architecture: dict) -> MambaForCausalLM:
-    """Return the model at the start of a run."""
-    return MambaForCausalLM(MambaConfig(**architecture, state_size=recipe.state_size))
+def ranking_batches(data: Sequences, training: dict) -> list[dict]:
+    """Return the batches on which states are ranked."""
+    size = training["per_device_train_batch_size"]
+    return Sequences(**data[: RANKING_BATCHES * size]).batches(size)
 
 
 def schedule_of(recipe: Recipe) -> CompreSSMSchedule:

@@ -106,7 +106,8 @@ def test_answers_are_judged_where_they_are_asked_for(tasks):
 
 
 def test_parts_start_afresh_once_after_a_cut(tasks):
-    from studies.training import AFRESH, Afresh, Recipe, build
+    from studies.models import AFRESH, model_of
+    from studies.training import Afresh
 
     from hf_compressm.architectures import state_layers
     from hf_compressm.surgery.shrink_and_grow import shrink_state
@@ -114,7 +115,7 @@ def test_parts_start_afresh_once_after_a_cut(tasks):
 
     architecture = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
     for parts in ([], AFRESH[:1], AFRESH[:2], AFRESH):
-        model = build(Recipe(8, 1e-3, 10), architecture)
+        model = model_of(architecture, 8)
         optimizer = torch.optim.AdamW(model.parameters())
         model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
         optimizer.step()
@@ -133,14 +134,15 @@ def test_parts_start_afresh_once_after_a_cut(tasks):
 
 
 def test_states_grow_when_none_is_to_spare(tasks):
-    from studies.training import WHEN_FLAT, Recipe, Regrowth, build, effective_number
+    from studies.models import model_of
+    from studies.training import WHEN_FLAT, Regrowth, effective_number
     from transformers import TrainerState
 
     from hf_compressm.architectures import state_layers, state_sizes
 
     assert effective_number(torch.tensor([3.0, 3.0, 3.0])) == pytest.approx(3)
     assert effective_number(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
-    model = build(Recipe(2, 1e-3, 20), {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1})
+    model = model_of({"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}, 2)
     layers = state_layers(model)
     maps = layers.family.maps(layers.whole_tensors(0), layers[0])
     with torch.no_grad():

@@ -1,0 +1,210 @@
+"""These studies ask of Mamba-2 whether what starts large and shrinks does what a small state cannot, and why.
+
+Recall is a phase transition: for hundreds of steps nothing is recalled, then within a few dozen all. So these studies
+measure when a run passes 90 %, with ten seeds, and against controls that tell training from architecture. Their arms,
+for the full N and the smaller sizes r, are:
+
+- N throughout, and r from scratch, each at the learning rate and the initial scale of B and C that served its size
+  best (a grid, two seeds of its own); what is cut trains as N does;
+- r from scratch with as many steps as the price of an H100 pays for N throughout;
+- r states that are projected from N features from the start, in random and in balanced subspaces, at the best learning
+  rate: the architecture of a cut model without its training;
+- N → r at 5, 10, 25, 50 and 80 % of the steps in the balanced basis, when N of the same seed has passed 90 %, and when
+  the spectra have settled;
+- at the size in the middle also: with refits, as a stock class by four choices of states, in four stages, and cut at
+  10 % with parts that start anew, one at a time.
+
+All arms of a seed see the same sequences in the same order, so up to its cut a run is the run of N, step by step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+from transformers import set_seed
+
+from .arms import as_long_as, cut_at, cut_when_able, from_scratch, projected, rate_run, throughout
+from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, Run, Study, once
+from .models import AFRESH, ROWS, model_of, project
+from .running import carry_out_all
+from .scalar_decay_results import first_able, report
+from .training import PROBED_SEQUENCES, Recipe, ranking_batches, trained
+
+TUNING_SEEDS = (100, 101)
+H100 = {
+    128: 65_000,
+    64: 100_000,
+    32: 150_000,
+    16: 195_000,
+}  # tokens/s by N, state-spaces/mamba #479; below 16 as at 16
+BALANCED, STOCK = {"basis": "balanced"}, {"basis": "axis"}
+WAYS = {
+    "balanced, refitted": BALANCED | REFIT,
+    "greedy, refitted": STOCK | REFIT | {"criterion": "greedy"},
+    "RRQR, refitted": STOCK | REFIT | {"criterion": "rrqr"},
+    "GHOST": STOCK | {"criterion": "ghost"},
+    "GHOST, refitted": STOCK | REFIT | {"criterion": "ghost"},
+    "random states": STOCK | {"selection": "random"},
+}
+IN_STAGES = {"start": 0.1, "end": MIDDLE, "events": 4}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start is what is tuned: the learning rate, and what the initial weights of B and C are multiplied by."""
+
+    learning_rate: float
+    map_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScalarDecayStudy(Study):
+    """A study of Mamba-2 has a wider grid, and arms that the first studies suggested.
+
+    Attributes:
+        scales: of B and C at the start, the other dimension of the grid; only tried without `ablations` if several.
+        ablations: whether the size in the middle is also reached in all the other ways.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    seeds: tuple[int, ...] = tuple(range(10))
+    windows: tuple[float, ...] = (0.05, 0.10, 0.25, 0.50, 0.80)
+
+    def carry_out(self, seeds: list[int], root: Path, jobs: int) -> None:
+        """Carry out all runs that have no results yet; an arm is finished before the next one, the important first."""
+        self.task.prepare(root)
+        starts = self.best_starts(carry_out_all(self, [*self.sweep(), *self.tuning()], root, jobs))
+        full = Recipe(
+            self.sizes[0], starts[self.sizes[0]].learning_rate, self.steps, map_scale=starts[self.sizes[0]].map_scale
+        )
+        name = throughout(self.sizes[0])
+        reference = carry_out_all(self, [Run(name, seed, full, self.task) for seed in seeds], root, jobs)
+        arms = [self.arms(starts, full, reference[Run(name, seed, full, self.task).name]) for seed in seeds]
+        runs = [Run(arm, seed, arms[i][arm], self.task) for arm in arms[0] for i, seed in enumerate(seeds)]
+        carry_out_all(self, runs, root, jobs)
+
+    def perform(self, run: Run, folder: Path) -> dict:
+        """Train, and measure on the way."""
+        set_seed(run.seed)
+        recipe, task, root = run.recipe, run.task, folder.parent
+        data = task.training(recipe.steps * self.training["per_device_train_batch_size"], run.seed, root)
+        model = model_of(self.architecture | task.architecture(), recipe.state_size, recipe.map_scale)
+        if recipe.projected:
+            project(model, *recipe.projected, ranking_batches(data, self.training), run.seed)
+        measure, probe = task.measure(root), task.measure(root, PROBED_SEQUENCES)
+        ranked = run.arm == throughout(self.sizes[0])
+        result = trained(recipe, self.training, model, data, measure, run.seed, folder, probe, ranked)
+        return result | measure(model)
+
+    def report(self, root: Path, results: list[dict]) -> None:
+        """Print the tables, and put them and the figures beside the runs."""
+        report(root, results)
+
+    def tuning(self) -> Iterator[Run]:
+        """Yield the runs of the grid, of every size and of the projected control."""
+        for seed in TUNING_SEEDS:
+            for size in self.sizes:
+                for rate in self.learning_rates:
+                    for scale in self.scales:
+                        yield self.tried(size, Start(rate, scale), seed)
+            for rate in self.learning_rates:
+                yield self.tried(None, Start(rate), seed)
+
+    def tried(self, size: int | None, start: Start, seed: int) -> Run:
+        """Return the run of a size, or of the projected control for None, in the grid."""
+        full, middle = self.sizes[0], self.middle
+        recipe = Recipe(size or full, start.learning_rate, self.steps, map_scale=start.map_scale)
+        arm = rate_run(start.learning_rate, size or full, start.map_scale)
+        if size is None:
+            arm, recipe = f"{arm}, projected to {middle}", replace(recipe, projected=(middle, "balanced"))
+        return Run(arm, seed, recipe, self.task)
+
+    def best_starts(self, results: dict[str, dict]) -> dict[int | None, Start]:
+        """Return size → the start that led to the lowest loss; that of the projected control for None."""
+
+        def loss(size: int | None, start: Start) -> float:
+            return mean(results[self.tried(size, start, seed).name]["loss"] for seed in TUNING_SEEDS)
+
+        grid = [Start(rate, scale) for rate in self.learning_rates for scale in self.scales]
+        best = {size: min(grid, key=lambda start: loss(size, start)) for size in self.sizes}
+        return best | {None: min(map(Start, self.learning_rates), key=lambda start: loss(None, start))}
+
+    @property
+    def middle(self) -> int:
+        """The size of the ablations."""
+        return self.sizes[1 + (len(self.sizes) - 1) // 2]
+
+    def arms(self, starts: dict[int | None, Start], full: Recipe, throughout_: dict) -> dict[str, Recipe]:
+        """Return arm → recipe of a seed, the important arms first.
+
+        Args:
+            throughout_: the result of N throughout with this seed.
+        """
+        large, *small = self.sizes
+        small.sort(key=lambda size: size != self.middle)
+        able = first_able(throughout_["probes"])
+        moment = 0.9 if able is None else able / self.steps
+        scratch = {
+            size: Recipe(size, starts[size].learning_rate, self.steps, map_scale=starts[size].map_scale)
+            for size in small
+        }
+        control = replace(full, learning_rate=starts[None].learning_rate, map_scale=1.0)
+        arms = {}
+        for size in small:
+            cut = {"target_state_size": size} | BALANCED
+            arms[from_scratch(size)] = scratch[size]
+            arms[cut_when_able(large, size)] = replace(full, reduction=cut, schedule=once(moment))
+            for rows in reversed(ROWS):
+                arms[projected(size, large, rows)] = replace(control, projected=(size, rows))
+            for end in self.windows:
+                arms[cut_at(end, large, size)] = replace(full, reduction=cut, schedule=once(end))
+            if size == self.middle and self.ablations:
+                arms |= self.ablations_of(size, full, moment)
+            longer = round(self.steps * H100[max(16, size)] / H100[large])
+            arms[as_long_as(from_scratch(size), throughout(large))] = replace(scratch[size], steps=longer)
+        return arms
+
+    def ablations_of(self, size: int, full: Recipe, moment: float) -> dict[str, Recipe]:
+        """Return arm → recipe of all other ways to this size."""
+        large, goal = self.sizes[0], {"target_state_size": size}
+        able, middle, early = cut_when_able(large, size), cut_at(MIDDLE, large, size), cut_at(0.1, large, size)
+        arms = {}
+        for name, way in WAYS.items():
+            arms[f"{able}, {name}"] = replace(full, reduction=goal | way, schedule=once(moment))
+        for name in ("greedy, refitted", "GHOST"):
+            arms[f"{middle}, {name}"] = replace(full, reduction=goal | WAYS[name], schedule=once(MIDDLE))
+        cut = replace(full, reduction=goal | BALANCED)
+        arms[f"{large} → {size} in four stages to 50 %"] = replace(cut, schedule=IN_STAGES)
+        arms[f"{large} → {size} when settled"] = replace(cut, schedule=SETTLED)
+        for part in AFRESH:
+            arms[f"{early}, {part} afresh"] = replace(cut, schedule=once(0.1), afresh=(part,))
+        return arms
+
+
+TWO_BLOCKS = {"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16}
+TWO_BLOCKS |= {"n_groups": 1, "chunk_size": 64}
+BATCHES_OF_64 = {"per_device_train_batch_size": 64}
+
+STUDIES = {
+    "recall-mamba2": ScalarDecayStudy(
+        task=RECALL,
+        architecture=TWO_BLOCKS,
+        training=BATCHES_OF_64,
+        steps=600,
+        sizes=(64, 16, 8, 4),
+        learning_rates=(2e-3, 4e-3, 8e-3),
+        scales=(1.0, 2.0, 4.0),
+    ),
+    "copying-mamba2": ScalarDecayStudy(
+        task=COPYING,
+        architecture=TWO_BLOCKS,
+        training=BATCHES_OF_64,
+        steps=600,
+        sizes=(64, 8),
+        learning_rates=(4e-3, 8e-3),
+        windows=(0.25, 0.50),
+        ablations=False,
+        seeds=(0, 1, 2, 3, 4),
+    ),
+}
