@@ -5,7 +5,7 @@ measure when a run passes 90 %, with ten seeds, and against controls that tell t
 for the full N and the smaller sizes r, are:
 
 - N throughout, and r from scratch, each at the learning rate and the initial scale of B and C that served its size
-  best (a grid, two seeds of its own); what is cut trains as N does;
+  best (a grid, one seed of its own); what is cut trains as N does;
 - r from scratch with as many steps as the price of an H100 pays for N throughout;
 - r states that are projected from N features from the start, in random and in balanced subspaces, at the best learning
   rate: the architecture of a cut model without its training;
@@ -20,7 +20,6 @@ All arms of a seed see the same sequences in the same order, so up to its cut a 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 
 from transformers import set_seed
 
@@ -31,7 +30,6 @@ from .running import carry_out_all
 from .scalar_decay_results import first_able, report
 from .training import PROBED_SEQUENCES, Recipe, ranking_batches, trained
 
-TUNING_SEEDS = (100, 101)
 H100 = {
     128: 65_000,
     64: 100_000,
@@ -55,7 +53,11 @@ class Start:
     """A start is what is tuned: the learning rate, and what the initial weights of B and C are multiplied by."""
 
     learning_rate: float
-    map_scale: float = 1.0
+    map_scale: float
+
+    def recipe(self, size: int, steps: int) -> Recipe:
+        """Return how a model is trained from here without a cut."""
+        return Recipe(size, self.learning_rate, steps, map_scale=self.map_scale)
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ class ScalarDecayStudy(Study):
     """A study of Mamba-2 has a wider grid, and arms that the first studies suggested.
 
     Attributes:
-        scales: of B and C at the start, the other dimension of the grid; only tried without `ablations` if several.
+        scales: of B and C at the start, the other dimension of the grid.
+        tuned_on: the task that starts are tuned on, an easier one than that of the study; None for the same.
         ablations: whether the size in the middle is also reached in all the other ways.
     """
 
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    tuned_on: Task | None = None
     seeds: tuple[int, ...] = tuple(range(10))
     windows: tuple[float, ...] = (0.05, 0.10, 0.25, 0.50, 0.80)
 
@@ -75,9 +79,7 @@ class ScalarDecayStudy(Study):
         """Carry out all runs that have no results yet; an arm is finished before the next one, the important first."""
         self.task.prepare(root)
         starts = self.best_starts(carry_out_all(self, [*self.sweep(), *self.tuning()], root, jobs))
-        full = Recipe(
-            self.sizes[0], starts[self.sizes[0]].learning_rate, self.steps, map_scale=starts[self.sizes[0]].map_scale
-        )
+        full = starts[self.sizes[0]].recipe(self.sizes[0], self.steps)
         name = throughout(self.sizes[0])
         reference = carry_out_all(self, [Run(name, seed, full, self.task) for seed in seeds], root, jobs)
         arms = [self.arms(starts, full, reference[Run(name, seed, full, self.task).name]) for seed in seeds]
@@ -102,33 +104,30 @@ class ScalarDecayStudy(Study):
         report(root, results)
 
     def tuning(self) -> Iterator[Run]:
-        """Yield the runs of the grid, of every size and of the projected control."""
-        for seed in TUNING_SEEDS:
-            for size in self.sizes:
-                for rate in self.learning_rates:
-                    for scale in self.scales:
-                        yield self.tried(size, Start(rate, scale), seed)
-            for rate in self.learning_rates:
-                yield self.tried(None, Start(rate), seed)
+        """Yield the runs of the grid, for every size and for the projected control."""
+        for size in (*self.sizes, None):
+            for start in self.grid:
+                yield self.tried(size, start)
 
-    def tried(self, size: int | None, start: Start, seed: int) -> Run:
+    @property
+    def grid(self) -> list[Start]:
+        """All starts that are tried."""
+        return [Start(rate, scale) for rate in self.learning_rates for scale in self.scales]
+
+    def tried(self, size: int | None, start: Start) -> Run:
         """Return the run of a size, or of the projected control for None, in the grid."""
-        full, middle = self.sizes[0], self.middle
-        recipe = Recipe(size or full, start.learning_rate, self.steps, map_scale=start.map_scale)
-        arm = rate_run(start.learning_rate, size or full, start.map_scale)
+        full = size or self.sizes[0]
+        recipe, arm = start.recipe(full, self.steps), rate_run(start.learning_rate, full, start.map_scale)
         if size is None:
-            arm, recipe = f"{arm}, projected to {middle}", replace(recipe, projected=(middle, "balanced"))
-        return Run(arm, seed, recipe, self.task)
+            arm, recipe = f"{arm}, projected to {self.middle}", replace(recipe, projected=(self.middle, "balanced"))
+        return Run(arm, TUNING_SEED, recipe, self.tuned_on or self.task)
 
     def best_starts(self, results: dict[str, dict]) -> dict[int | None, Start]:
         """Return size → the start that led to the lowest loss; that of the projected control for None."""
-
-        def loss(size: int | None, start: Start) -> float:
-            return mean(results[self.tried(size, start, seed).name]["loss"] for seed in TUNING_SEEDS)
-
-        grid = [Start(rate, scale) for rate in self.learning_rates for scale in self.scales]
-        best = {size: min(grid, key=lambda start: loss(size, start)) for size in self.sizes}
-        return best | {None: min(map(Start, self.learning_rates), key=lambda start: loss(None, start))}
+        return {
+            size: min(self.grid, key=lambda start: results[self.tried(size, start).name]["loss"])
+            for size in (*self.sizes, None)
+        }
 
     @property
     def middle(self) -> int:
@@ -145,24 +144,20 @@ class ScalarDecayStudy(Study):
         small.sort(key=lambda size: size != self.middle)
         able = first_able(throughout_["probes"])
         moment = 0.9 if able is None else able / self.steps
-        scratch = {
-            size: Recipe(size, starts[size].learning_rate, self.steps, map_scale=starts[size].map_scale)
-            for size in small
-        }
-        control = replace(full, learning_rate=starts[None].learning_rate, map_scale=1.0)
         arms = {}
         for size in small:
-            cut = {"target_state_size": size} | BALANCED
-            arms[from_scratch(size)] = scratch[size]
-            arms[cut_when_able(large, size)] = replace(full, reduction=cut, schedule=once(moment))
+            cut = replace(full, reduction={"target_state_size": size} | BALANCED)
+            arms[from_scratch(size)] = scratch = starts[size].recipe(size, self.steps)
+            arms[cut_when_able(large, size)] = replace(cut, schedule=once(moment))
             for rows in reversed(ROWS):
+                control = starts[None].recipe(large, self.steps)
                 arms[projected(size, large, rows)] = replace(control, projected=(size, rows))
             for end in self.windows:
-                arms[cut_at(end, large, size)] = replace(full, reduction=cut, schedule=once(end))
+                arms[cut_at(end, large, size)] = replace(cut, schedule=once(end))
             if size == self.middle and self.ablations:
                 arms |= self.ablations_of(size, full, moment)
             longer = round(self.steps * H100[max(16, size)] / H100[large])
-            arms[as_long_as(from_scratch(size), throughout(large))] = replace(scratch[size], steps=longer)
+            arms[as_long_as(from_scratch(size), throughout(large))] = replace(scratch, steps=longer)
         return arms
 
     def ablations_of(self, size: int, full: Recipe, moment: float) -> dict[str, Recipe]:
@@ -188,13 +183,13 @@ BATCHES_OF_64 = {"per_device_train_batch_size": 64}
 
 STUDIES = {
     "recall-mamba2": ScalarDecayStudy(
-        task=RECALL,
+        task=replace(RECALL, pairs=32, queries=32, keys=64),
         architecture=TWO_BLOCKS,
         training=BATCHES_OF_64,
         steps=600,
         sizes=(64, 16, 8, 4),
-        learning_rates=(2e-3, 4e-3, 8e-3),
-        scales=(1.0, 2.0, 4.0),
+        learning_rates=(4e-3, 8e-3, 1.6e-2),
+        tuned_on=RECALL,
     ),
     "copying-mamba2": ScalarDecayStudy(
         task=COPYING,
@@ -202,7 +197,8 @@ STUDIES = {
         training=BATCHES_OF_64,
         steps=600,
         sizes=(64, 8),
-        learning_rates=(4e-3, 8e-3),
+        learning_rates=(8e-3, 1.6e-2),
+        scales=(1.0, 4.0),
         windows=(0.25, 0.50),
         ablations=False,
         seeds=(0, 1, 2, 3, 4),
