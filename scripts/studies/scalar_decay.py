@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from .arms import as_long_as, cut_at, cut_when_able, from_scratch, projected, rate_run, throughout
-from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, Run, Study, once
+from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, TUNING_SEED, Run, Study, Task, once
 from .models import AFRESH, ROWS, model_of, project
 from .running import carry_out_all
 from .scalar_decay_results import first_able, report
