@@ -8,7 +8,7 @@
 agree: this package's against mamba-ssm (on a GPU, where it is installed) and, for `mamba`, mambapy and Transformers'
 loop; for `mamba2` Transformers' own scan, mamba-scan-lite (where it is installed) and the recurrence step by step.
 `training` times the step of a model with each scan, the step after a cut in each basis against that of a model built
-at that size, and what analysis adds. `decoding` times generation by N.
+at that size, and what analysis adds. `throughput` times the step by N, `decoding` generation.
 
 It writes benchmark.json, benchmark.md and benchmark.png. A share of the limit is that of the time which the least
 bytes and the arithmetic would take at the speed of a large copy and a large product of matrices on this machine.
@@ -27,6 +27,7 @@ from benchmarks.mamba1_family import Mamba1
 from benchmarks.mamba2_family import Mamba2
 from benchmarks.measuring import machine, measure_limits, prepare, table
 from benchmarks.scan import scan_tables, study_scan
+from benchmarks.throughput import study_throughput, throughput_tables
 from benchmarks.training import study_training, training_tables
 from transformers import HfArgumentParser
 
@@ -34,6 +35,7 @@ FAMILIES = {"mamba": Mamba1, "mamba2": Mamba2}
 STUDIES = {
     "scan": (study_scan, scan_tables),
     "training": (study_training, training_tables),
+    "throughput": (study_throughput, throughput_tables),
     "decoding": (study_decoding, decoding_tables),
 }
 

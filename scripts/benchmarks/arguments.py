@@ -55,13 +55,16 @@ class Arguments:
     )
     mamba2_size_after: int = option(16, "training: N after the cut.")
 
-    num_hidden_layers: int = option(4, "training, decoding: number of layers.")
-    vocab_size: int = option(4096, "training, decoding: tokens of the vocabulary.")
+    num_hidden_layers: int = option(4, "training, throughput, decoding: number of layers.")
+    vocab_size: int = option(4096, "training, throughput, decoding: tokens of the vocabulary.")
     run_sizes: list[int] = field(
         default_factory=lambda: [64, 16],
         metadata={"help": "training: N at the start and end of the run whose analysis is told."},
     )
     run_steps: int = option(2000, "training: steps of that run; it is cut four times in its first tenth.")
+    throughput_sizes: list[int] = field(
+        default_factory=lambda: [8, 16, 32, 64, 128], metadata={"help": "throughput: N of the models."}
+    )
     decode_sizes: list[int] = field(
         default_factory=lambda: [1, 4, 16, 64, 128], metadata={"help": "decoding: state sizes N."}
     )
@@ -90,6 +93,7 @@ ON_CUDA = {
     "num_hidden_layers": 24,
     "vocab_size": 50280,
     "run_sizes": [128, 16],
+    "throughput_sizes": [16, 32, 64, 128],
     "decode_sizes": [16, 128],
     "decode_tokens": 16,
 }

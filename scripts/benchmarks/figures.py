@@ -50,6 +50,8 @@ def _panels(results: dict) -> list[Callable[[Axes], None]]:
         panels.append(partial(_draw_scan, points=results["scan"]["by_length"], axis="L", label="sequence length L"))
     if "training" in results:
         panels.append(partial(_draw_step, cut=results["training"]["cut"]))
+    if "throughput" in results:
+        panels.append(partial(_draw_throughput, speeds=results["throughput"]["tokens_per_second"]))
     if "decoding" in results:
         panels.append(partial(_draw_decoding, points=results["decoding"]))
     return panels
@@ -90,6 +92,16 @@ def _draw_step(axes: Axes, cut: dict) -> None:
     axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
     axes.margins(y=0.1)
     axes.set_title("training", fontsize=9)
+    axes.set_ylabel("tokens per second")
+
+
+def _draw_throughput(axes: Axes, speeds: dict[str, float]) -> None:
+    axes.plot([int(size) for size in speeds], speeds.values(), "o-", color=COLOURS[OURS], markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(size) for size in speeds], speeds)
+    axes.set_ylim(bottom=0)
+    axes.set_title("training", fontsize=9)
+    axes.set_xlabel("state size N")
     axes.set_ylabel("tokens per second")
 
 

@@ -23,12 +23,13 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from .arms import as_long_as, cut_at, cut_when_able, from_scratch, projected, rate_run, throughout
+from .arms import as_long_as, cut_at, cut_when_able, difficulty_run, from_scratch, projected, rate_run, throughout
 from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, TUNING_SEED, Run, Study, Task, once
 from .models import AFRESH, ROWS, model_of, project
 from .running import carry_out_all
 from .scalar_decay_results import first_able, report
-from .training import PROBED_SEQUENCES, Recipe, ranking_batches, trained
+from .subspaces import SubspaceObserver
+from .training import PROBED_SEQUENCES, Observer, Recipe, ranking_batches, trained
 
 H100 = {
     128: 65_000,
@@ -92,16 +93,27 @@ class ScalarDecayStudy(Study):
         recipe, task, root = run.recipe, run.task, folder.parent
         data = task.training(recipe.steps * self.training["per_device_train_batch_size"], run.seed, root)
         model = model_of(self.architecture | task.architecture(), recipe.state_size, recipe.map_scale)
+        batches = ranking_batches(data, self.training)
         if recipe.projected:
-            project(model, *recipe.projected, ranking_batches(data, self.training), run.seed)
-        measure, probe = task.measure(root), task.measure(root, PROBED_SEQUENCES)
-        ranked = run.arm == throughout(self.sizes[0])
-        result = trained(recipe, self.training, model, data, measure, run.seed, folder, probe, ranked)
-        return result | measure(model)
+            project(model, *recipe.projected, batches, run.seed)
+        measure, probe, observers = task.measure(root), task.measure(root, PROBED_SEQUENCES), ()
+        if run.arm == throughout(self.sizes[0]):
+            turning = SubspaceObserver(self.middle, batches)
+            observers = Observer(measure, batches), turning
+        result = trained(recipe, self.training, model, data, measure, run.seed, folder, probe, observers)
+        return result | measure(model) | ({"subspaces": turning.overlaps()} if observers else {})
 
     def report(self, root: Path, results: list[dict]) -> None:
         """Print the tables, and put them and the figures beside the runs."""
         report(root, results)
+
+    def sweep(self) -> Iterator[Run]:
+        """Yield a run for every difficulty at every size, from a start in the middle of the grid."""
+        start = Start(self.learning_rates[len(self.learning_rates) // 2], self.scales[len(self.scales) // 2])
+        for task in self.difficulties:
+            for size in self.sizes:
+                arm = difficulty_run(task.difficulty, size)
+                yield Run(arm, TUNING_SEED, start.recipe(size, self.steps), task)
 
     def tuning(self) -> Iterator[Run]:
         """Yield the runs of the grid, for every size and for the projected control."""
@@ -154,11 +166,9 @@ class ScalarDecayStudy(Study):
                 arms[projected(size, large, rows)] = replace(control, projected=(size, rows))
             for end in self.windows:
                 arms[cut_at(end, large, size)] = replace(cut, schedule=once(end))
-            if size == self.middle and self.ablations:
-                arms |= self.ablations_of(size, full, moment)
             longer = round(self.steps * H100[max(16, size)] / H100[large])
             arms[as_long_as(from_scratch(size), throughout(large))] = replace(scratch, steps=longer)
-        return arms
+        return arms | (self.ablations_of(self.middle, full, moment) if self.ablations else {})
 
     def ablations_of(self, size: int, full: Recipe, moment: float) -> dict[str, Recipe]:
         """Return arm → recipe of all other ways to this size."""
@@ -181,15 +191,32 @@ TWO_BLOCKS = {"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2,
 TWO_BLOCKS |= {"n_groups": 1, "chunk_size": 64}
 BATCHES_OF_64 = {"per_device_train_batch_size": 64}
 
+RECALL_32 = replace(RECALL, pairs=32, queries=32, keys=64)
+RECALL_64 = replace(RECALL, pairs=64, queries=64, keys=128)
+RECALL_128 = replace(RECALL, pairs=128, queries=128, keys=256)
+
 STUDIES = {
     "recall-mamba2": ScalarDecayStudy(
-        task=replace(RECALL, pairs=32, queries=32, keys=64),
+        task=RECALL_32,
         architecture=TWO_BLOCKS,
         training=BATCHES_OF_64,
         steps=600,
         sizes=(64, 16, 8, 4),
         learning_rates=(4e-3, 8e-3, 1.6e-2),
+        difficulties=(RECALL_64, RECALL_128),
         tuned_on=RECALL,
+    ),
+    "recall-hard-mamba2": ScalarDecayStudy(
+        task=RECALL_128,
+        architecture=TWO_BLOCKS,
+        training=BATCHES_OF_64,
+        steps=600,
+        sizes=(64, 8),
+        learning_rates=(4e-3, 8e-3, 1.6e-2),
+        tuned_on=RECALL,
+        windows=(0.25, 0.50),
+        ablations=False,
+        seeds=(0, 1, 2, 3, 4),
     ),
     "copying-mamba2": ScalarDecayStudy(
         task=COPYING,

@@ -217,7 +217,7 @@ def trained(
     seed: int,
     folder: Path,
     probe=None,
-    ranked: bool = True,
+    observers: tuple[TrainerCallback, ...] | None = None,
 ) -> dict:
     """Train the model as the recipe says, and return what came out, as JSON types.
 
@@ -225,7 +225,7 @@ def trained(
         training: options of TrainingArguments, the same for all runs of a study.
         measure: model → numbers by name.
         probe: the same, to be measured often, or None.
-        ranked: whether to rank the states on the way.
+        observers: what else watches, after the cuts; by default an `Observer`, whose curve comes with the result.
     """
     install_scan()
     stopwatch = Stopwatch()
@@ -240,9 +240,8 @@ def trained(
         callbacks.append(regrowth := Regrowth(recipe.grown, batches, recipe.schedule, seed))
     if recipe.afresh:
         callbacks.append(Afresh(recipe.afresh, seed))
-    observer = Observer(measure, batches)
-    if ranked:
-        callbacks.append(observer)
+    observers = (Observer(measure, batches),) if observers is None else observers
+    callbacks += observers
     trainer = StudyTrainer(
         model=model,
         args=arguments_of(recipe, training, seed, folder),
@@ -268,7 +267,7 @@ def trained(
         ],
         "growths": regrowth.growths if regrowth else [],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "curve": observer.curve,
+        "curve": [point for observer in observers if isinstance(observer, Observer) for point in observer.curve],
     } | ({"probes": probe.curve} if probe else {})
 
 

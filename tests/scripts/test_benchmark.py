@@ -14,7 +14,7 @@ BENCHMARK = """
     --decode_sizes 3 --decode_tokens 2 --decode_batches 1 2 --long_length 80
     --batch_size 2 --length 20 --hidden_size 8 --state_sizes 3 --lengths 20 --step_sizes 8 --size_after 2
     --mamba2_heads 2 --mamba2_head_dim 8 --mamba2_length 20 --mamba2_state_sizes 3 --mamba2_lengths 20 40
-    --mamba2_step_sizes 3 6 --mamba2_size_after 2
+    --mamba2_step_sizes 3 6 --mamba2_size_after 2 --throughput_sizes 6 3
 """.split()
 SCANS = {
     "mamba": {"cpp", "torch", "mambapy", "Transformers' loop"},
@@ -58,6 +58,14 @@ def test_a_training_step_is_timed_by_scan_and_after_a_cut_in_each_basis(benchmar
     assert list(training["cut"]["ratio_to_built_quartiles"]) == ["uncut", *bases, "built"]
     assert all(0 < share < 1 for share in training["cut"]["share_of_limit"].values())
     assert 0 < training["run"]["share"]["analysis"] < 1
+
+
+@pytest.mark.parametrize("family", SCANS)
+def test_the_price_of_a_state_is_told_beside_that_of_the_fewest(benchmark, family):
+    throughput = benchmark[1][family]["throughput"]
+    speeds, prices = throughput["tokens_per_second"], throughput["price_quartiles"]
+    assert list(speeds) == list(prices) == ["6", "3"] and prices["3"] == [1, 1, 1]
+    assert all(speed > 0 for speed in speeds.values()) and prices["6"][0] <= prices["6"][1] <= prices["6"][2]
 
 
 @pytest.mark.parametrize("family", SCANS)
