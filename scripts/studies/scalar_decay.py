@@ -27,8 +27,9 @@ from .arms import as_long_as, cut_at, cut_when_able, difficulty_run, from_scratc
 from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, TUNING_SEED, Run, Study, Task, once
 from .models import AFRESH, ROWS, model_of, project
 from .running import carry_out_all
-from .scalar_decay_results import first_able, report
+from .scalar_decay_results import PUBLISHED, first_able, report
 from .subspaces import SubspaceObserver
+from .text import EnglishText
 from .training import PROBED_SEQUENCES, Observer, Recipe, ranking_batches, trained
 
 H100 = {
@@ -38,9 +39,10 @@ H100 = {
     16: 195_000,
 }  # tokens/s by N, state-spaces/mamba #479; below 16 as at 16
 BALANCED, STOCK = {"basis": "balanced"}, {"basis": "axis"}
+AS_STOCK = "greedy, refitted"
 WAYS = {
     "balanced, refitted": BALANCED | REFIT,
-    "greedy, refitted": STOCK | REFIT | {"criterion": "greedy"},
+    AS_STOCK: STOCK | REFIT | {"criterion": "greedy"},
     "RRQR, refitted": STOCK | REFIT | {"criterion": "rrqr"},
     "GHOST": STOCK | {"criterion": "ghost"},
     "GHOST, refitted": STOCK | REFIT | {"criterion": "ghost"},
@@ -160,13 +162,16 @@ class ScalarDecayStudy(Study):
         for size in small:
             cut = replace(full, reduction={"target_state_size": size} | BALANCED)
             arms[from_scratch(size)] = scratch = starts[size].recipe(size, self.steps)
-            arms[cut_when_able(large, size)] = replace(cut, schedule=once(moment))
+            if not isinstance(self.task, EnglishText):  # of which a model is never able in that sense
+                arms[cut_when_able(large, size)] = replace(cut, schedule=once(moment))
             for rows in reversed(ROWS):
                 control = starts[None].recipe(large, self.steps)
                 arms[projected(size, large, rows)] = replace(control, projected=(size, rows))
             for end in self.windows:
                 arms[cut_at(end, large, size)] = replace(cut, schedule=once(end))
-            longer = round(self.steps * H100[max(16, size)] / H100[large])
+            stock = {"target_state_size": size} | WAYS[AS_STOCK]
+            arms[f"{cut_at(MIDDLE, large, size)}, {AS_STOCK}"] = replace(full, reduction=stock, schedule=once(MIDDLE))
+            longer = round(self.steps * PUBLISHED[max(16, size)] / PUBLISHED[large])
             arms[as_long_as(from_scratch(size), throughout(large))] = replace(scratch, steps=longer)
         return arms | (self.ablations_of(self.middle, full, moment) if self.ablations else {})
 
@@ -177,8 +182,7 @@ class ScalarDecayStudy(Study):
         arms = {}
         for name, way in WAYS.items():
             arms[f"{able}, {name}"] = replace(full, reduction=goal | way, schedule=once(moment))
-        for name in ("greedy, refitted", "GHOST"):
-            arms[f"{middle}, {name}"] = replace(full, reduction=goal | WAYS[name], schedule=once(MIDDLE))
+        arms[f"{middle}, GHOST"] = replace(full, reduction=goal | WAYS["GHOST"], schedule=once(MIDDLE))
         cut = replace(full, reduction=goal | BALANCED)
         arms[f"{large} → {size} in four stages to 50 %"] = replace(cut, schedule=IN_STAGES)
         arms[f"{large} → {size} when settled"] = replace(cut, schedule=SETTLED)
@@ -189,6 +193,9 @@ class ScalarDecayStudy(Study):
 
 TWO_BLOCKS = {"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16}
 TWO_BLOCKS |= {"n_groups": 1, "chunk_size": 64}
+HYBRID = {"model_type": "bamba", "hidden_size": 64, "num_hidden_layers": 3, "attn_layer_indices": [1]}
+HYBRID |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "mamba_n_heads": 8}
+HYBRID |= {"mamba_d_head": 16, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 64}
 BATCHES_OF_64 = {"per_device_train_batch_size": 64}
 
 RECALL_32 = replace(RECALL, pairs=32, queries=32, keys=64)
@@ -229,5 +236,29 @@ STUDIES = {
         windows=(0.25, 0.50),
         ablations=False,
         seeds=(0, 1, 2, 3, 4),
+    ),
+    "lm-mamba2": ScalarDecayStudy(
+        task=EnglishText(vocab_size=257, length=512, validation_sequences=64),
+        architecture=TWO_BLOCKS,
+        training={"per_device_train_batch_size": 4},
+        steps=1500,
+        sizes=(64, 8),
+        learning_rates=(4e-3, 8e-3, 1.6e-2),
+        scales=(1.0, 4.0),
+        windows=(0.10, 0.25, 0.50),
+        ablations=False,
+        seeds=(0, 1, 2),
+    ),
+    "recall-bamba": ScalarDecayStudy(
+        task=RECALL_32,
+        architecture=HYBRID,
+        training=BATCHES_OF_64,
+        steps=600,
+        sizes=(64, 8),
+        learning_rates=(4e-3, 8e-3),
+        scales=(1.0, 4.0),
+        windows=(0.25, 0.50),
+        ablations=False,
+        seeds=(0, 1, 2),
     ),
 }

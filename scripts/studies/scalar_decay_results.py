@@ -1,8 +1,26 @@
 """This module makes the tables and figures of the studies of Mamba-2, from the JSONs of their runs alone."""
 
+import math
+import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+from benchmarks.measuring import table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_compressm.plotting import save_figure
+from hf_compressm.storage.files import write_aside
+
+from .arms import cut_at, cut_when_able, from_scratch, projected, throughout
+from .running import by_arm
+
+Arms = dict[str, list[dict]]  # arm → its results, a seed each
 ABLE = 0.9  # the accuracy from which on a model counts as able to do the task
+BEFORE_COMPARISON = ("difficulty", "rate")  # how the arms of the runs begin that only prepare the comparison
+PUBLISHED = {128: 65, 64: 100, 32: 150, 16: 195}  # thousand tokens/s on an H100 by N, state-spaces/mamba #479
+RESAMPLES = 10_000
 
 
 def first_able(probes: list[dict], size: int | None = None) -> int | None:
@@ -12,3 +30,300 @@ def first_able(probes: list[dict], size: int | None = None) -> int | None:
 
 def report(root: Path, results: list[dict]) -> None:
     """Print the tables, and put them and the figures beside the runs."""
+    arms = by_arm(results)
+    compared = {arm: of_arm for arm, of_arm in arms.items() if not arm.startswith(BEFORE_COMPARISON)}
+    sections = [tuning(arms), difficulties(arms)]
+    full = next((arm for arm in compared if arm.endswith("throughout")), None)
+    if full:
+        large = compared[full][0]["settings"]["recipe"]["state_size"]
+        sizes = sorted({end_size(of_arm[0]) for of_arm in compared.values()} - {large}, reverse=True)
+        sections += [comparison(compared, large, size) for size in sizes]
+        sections += [cuts(compared), subspaces(compared[full])]
+        save_figure(figure_of_curves(compared, large, sizes), root / "curves.png")
+        save_figure(figure_of_steps(compared, large, sizes), root / "steps.png")
+        save_figure(figure_of_settling(compared[full]), root / "settling.png")
+    text = "\n".join(section for section in sections if section)
+    write_aside(root / "tables.md", lambda path: path.write_text(text))
+    print(text)
+
+
+def end_size(result: dict) -> int:
+    """Return N at the end of a run."""
+    return max(result["state_sizes"])
+
+
+def tuning(arms: Arms) -> str:
+    """Tell what each start of the grid led to."""
+    runs = [result for arm, (result, *_) in arms.items() if arm.startswith("rate")]
+    if not runs:
+        return ""
+    rows, starts = {}, sorted({(r["learning_rate"], r.get("map_scale", 1.0)) for r in map(recipe_of, runs)})
+    for run in runs:
+        recipe = recipe_of(run)
+        able = first_able(run["probes"])
+        row = (recipe["state_size"], bool(recipe.get("projected")), end_size(run))
+        told = f"{run['accuracy']:.1%}" + (f" ({able})" if able else "")
+        rows.setdefault(row, {})[recipe["learning_rate"], recipe.get("map_scale", 1.0)] = run["loss"], told
+    lines = []
+    for (size, is_projected, end), cells in sorted(rows.items(), reverse=True):
+        best = min(cells, key=cells.get)
+        told = [f"**{cells[s][1]}**" if s == best else cells[s][1] if s in cells else "" for s in starts]
+        lines.append([f"{end} projected from {size}" if is_projected else f"N = {size}", *told])
+    header = ["", *(f"{rate:g}, × {scale:g}" for rate, scale in starts)]
+    task = task_of(runs[0])
+    text = f"## Learning rate, and scale of the initial B and C ({task}; one seed)\n\n"
+    return (
+        text
+        + "Accuracy at the end, and the step at which it passed 90 %; the lowest loss in bold.\n\n"
+        + table(header, lines)
+    )
+
+
+def difficulties(arms: Arms) -> str:
+    """Tell how each size does at each difficulty."""
+    runs = {arm: results[0] for arm, results in arms.items() if arm.startswith("difficulty")}
+    if not runs:
+        return ""
+    tasks = list(dict.fromkeys(map(task_of, runs.values())))
+    sizes = sorted({end_size(run) for run in runs.values()}, reverse=True)
+    cells = {(task_of(run), end_size(run)): f"{run['accuracy']:.1%}" for run in runs.values()}
+    rows = [[task, *(cells.get((task, size), "") for size in sizes)] for task in tasks]
+    return "## Difficulty (one seed)\n\n" + table(["", *(f"N = {size}" for size in sizes)], rows)
+
+
+def comparison(arms: Arms, large: int, size: int) -> str:
+    """Tell what every arm that ends at this size came to, beside N throughout."""
+    full, scratch = throughout(large), from_scratch(size)
+    control = projected(size, large, "balanced")
+    rows = []
+    for arm in [full, *(arm for arm, of_arm in arms.items() if arm != full and end_size(of_arm[0]) == size)]:
+        results = arms[arm]
+        steps = [math.inf if (s := able_at_end_size(r)) is None else s for r in results]
+        prices = [price(result, step) for result, step in zip(results, steps, strict=True)]
+        rows.append(
+            [
+                arm,
+                str(len(results)),
+                with_interval([100 * r["accuracy"] for r in results], statistics.mean, 1),
+                f"{sum(map(math.isfinite, steps))}",
+                with_interval(steps, statistics.median, 0),
+                with_interval(prices, statistics.median, 0),
+                paired(results, arms.get(scratch, [])),
+                paired(results, arms.get(control, [])),
+            ]
+        )
+    header = ["arm", "seeds", "accuracy at the end, %", f"seeds that passed {ABLE:.0%}", "median step", "median price"]
+    header += [f"accuracy − {scratch}", f"accuracy − {control}"]
+    text = f"## {large} → {size} ({task_of(arms[full][0])})\n\n"
+    text += f"With bootstrap intervals of 95 % over the seeds. A step counts at which a model of {size} states passed "
+    text += (
+        f"{ABLE:.0%}; for {full}, one of {large}. A price is in steps of N = {large}, by the published throughputs "
+    )
+    text += "of an H100. Differences are in points, by seed, ± one standard deviation.\n\n"
+    return text + table(header, rows)
+
+
+def able_at_end_size(result: dict) -> int | None:
+    """Return the first step at which the model was as small as at the end, and able."""
+    return first_able(result["probes"], end_size(result))
+
+
+def price(result: dict, end: float, throughputs: dict[int, float] = PUBLISHED) -> float:
+    """Return what the steps up to one cost, in steps at N = 64.
+
+    Args:
+        throughputs: N → tokens per second; below the smallest N a token costs what it costs there.
+    """
+    if math.isinf(end):
+        return end
+    sizes = [(0, result["settings"]["recipe"]["state_size"])]
+    if projection := result["settings"]["recipe"].get("projected"):
+        sizes = [(0, projection[0])]
+    sizes += [(cut["step"], max(cut["state_sizes"])) for cut in result["cuts"]]
+    ends = [min(step, end) for step, _ in sizes[1:]] + [end]
+    smallest = min(throughputs)
+    return sum(
+        max(0, last - first) * throughputs[64] / throughputs[max(size, smallest)]
+        for (first, size), last in zip(sizes, ends, strict=True)
+    )
+
+
+def with_interval(values: list[float], statistic: Callable, digits: int) -> str:
+    """Return a statistic with its bootstrap interval of 95 %; infinite ones are said to be beyond the run."""
+    if not values:
+        return ""
+    generator = np.random.default_rng(0)
+    drawn = generator.choice(np.array(values, dtype=float), (RESAMPLES, len(values)))
+    resampled = np.sort(np.median(drawn, 1) if statistic is statistics.median else drawn.mean(1))
+    low, high = resampled[round(0.025 * RESAMPLES)], resampled[round(0.975 * RESAMPLES) - 1]
+    middle, low, high = ("never" if math.isinf(v) else f"{v:.{digits}f}" for v in (statistic(values), low, high))
+    return f"{middle} [{low}, {high}]"
+
+
+def paired(results: list[dict], others: list[dict]) -> str:
+    """Return the mean difference of accuracies in points over the seeds that both have, ± standard deviation."""
+    there_are = {other["seed"]: other["accuracy"] for other in others}
+    points = [100 * (r["accuracy"] - there_are[r["seed"]]) for r in results if r["seed"] in there_are]
+    if results is others or len(points) < 2:
+        return ""
+    return f"{statistics.mean(points):+.1f} ± {statistics.stdev(points):.1f}"
+
+
+def cuts(arms: Arms) -> str:
+    """Tell what models could do right before a cut, right after it and at the end, medians over the seeds."""
+    rows = []
+    for arm, results in arms.items():
+        seen = [around_the_cut(result) for result in results if len(result["cuts"]) == 1]
+        if seen:
+            before, after, end = (statistics.median(each) for each in zip(*seen, strict=True))
+            step = statistics.median(result["cuts"][0]["step"] for result in results)
+            rows.append([arm, f"{step:.0f}", f"{before:.1%}", f"{after:.1%}", f"{end:.1%}"])
+    if not rows:
+        return ""
+    header = ["arm", "step of the cut", "accuracy before", "right after", "at the end"]
+    return "## What a cut costs at once (medians)\n\n" + table(header, rows)
+
+
+def around_the_cut(result: dict) -> tuple[float, float, float]:
+    """Return the accuracy before a cut, after it and at the end."""
+    step, probes = result["cuts"][0]["step"], result["probes"]
+    before = [p["accuracy"] for p in probes if p["step"] <= step and p["state_size"] > end_size(result)]
+    after = [p["accuracy"] for p in probes if p["step"] >= step and p["state_size"] == end_size(result)]
+    return (before or [math.nan])[-1], (after or [math.nan])[0], result["accuracy"]
+
+
+def subspaces(results: list[dict]) -> str:
+    """Tell how the subspaces turn that a cut would keep, and how the singular values move."""
+    seen = [result for result in results if result.get("subspaces")]
+    if not seen:
+        return ""
+    rows = []
+    for place in range(len(seen[0]["subspaces"])):
+        points = [(r["subspaces"][place], r["curve"][place]) for r in seen]
+        moved = [
+            max(m / w for m, w in zip(c["movement"], c["weyl_bound"], strict=True))
+            for _, c in points
+            if c["weyl_bound"]
+        ]
+        rows.append(
+            [
+                f"{points[0][0]['step']}",
+                f"{statistics.mean(100 * c['accuracy'] for _, c in points):.0f}",
+                *(
+                    f"{statistics.mean(p[name] for p, _ in points):.2f}" if points[0][0][name] is not None else ""
+                    for name in ("with_end", "with_before", "of_draws")
+                ),
+                f"{statistics.mean(effective_rank(c) for _, c in points):.1f}",
+                f"{max(moved):.2f}" if moved else "",
+            ]
+        )
+    header = ["step", "accuracy, %", "overlap with the end", "with a tenth before", "of two draws"]
+    header += ["effective rank of σ²", "largest movement of a σ / Weyl's bound"]
+    text = f"## When the ranking settles ({len(seen)} seeds)\n\n"
+    text += "Overlaps are mean squared cosines of the principal angles of the subspaces that a cut would keep, 1 for "
+    text += "equal ones; the effective rank is exp of the entropy of σ², mean over layers and seeds.\n\n"
+    return text + table(header, rows)
+
+
+def effective_rank(point: dict) -> float:
+    """Return exp of the entropy of σ² / Σ σ², the mean over the layers."""
+    ranks = []
+    for spectrum in point["hankel_singular_values"]:
+        shares = np.square(np.array(spectrum)) / np.square(spectrum).sum()
+        ranks.append(math.exp(-sum(share * math.log(share) for share in shares if share > 0)))
+    return statistics.mean(ranks)
+
+
+def figure_of_curves(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
+    """Draw the accuracy along training, the median over the seeds with quartiles, of the chief arms of each size."""
+    sizes = list(sizes)
+    figure = Figure(figsize=(4.6 * len(sizes), 4.4), dpi=130, layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
+        shown = [throughout(large), from_scratch(size), projected(size, large, "balanced")]
+        shown += [cut_at(0.25, large, size), cut_when_able(large, size)]
+        for i, arm in enumerate(shown):
+            if arm in arms:
+                _draw_curve(axes, arms[arm], f"C{i}", arm)
+        axes.axhline(100 * ABLE, color="grey", linestyle=":", linewidth=1)
+        axes.set(xlabel="step", title=f"{large} → {size}")
+        axes.legend(frameon=False, fontsize=7, loc="lower right")
+    figure.axes[0].set_ylabel("accuracy, % (median and quartiles of the seeds)")
+    return figure
+
+
+def _draw_curve(axes: Axes, results: list[dict], colour: str, label: str) -> None:
+    """Draw the last probe of each step, of the steps that all runs have."""
+    curves = [{probe["step"]: 100 * probe["accuracy"] for probe in result["probes"]} for result in results]
+    steps = sorted(set.intersection(*map(set, curves)))
+    low, middle, high = np.quantile([[curve[step] for step in steps] for curve in curves], [0.25, 0.5, 0.75], axis=0)
+    axes.plot(steps, middle, color=colour, label=label, linewidth=1.5)
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def figure_of_steps(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
+    """Draw for every arm the step of each seed at which a model of the final size passed 90 %."""
+    sizes = list(sizes)
+    by_size = {s: [arm for arm, of_arm in arms.items() if end_size(of_arm[0]) == s] for s in sizes}
+    rows = max(len(of_size) + 1 for of_size in by_size.values())
+    figure = Figure(figsize=(6.4 * len(sizes), 1.2 + 0.26 * rows), dpi=130, layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        shown = sorted(by_size[size], key=lambda arm: _median_step(arms[arm]))
+        shown = [throughout(large), *shown]
+        last = max(result["settings"]["recipe"]["steps"] for arm in shown for result in arms[arm])
+        for row, arm in enumerate(shown):
+            steps = [s for r in arms[arm] if (s := able_at_end_size(r)) is not None]
+            missing = len(arms[arm]) - len(steps)
+            axes.plot(steps, [row] * len(steps), "o", color="C0", markersize=4, alpha=0.5, markeredgewidth=0)
+            middle = _median_step(arms[arm])
+            if math.isfinite(middle):
+                axes.plot([middle], [row], "|", color="C3", markersize=13, markeredgewidth=2)
+            if missing:
+                axes.text(1.04 * last, row, f"{missing} never", fontsize=7, va="center", color="C3")
+        axes.set_yticks(range(len(shown)), shown, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.2 * last)
+        axes.set(xlabel=f"step at which {size} states passed {ABLE:.0%} (bar: median of the seeds)")
+    return figure
+
+
+def _median_step(results: list[dict]) -> float:
+    return statistics.median(math.inf if (s := able_at_end_size(r)) is None else s for r in results)
+
+
+def figure_of_settling(results: list[dict]) -> Figure:
+    """Draw beside the accuracy of N throughout the effective rank and the overlap of subspaces, every seed."""
+    figure = Figure(figsize=(12, 3.8), dpi=130, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for result in results:
+        left.plot(
+            *zip(*((p["step"], 100 * p["accuracy"]) for p in result["probes"]), strict=True), "C0", linewidth=0.8
+        )
+        points = [(point["step"], effective_rank(point)) for point in result["curve"]]
+        middle.plot(*zip(*points, strict=True), "C1", linewidth=0.8)
+        for name, colour in (("with_end", "C2"), ("of_draws", "0.6")):
+            points = [(point["step"], point[name]) for point in result.get("subspaces", [])]
+            if points:
+                right.plot(*zip(*points, strict=True), colour, linewidth=0.8)
+    left.set(xlabel="step", ylabel="accuracy, %")
+    middle.set(xlabel="step", ylabel="effective rank of σ², mean of the layers")
+    right.plot([], [], "C2", label="with the end")
+    right.plot([], [], "0.6", label="of two draws of data")
+    right.legend(frameon=False, fontsize=8)
+    right.set(xlabel="step", ylabel="overlap of the kept subspaces", ylim=(0, 1.03))
+    return figure
+
+
+def recipe_of(result: dict) -> dict:
+    return result["settings"]["recipe"]
+
+
+def task_of(result: dict) -> str:
+    """Return the task of a run in words."""
+    task = result["settings"]["task"]
+    if "pairs" in task:
+        return f"recall of {task['pairs']} pairs of {task['keys']} keys"
+    return (
+        f"copying {task['told']} symbols of {task['symbols']} from among {task['length']}"
+        if "told" in task
+        else "text"
+    )

@@ -85,9 +85,13 @@ class EnglishText:
         """Return what the model has to know of the text."""
         return {"vocab_size": self.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
-    def measure(self, root: Path) -> Callable[[nn.Module], dict[str, float]]:
-        """Return a function for loss and accuracy on validation text, and for the recall of random pairs of tokens."""
-        validation = self._blocks(root)[: self.validation_sequences].long()
+    def measure(self, root: Path, count: int | None = None) -> Callable[[nn.Module], dict[str, float]]:
+        """Return a function for loss and accuracy on validation text, and for the recall of random pairs of tokens.
+
+        Args:
+            count: of validation sequences at most.
+        """
+        validation = self._blocks(root)[: self.validation_sequences][:count].long()
 
         def measured(model: nn.Module) -> dict[str, float]:
             recall = recall_probe(model, PAIRS)
