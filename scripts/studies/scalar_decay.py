@@ -4,8 +4,8 @@ Recall is a phase transition: for hundreds of steps nothing is recalled, then wi
 measure when a run passes 90 %, with ten seeds, and against controls that tell training from architecture. Their arms,
 for the full N and the smaller sizes r, are:
 
-- N throughout, and r from scratch, each at the learning rate and the initial scale of B and C that served its size
-  best (a grid, one seed of its own); what is cut trains as N does;
+- N throughout, and r from scratch, each at the learning rate and the initial scale of B and C with which its size
+  passed 90 % first (a grid, one seed of its own); what is cut trains as N does;
 - r from scratch with as many steps as the price of an H100 pays for N throughout;
 - r states that are projected from N features from the start, in random and in balanced subspaces, at the best learning
   rate: the architecture of a cut model without its training;
@@ -17,8 +17,10 @@ for the full N and the smaller sizes r, are:
 All arms of a seed see the same sequences in the same order, so up to its cut a run is the run of N, step by step.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
@@ -137,11 +139,14 @@ class ScalarDecayStudy(Study):
         return Run(arm, TUNING_SEED, recipe, self.tuned_on or self.task)
 
     def best_starts(self, results: dict[str, dict]) -> dict[int | None, Start]:
-        """Return size → the start that led to the lowest loss; that of the projected control for None."""
-        return {
-            size: min(self.grid, key=lambda start: results[self.tried(size, start).name]["loss"])
-            for size in (*self.sizes, None)
-        }
+        """Return size → the start that passed 90 % first, or led to the lowest loss; of the projected one for None."""
+
+        def merit(size: int | None, start: Start) -> tuple[float, float]:
+            result = results[self.tried(size, start).name]
+            step = first_able(result["probes"])
+            return math.inf if step is None else step, result["loss"]
+
+        return {size: min(self.grid, key=partial(merit, size)) for size in (*self.sizes, None)}
 
     @property
     def middle(self) -> int:

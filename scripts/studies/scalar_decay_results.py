@@ -63,7 +63,8 @@ def tuning(arms: Arms) -> str:
         able = first_able(run["probes"])
         row = (recipe["state_size"], bool(recipe.get("projected")), end_size(run))
         told = f"{run['accuracy']:.1%}" + (f" ({able})" if able else "")
-        rows.setdefault(row, {})[recipe["learning_rate"], recipe.get("map_scale", 1.0)] = run["loss"], told
+        merit = math.inf if able is None else able, run["loss"]
+        rows.setdefault(row, {})[recipe["learning_rate"], recipe.get("map_scale", 1.0)] = merit, told
     lines = []
     for (size, is_projected, end), cells in sorted(rows.items(), reverse=True):
         best = min(cells, key=cells.get)
@@ -74,7 +75,7 @@ def tuning(arms: Arms) -> str:
     text = f"## Learning rate, and scale of the initial B and C ({task}; one seed)\n\n"
     return (
         text
-        + "Accuracy at the end, and the step at which it passed 90 %; the lowest loss in bold.\n\n"
+        + "Accuracy at the end, and the step at which it passed 90 %; in bold what each size is trained with.\n\n"
         + table(header, lines)
     )
 
