@@ -29,7 +29,7 @@ from .arms import as_long_as, cut_at, cut_when_able, difficulty_run, from_scratc
 from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, TUNING_SEED, Run, Study, Task, once
 from .models import AFRESH, ROWS, model_of, project
 from .running import carry_out_all
-from .scalar_decay_results import PUBLISHED, first_able, report
+from .scalar_decay_results import first_able, report, throughput
 from .subspaces import SubspaceObserver
 from .text import EnglishText
 from .training import PROBED_SEQUENCES, Observer, Recipe, ranking_batches, trained
@@ -176,7 +176,7 @@ class ScalarDecayStudy(Study):
                 arms[cut_at(end, large, size)] = replace(cut, schedule=once(end))
             stock = {"target_state_size": size} | WAYS[AS_STOCK]
             arms[f"{cut_at(MIDDLE, large, size)}, {AS_STOCK}"] = replace(full, reduction=stock, schedule=once(MIDDLE))
-            longer = round(self.steps * PUBLISHED[max(16, size)] / PUBLISHED[large])
+            longer = round(self.steps * throughput(size) / throughput(large))
             arms[as_long_as(from_scratch(size), throughout(large))] = replace(scratch, steps=longer)
         return arms | (self.ablations_of(self.middle, full, moment) if self.ablations else {})
 

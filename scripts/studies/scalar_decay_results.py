@@ -33,9 +33,9 @@ def report(root: Path, results: list[dict]) -> None:
     arms = by_arm(results)
     compared = {arm: of_arm for arm, of_arm in arms.items() if not arm.startswith(BEFORE_COMPARISON)}
     sections = [tuning(arms), difficulties(arms)]
-    full = next((arm for arm in compared if arm.endswith("throughout")), None)
-    if full:
-        large = compared[full][0]["settings"]["recipe"]["state_size"]
+    large = max(recipe_of(of_arm[0])["state_size"] for of_arm in arms.values())
+    full = throughout(large)
+    if full in compared:
         sizes = sorted({end_size(of_arm[0]) for of_arm in compared.values()} - {large}, reverse=True)
         sections += [comparison(compared, large, size) for size in sizes]
         sections += [cuts(compared), subspaces(compared[full])]
@@ -100,7 +100,7 @@ def comparison(arms: Arms, large: int, size: int) -> str:
     for arm in [full, *(arm for arm, of_arm in arms.items() if arm != full and end_size(of_arm[0]) == size)]:
         results = arms[arm]
         steps = [math.inf if (s := able_at_end_size(r)) is None else s for r in results]
-        prices = [price(result, step) for result, step in zip(results, steps, strict=True)]
+        prices = [price(result, step, large) for result, step in zip(results, steps, strict=True)]
         rows.append(
             [
                 arm,
@@ -129,12 +129,13 @@ def able_at_end_size(result: dict) -> int | None:
     return first_able(result["probes"], end_size(result))
 
 
-def price(result: dict, end: float, throughputs: dict[int, float] = PUBLISHED) -> float:
-    """Return what the steps up to one cost, in steps at N = 64.
+def throughput(size: int) -> float:
+    """Return the published throughput at N, or at the next size that is known."""
+    return PUBLISHED[min(known for known in PUBLISHED if known >= size)]
 
-    Args:
-        throughputs: N → tokens per second; below the smallest N a token costs what it costs there.
-    """
+
+def price(result: dict, end: float, large: int) -> float:
+    """Return what the steps up to one cost, in steps at N = `large`."""
     if math.isinf(end):
         return end
     sizes = [(0, result["settings"]["recipe"]["state_size"])]
@@ -142,9 +143,8 @@ def price(result: dict, end: float, throughputs: dict[int, float] = PUBLISHED) -
         sizes = [(0, projection[0])]
     sizes += [(cut["step"], max(cut["state_sizes"])) for cut in result["cuts"]]
     ends = [min(step, end) for step, _ in sizes[1:]] + [end]
-    smallest = min(throughputs)
     return sum(
-        max(0, last - first) * throughputs[64] / throughputs[max(size, smallest)]
+        max(0, last - first) * throughput(large) / throughput(size)
         for (first, size), last in zip(sizes, ends, strict=True)
     )
 

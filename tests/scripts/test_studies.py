@@ -238,6 +238,49 @@ def test_a_language_model_is_studied_on_text_of_a_debian_package(tmp_path):
     assert failed.returncode != 0 and "apt-get install anarchism" in failed.stderr
 
 
+SMALL_STUDY_OF_MAMBA2 = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from studies.running import all_results
+from studies.scalar_decay import STUDIES
+from studies.tasks import AssociativeRecall
+
+name, folder = sys.argv[1:]
+easy = AssociativeRecall(pairs=2, queries=2, keys=4, values=4)
+study = replace(STUDIES[name], steps=20, sizes=(8, 4, 2), learning_rates=(1e-2,), scales=(1.0, 4.0), tuned_on=easy)
+study = replace(study, task=replace(easy, pairs=4, queries=4, keys=8), difficulties=(easy,))
+small = {"hidden_size": 8, "num_hidden_layers": 2} | ({"num_heads": 2, "head_dim": 8} if "2" in name else {})
+study = replace(study, architecture=study.architecture | small, training={"per_device_train_batch_size": 8})
+study.carry_out([0], Path(folder), 1)
+study.report(Path(folder), all_results(Path(folder)))
+"""
+
+
+def test_recall_of_a_mamba2_is_studied_against_its_controls(tmp_path):
+    output = run_program(SMALL_STUDY_OF_MAMBA2, "recall-mamba2", tmp_path, **ONE_THREAD).stdout
+    results = {result["arm"]: result for result in map(json.loads, (f.read_text() for f in tmp_path.glob("*/*.json")))}
+    compared = {arm: result for arm, result in results.items() if not arm.startswith(("difficulty", "rate"))}
+    assert len(compared) == 1 + 2 * 11 + 6 + 3 + 4
+    assert len(results) - len(compared) == 3 + 4 * 2  # a difficulty and two starts
+    assert all(f"| {arm} |" in output for arm in compared)
+    starts = {size: results[f"N = {size} from scratch"]["settings"]["recipe"] for size in (4, 2)}
+    assert starts.keys() == {4, 2} and all(start["state_size"] == size for size, start in starts.items())
+    throughout = compared["N = 8 throughout"]
+    assert len(throughout["subspaces"]) == len(throughout["curve"]) == 10
+    assert throughout["subspaces"][-1]["with_end"] == pytest.approx(1)
+    cut = compared["8 → 4 at 25 %"]
+    assert [c["step"] for c in cut["cuts"]] == [5]
+    sizes = [probe["state_size"] for probe in cut["probes"] if probe["step"] in (4, 5, 6)]
+    assert sizes == [8, 8, 4, 4]  # at the cut before and after
+    before = [probe for probe in cut["probes"] if probe["step"] <= 5 and probe["state_size"] == 8]
+    assert before == [probe for probe in throughout["probes"] if probe["step"] <= 5]  # the same run until then
+    longer = compared["N = 4 from scratch, as long as N = 8 throughout"]
+    assert longer["settings"]["recipe"]["steps"] == 20
+    pictures = [tmp_path / f"{name}.png" for name in ("curves", "steps", "settling")]
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
+
+
 def test_the_cost_of_the_theory_is_measured(tmp_path):
     options = "--state_sizes 8 16 --state_size 16 --reduced_size 4 --length 16 --rounds 1 --threads 1".split()
     output = run_script("benchmark_analysis", *options, "--output_dir", tmp_path).stdout
