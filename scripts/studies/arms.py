@@ -1,5 +1,7 @@
 """These functions name the arms of a study of Mamba; its tables and figures know them by these names alone."""
 
+ABLE = 0.9  # the accuracy from which on a model counts as able to do a task
+
 
 def throughout(full: int) -> str:
     """Name the arm that is never cut."""
@@ -32,8 +34,8 @@ def projected(size: int, full: int, rows: str) -> str:
 
 
 def cut_when_able(full: int, size: int) -> str:
-    """Name the arm that is cut at the step at which the full size of its seed passed 90 % accuracy."""
-    return f"{full} → {size} at 90 % accuracy"
+    """Name the arm that is cut when the full size of its seed has become able."""
+    return f"{full} → {size} at {100 * ABLE:.0f} % accuracy"
 
 
 def grown_to(arm: str, size: int) -> str:

@@ -15,6 +15,7 @@ Their arms, for the full size N and the smaller sizes r of a study, are:
   from (maps and moments with the first seed only);
 - with two cycles of the learning rate: N, r from scratch and the cut at 50 %, soon after which the second cycle starts
   (the first seed only);
+- cut to r, with and without a refit, at the first tenth after which N of the same seed has 90 % accuracy;
 - at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %; of
   seeds that are added later as many as of those before.
 
@@ -28,7 +29,18 @@ from statistics import mean
 
 from transformers import set_seed
 
-from .arms import as_long_as, cut_at, difficulty_run, from_scratch, grown_to, rate_run, refitted, throughout
+from .arms import (
+    ABLE,
+    as_long_as,
+    cut_at,
+    cut_when_able,
+    difficulty_run,
+    from_scratch,
+    grown_to,
+    rate_run,
+    refitted,
+    throughout,
+)
 from .language_results import clock_of, report, seconds_of, steps_of
 from .models import model_of
 from .running import all_results, by_arm, carry_out_all, name_of
@@ -104,6 +116,8 @@ class Study:
         compared = list(self.compared(rates, seeds))
         results = carry_out_all(self, compared, root, jobs)
         carry_out_all(self, list(self.equally_long(rates, seeds, results, root)), root, jobs)
+        if self.ablations:
+            carry_out_all(self, list(self.once_able(rates, seeds, results)), root, jobs)
 
     def perform(self, run: Run, folder: Path) -> dict:
         """Train, and measure on the way."""
@@ -223,6 +237,18 @@ class Study:
                 recipe = Recipe(chosen, rates[chosen], steps_before.get(arm, round(fitting)))
                 for seed in seeds:
                     yield Run(arm, seed, recipe, self.task)
+
+    def once_able(self, rates: dict[int, float], seeds: list[int], results: dict[str, dict]) -> Iterator[Run]:
+        """Yield cuts at the first tenth of the run after which N throughout, with the same seed, was able."""
+        full, *targets = self.sizes
+        for size in targets:
+            for seed in seeds:
+                curve = results[name_of(throughout(full), seed)]["curve"]
+                moment = next((point["step"] / self.steps for point in curve if point["accuracy"] >= ABLE), 0.9)
+                goal, arm = {"target_state_size": size}, cut_when_able(full, size)
+                for name, options in ((arm, goal), (refitted(arm), goal | REFIT)):
+                    recipe = Recipe(full, rates[full], self.steps, reduction=options, schedule=once(moment))
+                    yield Run(name, seed, recipe, self.task)
 
 
 def once(end: float) -> dict:

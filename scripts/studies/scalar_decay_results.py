@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_aside
 
-from .arms import cut_at, cut_when_able, from_scratch, projected, throughout
+from .arms import ABLE, cut_at, cut_when_able, from_scratch, projected, throughout
 from .running import by_arm
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
-ABLE = 0.9  # the accuracy from which on a model counts as able to do the task
 BEFORE_COMPARISON = ("difficulty", "rate")  # how the arms of the runs begin that only prepare the comparison
 PUBLISHED = {128: 65, 64: 100, 32: 150, 16: 195}  # thousand tokens/s on an H100 by N, state-spaces/mamba #479
 RESAMPLES = 10_000
