@@ -5,7 +5,8 @@ measure when a run passes 90 %, with ten seeds, and against controls that tell t
 for the full N and the smaller sizes r, are:
 
 - N throughout, and r from scratch, each at the learning rate and the initial scale of B and C with which its size
-  passed 90 % first (a grid, one seed of its own); what is cut trains as N does;
+  passed 90 % first (a grid, one seed of its own), and where that of N is another one also with that; what is cut
+  trains as N does;
 - r from scratch with as many steps as the price of an H100 pays for N throughout;
 - r states that are projected from N features from the start, in random and in balanced subspaces, at the best learning
   rate: the architecture of a cut model without its training;
@@ -168,6 +169,8 @@ class ScalarDecayStudy(Study):
         for size in small:
             cut = replace(full, reduction={"target_state_size": size} | BALANCED)
             arms[from_scratch(size)] = scratch = starts[size].recipe(size, self.steps)
+            if starts[size] != starts[large]:
+                arms[f"{from_scratch(size)}, started as N = {large}"] = starts[large].recipe(size, self.steps)
             if not isinstance(self.task, EnglishText):  # of which a model is never able in that sense
                 arms[cut_when_able(large, size)] = replace(cut, schedule=once(moment))
             for rows in reversed(ROWS):

@@ -39,7 +39,10 @@ def report(root: Path, results: list[dict]) -> None:
         sections += [comparison(compared, large, size) for size in sizes]
         sections += [cuts(compared), subspaces(compared[full])]
         save_figure(figure_of_curves(compared, large, sizes), root / "curves.png")
-        save_figure(figure_of_steps(compared, large, sizes), root / "steps.png")
+        steps = f"step at which a model of the final size passed {ABLE:.0%}"
+        save_figure(figure_of_seeds(compared, large, sizes, step_or_never, steps), root / "steps.png")
+        ends = "accuracy at the end, %"
+        save_figure(figure_of_seeds(compared, large, sizes, lambda r: 100 * r["accuracy"], ends), root / "ends.png")
         save_figure(figure_of_settling(compared[full]), root / "settling.png")
     text = "\n".join(section for section in sections if section)
     write_aside(root / "tables.md", lambda path: path.write_text(text))
@@ -98,7 +101,7 @@ def comparison(arms: Arms, large: int, size: int) -> str:
     rows = []
     for arm in [full, *(arm for arm, of_arm in arms.items() if arm != full and end_size(of_arm[0]) == size)]:
         results = arms[arm]
-        steps = [math.inf if (s := able_at_end_size(r)) is None else s for r in results]
+        steps = [step_or_never(result) for result in results]
         prices = [price(result, step, large) for result, step in zip(results, steps, strict=True)]
         rows.append(
             [
@@ -123,9 +126,10 @@ def comparison(arms: Arms, large: int, size: int) -> str:
     return text + table(header, rows)
 
 
-def able_at_end_size(result: dict) -> int | None:
-    """Return the first step at which the model was as small as at the end, and able."""
-    return first_able(result["probes"], end_size(result))
+def step_or_never(result: dict) -> float:
+    """Return the first step at which the model was as small as at the end, and able; ∞ if there is none."""
+    step = first_able(result["probes"], end_size(result))
+    return math.inf if step is None else step
 
 
 def throughput(size: int) -> float:
@@ -237,17 +241,23 @@ def effective_rank(point: dict) -> float:
 def figure_of_curves(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
     """Draw the accuracy along training, the median over the seeds with quartiles, of the chief arms of each size."""
     sizes = list(sizes)
-    figure = Figure(figsize=(4.6 * len(sizes), 4.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(1 + 3.8 * len(sizes), 4.4), dpi=130, layout="constrained")
     for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
-        shown = [throughout(large), from_scratch(size), projected(size, large, "balanced")]
-        shown += [cut_at(0.25, large, size), cut_when_able(large, size)]
-        for i, arm in enumerate(shown):
+        shown = {
+            throughout(large): throughout(large),
+            from_scratch(size): "r from scratch",
+            projected(size, large, "balanced"): f"r projected from {large} at the start",
+            cut_at(0.25, large, size): f"{large} → r at 25 %",
+            cut_when_able(large, size): f"{large} → r when {large} had passed {ABLE:.0%}",
+        }
+        for i, (arm, label) in enumerate(shown.items()):
             if arm in arms:
-                _draw_curve(axes, arms[arm], f"C{i}", arm)
+                _draw_curve(axes, arms[arm], f"C{i}", label)
         axes.axhline(100 * ABLE, color="grey", linestyle=":", linewidth=1)
-        axes.set(xlabel="step", title=f"{large} → {size}")
-        axes.legend(frameon=False, fontsize=7, loc="lower right")
+        axes.set(xlabel="step", title=f"r = {size}")
     figure.axes[0].set_ylabel("accuracy, % (median and quartiles of the seeds)")
+    told = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*told, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 
@@ -260,34 +270,38 @@ def _draw_curve(axes: Axes, results: list[dict], colour: str, label: str) -> Non
     axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def figure_of_steps(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
-    """Draw for every arm the step of each seed at which a model of the final size passed 90 %."""
+def figure_of_seeds(arms: Arms, large: int, sizes: Iterable[int], value: Callable, label: str) -> Figure:
+    """Draw a value of every seed in a line for each arm, those of one size in a panel.
+
+    Args:
+        value: result → number; infinite ones are counted beside the line.
+    """
     sizes = list(sizes)
-    by_size = {s: [arm for arm, of_arm in arms.items() if end_size(of_arm[0]) == s] for s in sizes}
-    rows = max(len(of_size) + 1 for of_size in by_size.values())
-    figure = Figure(figsize=(6.4 * len(sizes), 1.2 + 0.26 * rows), dpi=130, layout="constrained")
-    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        shown = sorted(by_size[size], key=lambda arm: _median_step(arms[arm]))
-        shown = [throughout(large), *shown]
-        last = max(result["settings"]["recipe"]["steps"] for arm in shown for result in arms[arm])
-        for row, arm in enumerate(shown):
-            steps = [s for r in arms[arm] if (s := able_at_end_size(r)) is not None]
-            missing = len(arms[arm]) - len(steps)
-            axes.plot(steps, [row] * len(steps), "o", color="C0", markersize=4, alpha=0.5, markeredgewidth=0)
-            middle = _median_step(arms[arm])
+    shown = {
+        size: [throughout(large), *(arm for arm, results in arms.items() if end_size(results[0]) == size)]
+        for size in sizes
+    }
+    heights = [len(of_size) for of_size in shown.values()]
+    figure = Figure(figsize=(8, 1 + 0.22 * sum(heights) + 0.3 * len(sizes)), dpi=130, layout="constrained")
+    panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, size in zip(panels, sizes, strict=True):
+        values = {arm: [value(result) for result in arms[arm]] for arm in shown[size]}
+        order = sorted(values, key=lambda arm: (arm != throughout(large), statistics.median(values[arm])))
+        for row, arm in enumerate(order):
+            there_are = [each for each in values[arm] if math.isfinite(each)]
+            axes.plot(there_are, [row] * len(there_are), "o", color="C0", markersize=4, alpha=0.5, markeredgewidth=0)
+            middle, missing = statistics.median(values[arm]), len(values[arm]) - len(there_are)
             if math.isfinite(middle):
-                axes.plot([middle], [row], "|", color="C3", markersize=13, markeredgewidth=2)
+                axes.plot([middle], [row], "|", color="C3", markersize=11, markeredgewidth=2)
             if missing:
-                axes.text(1.04 * last, row, f"{missing} never", fontsize=7, va="center", color="C3")
-        axes.set_yticks(range(len(shown)), shown, fontsize=7)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.2 * last)
-        axes.set(xlabel=f"step at which {size} states passed {ABLE:.0%} (bar: median of the seeds)")
+                place = {"xy": (1.01, row), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
+                axes.annotate(f"{missing} of {len(values[arm])} never", **place, fontsize=7, va="center", color="C3")
+        axes.set_yticks(range(len(order)), order, fontsize=7)
+        axes.set_ylim(len(order) - 0.5, -0.5)
+        axes.grid(axis="y", color="0.93")
+        axes.set_axisbelow(True)
+    panels[-1].set_xlabel(f"{label} (dots: seeds; bar: median)")
     return figure
-
-
-def _median_step(results: list[dict]) -> float:
-    return statistics.median(math.inf if (s := able_at_end_size(r)) is None else s for r in results)
 
 
 def figure_of_settling(results: list[dict]) -> Figure:

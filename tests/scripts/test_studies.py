@@ -277,7 +277,7 @@ def test_recall_of_a_mamba2_is_studied_against_its_controls(tmp_path):
     assert before == [probe for probe in throughout["probes"] if probe["step"] <= 5]  # the same run until then
     longer = compared["N = 4 from scratch, as long as N = 8 throughout"]
     assert longer["settings"]["recipe"]["steps"] == 20
-    pictures = [tmp_path / f"{name}.png" for name in ("curves", "steps", "settling")]
+    pictures = [tmp_path / f"{name}.png" for name in ("curves", "steps", "ends", "settling")]
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
 
 
