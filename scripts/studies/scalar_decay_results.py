@@ -36,13 +36,18 @@ def report(root: Path, results: list[dict]) -> None:
     full = throughout(large)
     if full in compared:
         sizes = sorted({end_size(of_arm[0]) for of_arm in compared.values()} - {large}, reverse=True)
-        sections += [comparison(compared, large, size) for size in sizes]
+        compare, is_text = (comparison_of_text, True) if "recall_loss" in compared[full][0] else (comparison, False)
+        sections += [compare(compared, large, size) for size in sizes]
         sections += [cuts(compared), subspaces(compared[full])]
         save_figure(figure_of_curves(compared, large, sizes), root / "curves.png")
-        steps = f"step at which a model of the final size passed {ABLE:.0%}"
-        save_figure(figure_of_seeds(compared, large, sizes, step_or_never, steps), root / "steps.png")
-        ends = "accuracy at the end, %"
-        save_figure(figure_of_seeds(compared, large, sizes, lambda r: 100 * r["accuracy"], ends), root / "ends.png")
+        if is_text:
+            ends = figure_of_seeds(compared, large, sizes, lambda r: r["loss"], "loss at the end, nats")
+        else:
+            steps = f"step at which a model of the final size passed {ABLE:.0%}"
+            save_figure(figure_of_seeds(compared, large, sizes, step_or_never, steps), root / "steps.png")
+            percent = "accuracy at the end, %"
+            ends = figure_of_seeds(compared, large, sizes, lambda r: 100 * r["accuracy"], percent)
+        save_figure(ends, root / "ends.png")
         save_figure(figure_of_settling(compared[full]), root / "settling.png")
     text = "\n".join(section for section in sections if section)
     write_aside(root / "tables.md", lambda path: path.write_text(text))
@@ -111,8 +116,8 @@ def comparison(arms: Arms, large: int, size: int) -> str:
                 f"{sum(map(math.isfinite, steps))}",
                 with_interval(steps, statistics.median, 0),
                 with_interval(prices, statistics.median, 0),
-                paired(results, arms.get(scratch, [])),
-                paired(results, arms.get(control, [])),
+                paired(results, arms.get(scratch, []), "accuracy", 100, 1),
+                paired(results, arms.get(control, []), "accuracy", 100, 1),
             ]
         )
     header = ["arm", "seeds", "accuracy at the end, %", f"seeds that passed {ABLE:.0%}", "median step", "median price"]
@@ -123,6 +128,30 @@ def comparison(arms: Arms, large: int, size: int) -> str:
         f"{ABLE:.0%}; for {full}, one of {large}. A price is in steps of N = {large}, by the published throughputs "
     )
     text += "of an H100. Differences are in points, by seed, ± one standard deviation.\n\n"
+    return text + table(header, rows)
+
+
+def comparison_of_text(arms: Arms, large: int, size: int) -> str:
+    """Tell what every arm of a language model that ends at this size came to, and what it recalls of random tokens."""
+    full, scratch, control = throughout(large), from_scratch(size), projected(size, large, "balanced")
+    rows = []
+    for arm in [full, *(arm for arm, of_arm in arms.items() if arm != full and end_size(of_arm[0]) == size)]:
+        results = arms[arm]
+        rows.append(
+            [
+                arm,
+                str(len(results)),
+                f"{statistics.mean(recipe_of(result)['steps'] for result in results):.0f}",
+                with_interval([result["loss"] for result in results], statistics.mean, 3),
+                with_interval([result["recall_loss"] for result in results], statistics.mean, 2),
+                paired(results, arms.get(scratch, []), "loss", 1, 4),
+                paired(results, arms.get(control, []), "loss", 1, 4),
+            ]
+        )
+    header = ["arm", "seeds", "steps", "loss, nats", "loss of recall, nats", f"loss − {scratch}", f"loss − {control}"]
+    text = f"## {large} → {size} ({task_of(arms[full][0])})\n\n"
+    text += "Loss on validation text, and at the values of random pairs of tokens that were just read; with bootstrap "
+    text += "intervals of 95 % over the seeds. Differences are by seed, ± one standard deviation.\n\n"
     return text + table(header, rows)
 
 
@@ -164,13 +193,13 @@ def with_interval(values: list[float], statistic: Callable, digits: int) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def paired(results: list[dict], others: list[dict]) -> str:
-    """Return the mean difference of accuracies in points over the seeds that both have, ± standard deviation."""
-    there_are = {other["seed"]: other["accuracy"] for other in others}
-    points = [100 * (r["accuracy"] - there_are[r["seed"]]) for r in results if r["seed"] in there_are]
-    if results is others or len(points) < 2:
+def paired(results: list[dict], others: list[dict], name: str, scale: float, digits: int) -> str:
+    """Return the mean difference of a number over the seeds that both have, ± one standard deviation."""
+    there_are = {other["seed"]: other[name] for other in others}
+    differences = [scale * (r[name] - there_are[r["seed"]]) for r in results if r["seed"] in there_are]
+    if results is others or len(differences) < 2:
         return ""
-    return f"{statistics.mean(points):+.1f} ± {statistics.stdev(points):.1f}"
+    return f"{statistics.mean(differences):+.{digits}f} ± {statistics.stdev(differences):.{digits}f}"
 
 
 def cuts(arms: Arms) -> str:
@@ -336,8 +365,6 @@ def task_of(result: dict) -> str:
     task = result["settings"]["task"]
     if "pairs" in task:
         return f"recall of {task['pairs']} pairs of {task['keys']} keys"
-    return (
-        f"copying {task['told']} symbols of {task['symbols']} from among {task['length']}"
-        if "told" in task
-        else "text"
-    )
+    if "told" in task:
+        return f"copying {task['told']} symbols of {task['symbols']} from among {task['length']}"
+    return f"English, {task['vocab_size']} tokens"
