@@ -80,11 +80,8 @@ def tuning(arms: Arms) -> str:
     header = ["", *(f"{rate:g}, × {scale:g}" for rate, scale in starts)]
     task = task_of(runs[0])
     text = f"## Learning rate, and scale of the initial B and C ({task}; one seed)\n\n"
-    return (
-        text
-        + "Accuracy at the end, and the step at which it passed 90 %; in bold what each size is trained with.\n\n"
-        + table(header, lines)
-    )
+    text += "The loss" if "recall_loss" in runs[0] else "Accuracy at the end, and the step at which it passed 90 %"
+    return text + "; in bold what each size is trained with.\n\n" + table(header, lines)
 
 
 def difficulties(arms: Arms) -> str:
