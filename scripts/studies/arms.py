@@ -38,6 +38,11 @@ def cut_when_able(full: int, size: int) -> str:
     return f"{full} → {size} at {100 * ABLE:.0f} % accuracy"
 
 
+def then_reduced(full: int) -> str:
+    """Name the arm that is trained at the full size, and reduced in every way after its training."""
+    return f"{throughout(full)}, then reduced"
+
+
 def grown_to(arm: str, size: int) -> str:
     """Name an arm whose states are doubled whenever they are flat, up to this size."""
     return f"{arm}, grown to {size} when flat"

@@ -1,5 +1,8 @@
 """These functions make the models of the studies, and start parts of them anew."""
 
+import copy
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -45,6 +48,26 @@ def project(model: nn.Module, size: int, rows: str, batches: list[dict], seed: i
         generator = torch.Generator().manual_seed(seed)
         for mixer in state_layers(model).values():
             put_random_projections(mixer, size, full, generator)
+
+
+def reductions(
+    model: nn.Module, sizes: Iterable[int], ways: dict[str, dict], batches: list[dict], measure
+) -> list[dict]:
+    """Return what a trained model can do once it is reduced to each size in each way; it stays as it is.
+
+    Args:
+        ways: name → options of CompreSSMConfig.
+        batches: what the model is analysed on.
+        measure: model → numbers by name.
+    """
+    found = []
+    for size in sizes:
+        for way, options in ways.items():
+            config = CompreSSMConfig(**{"target_state_size": size, "calibration_batches": len(batches)} | options)
+            smaller = copy.deepcopy(model)
+            compress(smaller, analyze(smaller, batches, config))
+            found.append({"state_size": size, "way": way} | measure(smaller))
+    return found
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ for the full N and the smaller sizes r, are:
 - N → r at 5, 10, 25, 50 and 80 % of the steps in the balanced basis, when N of the same seed has passed 90 %, and when
   the spectra have settled;
 - at the size in the middle also: with refits, as a stock class by four choices of states, in four stages, and cut at
-  10 % with parts that start anew, one at a time.
+  10 % with parts that start anew, one at a time;
+- N throughout, reduced after its training to each r in each way.
 
 All arms of a seed see the same sequences in the same order, so up to its cut a run is the run of N, step by step; on a
 GPU but for round-off, which grows.
@@ -27,9 +28,19 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from .arms import as_long_as, cut_at, cut_when_able, difficulty_run, from_scratch, projected, rate_run, throughout
+from .arms import (
+    as_long_as,
+    cut_at,
+    cut_when_able,
+    difficulty_run,
+    from_scratch,
+    projected,
+    rate_run,
+    then_reduced,
+    throughout,
+)
 from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, TUNING_SEED, Run, Study, Task, once
-from .models import AFRESH, ROWS, model_of, project
+from .models import AFRESH, ROWS, model_of, project, reductions
 from .running import carry_out_all
 from .scalar_decay_results import first_able, report, throughput
 from .subspaces import SubspaceObserver
@@ -107,7 +118,10 @@ class ScalarDecayStudy(Study):
             turning = SubspaceObserver(self.middle, batches)
             observers = Observer(measure, batches), turning
         result = trained(recipe, self.training, model, data, measure, run.seed, folder, probe, observers)
-        return result | measure(model) | ({"subspaces": turning.overlaps()} if observers else {})
+        result |= measure(model) | ({"subspaces": turning.overlaps()} if observers else {})
+        if run.arm == then_reduced(self.sizes[0]):
+            result["reduced"] = reductions(model, self.sizes[1:], {"balanced": BALANCED} | WAYS, batches, measure)
+        return result
 
     def report(self, root: Path, results: list[dict]) -> None:
         """Print the tables, and put them and the figures beside the runs."""
@@ -188,7 +202,7 @@ class ScalarDecayStudy(Study):
         """Return arm → recipe of all other ways to this size."""
         large, goal = self.sizes[0], {"target_state_size": size}
         able, middle, early = cut_when_able(large, size), cut_at(MIDDLE, large, size), cut_at(0.1, large, size)
-        arms = {}
+        arms = {then_reduced(large): full}
         for name, way in WAYS.items():
             arms[f"{able}, {name}"] = replace(full, reduction=goal | way, schedule=once(moment))
         arms[f"{middle}, GHOST"] = replace(full, reduction=goal | WAYS["GHOST"], schedule=once(MIDDLE))

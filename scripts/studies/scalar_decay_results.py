@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_aside
 
-from .arms import ABLE, cut_at, cut_when_able, from_scratch, projected, throughout
+from .arms import ABLE, cut_at, cut_when_able, from_scratch, projected, then_reduced, throughout
 from .running import by_arm
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
@@ -38,7 +38,7 @@ def report(root: Path, results: list[dict]) -> None:
         sizes = sorted({end_size(of_arm[0]) for of_arm in compared.values()} - {large}, reverse=True)
         compare, is_text = (comparison_of_text, True) if "recall_loss" in compared[full][0] else (comparison, False)
         sections += [compare(compared, large, size) for size in sizes]
-        sections += [cuts(compared), subspaces(compared[full])]
+        sections += [cuts(compared), reduced(compared.get(then_reduced(large), [])), subspaces(compared[full])]
         save_figure(figure_of_curves(compared, large, sizes), root / "curves.png")
         if is_text:
             ends = figure_of_seeds(compared, large, sizes, lambda r: r["loss"], "loss at the end, nats")
@@ -220,6 +220,35 @@ def around_the_cut(result: dict) -> tuple[float, float, float]:
     before = [p["accuracy"] for p in probes if p["step"] <= step and p["state_size"] > end_size(result)]
     after = [p["accuracy"] for p in probes if p["step"] >= step and p["state_size"] == end_size(result)]
     return (before or [math.nan])[-1], (after or [math.nan])[0], result["accuracy"]
+
+
+def reduced(results: list[dict]) -> str:
+    """Tell what models can do once they are reduced after their training."""
+    if not results:
+        return ""
+    found = {}
+    for result in results:
+        for point in result["reduced"]:
+            found.setdefault(point["way"], {}).setdefault(point["state_size"], []).append(point)
+    sizes = sorted({size for of_way in found.values() for size in of_way}, reverse=True)
+    rows = [
+        [
+            way,
+            *(f"{spread(points, 'accuracy', 100, 1)} ({spread(points, 'loss', 1, 2)})" for points in of_way.values()),
+        ]
+        for way, of_way in found.items()
+    ]
+    text = f"## Reduced after training ({len(results)} seeds)\n\n"
+    text += "Accuracy in % and in brackets loss in nats, without any further training; before it, accuracy "
+    text += f"{spread(results, 'accuracy', 100, 1)} and loss {spread(results, 'loss', 1, 4)}.\n\n"
+    return text + table(["", *(f"N = {size}" for size in sizes)], rows)
+
+
+def spread(points: list[dict], name: str, scale: float, digits: int) -> str:
+    """Return mean ± one standard deviation."""
+    values = [scale * point[name] for point in points]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def subspaces(results: list[dict]) -> str:
