@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import build_model, build_trainer
+from conftest import ROOT, build_model, build_trainer
 from hub_fixtures import NAME, check_card
 from huggingface_hub import snapshot_download
 from scalar_decay_models import build_bamba, build_mamba2
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, analyze, compress
+from hf_compressm.architectures import state_sizes
 from hf_compressm.architectures.remote_code import CODE_FILES, needs_code
 from hf_compressm.sharing.hub import push_compressed
 from hf_compressm.sharing.model_card import CARD
@@ -94,3 +95,15 @@ def test_which_classes_need_code():
     assert needs_code("CompreSSMMambaForCausalLM") and needs_code("CompreSSMZamba2ForCausalLM")
     assert not needs_code("MambaForCausalLM") and not needs_code("GenerationMixin") and not needs_code("Zamba2Model")
     assert not needs_code(type(build_model()).__name__)
+
+
+@pytest.mark.parametrize("name", ["mamba2-kjv-8", "mamba2-kjv-8-balanced"])
+def test_the_reference_models_load_as_their_cards_say(name):
+    folder = ROOT / "model_cards" / name
+    model, read = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(read[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert set(state_sizes(model).values()) == {8} and needs_code(type(model).__name__) == name.endswith("balanced")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
+    check_card((folder / CARD).read_text())
+    tokens = AutoTokenizer.from_pretrained(folder)("And God said", return_tensors="pt")
+    assert model(**tokens, labels=tokens["input_ids"]).loss < 6  # chance is ln 2560 = 7.8
