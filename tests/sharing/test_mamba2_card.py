@@ -98,7 +98,7 @@ def test_which_classes_need_code():
 
 
 @pytest.mark.parametrize("name", ["mamba2-kjv-8", "mamba2-kjv-8-balanced"])
-def test_the_reference_models_load_as_their_cards_say(name):
+def test_the_reference_models_load_as_their_cards_say(hub, name):
     folder = ROOT / "model_cards" / name
     model, read = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(read[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
