@@ -33,6 +33,11 @@ def projected(size: int, full: int, rows: str) -> str:
     return f"{size} projected from {full} at the start, {rows}"
 
 
+def started_as(size: int, full: int) -> str:
+    """Name the arm that is as small from the start, with the learning rate and the scale of maps of the full size."""
+    return f"{from_scratch(size)}, started as N = {full}"
+
+
 def cut_when_able(full: int, size: int) -> str:
     """Name the arm that is cut when the full size of its seed has become able."""
     return f"{full} → {size} at {100 * ABLE:.0f} % accuracy"

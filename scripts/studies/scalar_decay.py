@@ -184,7 +184,7 @@ class ScalarDecayStudy(Study):
             cut = replace(full, reduction={"target_state_size": size} | BALANCED)
             arms[from_scratch(size)] = scratch = starts[size].recipe(size, self.steps)
             if starts[size] != starts[large]:
-                arms[f"{from_scratch(size)}, started as N = {large}"] = starts[large].recipe(size, self.steps)
+                arms[started_as(size, large)] = starts[large].recipe(size, self.steps)
             if not isinstance(self.task, EnglishText):  # of which a model is never able in that sense
                 arms[cut_when_able(large, size)] = replace(cut, schedule=once(moment))
             for rows in reversed(ROWS):

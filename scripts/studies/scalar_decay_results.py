@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_aside
 
-from .arms import ABLE, cut_at, cut_when_able, from_scratch, projected, then_reduced, throughout
+from .arms import ABLE, cut_at, cut_when_able, from_scratch, projected, started_as, then_reduced, throughout
 from .running import by_arm
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
@@ -98,10 +98,10 @@ def difficulties(arms: Arms) -> str:
 
 def comparison(arms: Arms, large: int, size: int) -> str:
     """Tell what every arm that ends at this size came to, beside N throughout."""
-    full, scratch = throughout(large), from_scratch(size)
+    full, scratch = throughout(large), best_from_scratch(arms, large, size)
     control = projected(size, large, "balanced")
     rows = []
-    for arm in [full, *(arm for arm, of_arm in arms.items() if arm != full and end_size(of_arm[0]) == size)]:
+    for arm in arms_that_end_at(arms, large, size):
         results = arms[arm]
         steps = [step_or_never(result) for result in results]
         prices = [price(result, step, large) for result, step in zip(results, steps, strict=True)]
@@ -118,21 +118,34 @@ def comparison(arms: Arms, large: int, size: int) -> str:
             ]
         )
     header = ["arm", "seeds", "accuracy at the end, %", f"seeds that passed {ABLE:.0%}", "median step", "median price"]
-    header += [f"accuracy − {scratch}", f"accuracy − {control}"]
+    header += [f"more than {scratch}", f"more than {control}"]
     text = f"## {large} → {size} ({task_of(arms[full][0])})\n\n"
     text += f"With bootstrap intervals of 95 % over the seeds. A step counts at which a model of {size} states passed "
     text += (
         f"{ABLE:.0%}; for {full}, one of {large}. A price is in steps of N = {large}, by the published throughputs "
     )
-    text += "of an H100. Differences are in points, by seed, ± one standard deviation.\n\n"
+    text += "of an H100. Differences are in points, by seed, ± one standard deviation; in brackets in "
+    text += "how many seeds an arm is better.\n\n"
     return text + table(header, rows)
+
+
+def arms_that_end_at(arms: Arms, large: int, size: int) -> list[str]:
+    """Return N throughout, then the arms that are as small at the end: from scratch, projected, cut."""
+    found = [arm for arm, results in arms.items() if end_size(results[0]) == size]
+    return [throughout(large), *sorted(found, key=lambda arm: ("→" in arm, "projected" in arm))]
+
+
+def best_from_scratch(arms: Arms, large: int, size: int) -> str:
+    """Return which start served the small size better with all seeds, where there are two."""
+    there_are = [arm for arm in (from_scratch(size), started_as(size, large)) if arm in arms]
+    return max(there_are, key=lambda arm: statistics.mean(result["accuracy"] for result in arms[arm]))
 
 
 def comparison_of_text(arms: Arms, large: int, size: int) -> str:
     """Tell what every arm of a language model that ends at this size came to, and what it recalls of random tokens."""
     full, scratch, control = throughout(large), from_scratch(size), projected(size, large, "balanced")
     rows = []
-    for arm in [full, *(arm for arm, of_arm in arms.items() if arm != full and end_size(of_arm[0]) == size)]:
+    for arm in arms_that_end_at(arms, large, size):
         results = arms[arm]
         rows.append(
             [
@@ -141,14 +154,18 @@ def comparison_of_text(arms: Arms, large: int, size: int) -> str:
                 f"{statistics.mean(recipe_of(result)['steps'] for result in results):.0f}",
                 with_interval([result["loss"] for result in results], statistics.mean, 3),
                 with_interval([result["recall_loss"] for result in results], statistics.mean, 2),
-                paired(results, arms.get(scratch, []), "loss", 1, 4),
-                paired(results, arms.get(control, []), "loss", 1, 4),
+                paired(results, arms.get(scratch, []), "loss", -1, 4),
+                paired(results, arms.get(control, []), "loss", -1, 4),
             ]
         )
-    header = ["arm", "seeds", "steps", "loss, nats", "loss of recall, nats", f"loss − {scratch}", f"loss − {control}"]
+    header = ["arm", "seeds", "steps", "loss, nats", "loss of recall, nats"]
+    header += [f"less loss than {scratch}", f"less loss than {control}"]
     text = f"## {large} → {size} ({task_of(arms[full][0])})\n\n"
     text += "Loss on validation text, and at the values of random pairs of tokens that were just read; with bootstrap "
-    text += "intervals of 95 % over the seeds. Differences are by seed, ± one standard deviation.\n\n"
+    text += (
+        "intervals of 95 % over the seeds. Differences are by seed, ± one standard deviation; in brackets in how many "
+    )
+    text += "seeds an arm is better.\n\n"
     return text + table(header, rows)
 
 
@@ -191,12 +208,17 @@ def with_interval(values: list[float], statistic: Callable, digits: int) -> str:
 
 
 def paired(results: list[dict], others: list[dict], name: str, scale: float, digits: int) -> str:
-    """Return the mean difference of a number over the seeds that both have, ± one standard deviation."""
+    """Return the mean difference of a number over the seeds that both have, ± one standard deviation, and its signs.
+
+    Args:
+        scale: of the number; negative where less is better, which the difference then is multiplied by, too.
+    """
     there_are = {other["seed"]: other[name] for other in others}
     differences = [scale * (r[name] - there_are[r["seed"]]) for r in results if r["seed"] in there_are]
     if results is others or len(differences) < 2:
         return ""
-    return f"{statistics.mean(differences):+.{digits}f} ± {statistics.stdev(differences):.{digits}f}"
+    told = f"{statistics.mean(differences):+.{digits}f} ± {statistics.stdev(differences):.{digits}f}"
+    return f"{told} ({sum(each > 0 for each in differences)} of {len(differences)})"
 
 
 def cuts(arms: Arms) -> str:
@@ -332,10 +354,7 @@ def figure_of_seeds(arms: Arms, large: int, sizes: Iterable[int], value: Callabl
         value: result → number; infinite ones are counted beside the line.
     """
     sizes = list(sizes)
-    shown = {
-        size: [throughout(large), *(arm for arm, results in arms.items() if end_size(results[0]) == size)]
-        for size in sizes
-    }
+    shown = {size: arms_that_end_at(arms, large, size) for size in sizes}
     heights = [len(of_size) for of_size in shown.values()]
     figure = Figure(figsize=(8, 1 + 0.22 * sum(heights) + 0.3 * len(sizes)), dpi=130, layout="constrained")
     panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
