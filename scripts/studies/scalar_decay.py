@@ -36,6 +36,7 @@ from .arms import (
     from_scratch,
     projected,
     rate_run,
+    started_as,
     then_reduced,
     throughout,
 )
