@@ -7,7 +7,7 @@ for the full N and the smaller sizes r, are:
 - N throughout, and r from scratch, each at the learning rate and the initial scale of B and C with which its size
   passed 90 % first (a grid, one seed of its own), and where that of N is another one also with that; what is cut
   trains as N does;
-- r from scratch with as many steps as the price of an H100 pays for N throughout;
+- r from scratch with as many steps as the price of an H100 pays for N throughout, and for the cut at 25 %;
 - r states that are projected from N features from the start, in random and in balanced subspaces, at the best learning
   rate: the architecture of a cut model without its training;
 - N → r at 5, 10, 25, 50 and 80 % of the steps in the balanced basis, when N of the same seed has passed 90 %, and when
@@ -55,6 +55,7 @@ H100 = {
     16: 195_000,
 }  # tokens/s by N, state-spaces/mamba #479; below 16 as at 16
 BALANCED, STOCK = {"basis": "balanced"}, {"basis": "axis"}
+LATER = 0.25  # when a cut is made that others are to last as long as
 AS_STOCK = "greedy, refitted"
 WAYS = {
     "balanced, refitted": BALANCED | REFIT,
@@ -183,9 +184,10 @@ class ScalarDecayStudy(Study):
         arms = {}
         for size in small:
             cut = replace(full, reduction={"target_state_size": size} | BALANCED)
-            arms[from_scratch(size)] = scratch = starts[size].recipe(size, self.steps)
+            scratch = {from_scratch(size): starts[size].recipe(size, self.steps)}
             if starts[size] != starts[large]:
-                arms[started_as(size, large)] = starts[large].recipe(size, self.steps)
+                scratch[started_as(size, large)] = starts[large].recipe(size, self.steps)
+            arms |= scratch
             if not isinstance(self.task, EnglishText):  # of which a model is never able in that sense
                 arms[cut_when_able(large, size)] = replace(cut, schedule=once(moment))
             for rows in reversed(ROWS):
@@ -195,8 +197,11 @@ class ScalarDecayStudy(Study):
                 arms[cut_at(end, large, size)] = replace(cut, schedule=once(end))
             stock = {"target_state_size": size} | WAYS[AS_STOCK]
             arms[f"{cut_at(MIDDLE, large, size)}, {AS_STOCK}"] = replace(full, reduction=stock, schedule=once(MIDDLE))
-            longer = round(self.steps * throughput(size) / throughput(large))
-            arms[as_long_as(from_scratch(size), throughout(large))] = replace(scratch, steps=longer)
+            price = throughput(size) / throughput(large)
+            for arm, recipe in scratch.items():
+                for other, share in ((throughout(large), 1), (cut_at(LATER, large, size), LATER)):
+                    steps = round(self.steps * (share * price + 1 - share))
+                    arms[as_long_as(arm, other)] = replace(recipe, steps=steps)
         return arms | (self.ablations_of(self.middle, full, moment) if self.ablations else {})
 
     def ablations_of(self, size: int, full: Recipe, moment: float) -> dict[str, Recipe]:

@@ -261,7 +261,7 @@ def test_recall_of_a_mamba2_is_studied_against_its_controls(tmp_path):
     output = run_program(SMALL_STUDY_OF_MAMBA2, "recall-mamba2", tmp_path, **ONE_THREAD).stdout
     results = {result["arm"]: result for result in map(json.loads, (f.read_text() for f in tmp_path.glob("*/*.json")))}
     compared = {arm: result for arm, result in results.items() if not arm.startswith(("difficulty", "rate"))}
-    assert len(compared) == 1 + 2 * 11 + 6 + 3 + 4 + 1
+    assert len([arm for arm in compared if "started as" not in arm]) == 1 + 2 * 12 + 6 + 3 + 4 + 1
     assert len(results) - len(compared) == 3 + 4 * 2  # a difficulty and two starts
     assert all(f"| {arm} |" in output for arm in compared if "then" not in arm)
     assert "## Reduced after training (1 seeds)" in output and "| GHOST, refitted | " in output
