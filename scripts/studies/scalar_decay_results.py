@@ -39,10 +39,10 @@ def report(root: Path, results: list[dict]) -> None:
         compare, is_text = (comparison_of_text, True) if "recall_loss" in compared[full][0] else (comparison, False)
         sections += [compare(compared, large, size) for size in sizes]
         sections += [cuts(compared), reduced(compared.get(then_reduced(large), [])), subspaces(compared[full])]
-        save_figure(figure_of_curves(compared, large, sizes), root / "curves.png")
         if is_text:
             ends = figure_of_seeds(compared, large, sizes, lambda r: r["loss"], "loss at the end, nats")
         else:
+            save_figure(figure_of_curves(compared, large, sizes), root / "curves.png")
             steps = f"step at which a model of the final size passed {ABLE:.0%}"
             save_figure(figure_of_seeds(compared, large, sizes, step_or_never, steps), root / "steps.png")
             percent = "accuracy at the end, %"
@@ -70,6 +70,8 @@ def tuning(arms: Arms) -> str:
         able = first_able(run["probes"])
         row = (recipe["state_size"], bool(recipe.get("projected")), end_size(run))
         told = f"{run['accuracy']:.1%}" + (f" ({able})" if able else "")
+        if "recall_loss" in run:
+            told = f"{run['loss']:.3f}"
         merit = math.inf if able is None else able, run["loss"]
         rows.setdefault(row, {})[recipe["learning_rate"], recipe.get("map_scale", 1.0)] = merit, told
     lines = []
