@@ -48,7 +48,7 @@ def report(root: Path, results: list[dict]) -> None:
             percent = "accuracy at the end, %"
             ends = figure_of_seeds(compared, large, sizes, lambda r: 100 * r["accuracy"], percent)
         save_figure(ends, root / "ends.png")
-        save_figure(figure_of_settling(compared[full]), root / "settling.png")
+        save_figure(figure_of_settling(compared[full], large, sizes[len(sizes) // 2]), root / "settling.png")
     text = "\n".join(section for section in sections if section)
     write_aside(root / "tables.md", lambda path: path.write_text(text))
     print(text)
@@ -324,10 +324,10 @@ def figure_of_curves(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
     for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
         shown = {
             throughout(large): throughout(large),
-            from_scratch(size): "r from scratch",
+            best_from_scratch(arms, large, size): "r from scratch",
             projected(size, large, "balanced"): f"r projected from {large} at the start",
             cut_at(0.25, large, size): f"{large} → r at 25 %",
-            cut_when_able(large, size): f"{large} → r when {large} had passed {ABLE:.0%}",
+            cut_when_able(large, size): f"{large} → r at {100 * ABLE:.0f} % accuracy",
         }
         for i, (arm, label) in enumerate(shown.items()):
             if arm in arms:
@@ -357,31 +357,39 @@ def figure_of_seeds(arms: Arms, large: int, sizes: Iterable[int], value: Callabl
     """
     sizes = list(sizes)
     shown = {size: arms_that_end_at(arms, large, size) for size in sizes}
-    heights = [len(of_size) for of_size in shown.values()]
-    figure = Figure(figsize=(8, 1 + 0.22 * sum(heights) + 0.3 * len(sizes)), dpi=130, layout="constrained")
-    panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    heights = [len(of_size) + 2 for of_size in shown.values()]
+    most = max(len(results) for results in arms.values())
+    figure = Figure(figsize=(8, 1 + 0.24 * sum(heights)), dpi=130, layout="constrained")
+    panels = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, size in zip(panels, sizes, strict=True):
         values = {arm: [value(result) for result in arms[arm]] for arm in shown[size]}
-        order = sorted(values, key=lambda arm: (arm != throughout(large), statistics.median(values[arm])))
+        order = sorted(values, key=lambda arm: (arm != throughout(large), statistics.mean(values[arm])))
         for row, arm in enumerate(order):
             there_are = [each for each in values[arm] if math.isfinite(each)]
             axes.plot(there_are, [row] * len(there_are), "o", color="C0", markersize=4, alpha=0.5, markeredgewidth=0)
-            middle, missing = statistics.median(values[arm]), len(values[arm]) - len(there_are)
-            if math.isfinite(middle):
-                axes.plot([middle], [row], "|", color="C3", markersize=11, markeredgewidth=2)
-            if missing:
+            for statistic, mark in ((statistics.median, "|"), (statistics.mean, "d")):
+                if math.isfinite(middle := statistic(values[arm])):
+                    style = {"markersize": 11, "markeredgewidth": 2} if mark == "|" else {"markersize": 5}
+                    axes.plot([middle], [row], mark, color="C3", **style)
+            if missing := len(values[arm]) - len(there_are):
                 place = {"xy": (1.01, row), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
                 axes.annotate(f"{missing} of {len(values[arm])} never", **place, fontsize=7, va="center", color="C3")
-        axes.set_yticks(range(len(order)), order, fontsize=7)
+        seeds = {arm: "" if len(values[arm]) == most else f" ({len(values[arm])} seeds)" for arm in order}
+        axes.set_yticks(range(len(order)), [arm + seeds[arm] for arm in order], fontsize=7)
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.grid(axis="y", color="0.93")
         axes.set_axisbelow(True)
-    panels[-1].set_xlabel(f"{label} (dots: seeds; bar: median)")
+        axes.set_title(f"{large} → {size}", fontsize=9)
+    panels[-1].set_xlabel(f"{label} (dots: seeds; bar: median; diamond: mean)")
     return figure
 
 
-def figure_of_settling(results: list[dict]) -> Figure:
-    """Draw beside the accuracy of N throughout the effective rank and the overlap of subspaces, every seed."""
+def figure_of_settling(results: list[dict], large: int, size: int) -> Figure:
+    """Draw beside the accuracy of N throughout the effective rank and the overlap of subspaces, every seed.
+
+    Args:
+        size: r, the dimension of the subspaces.
+    """
     figure = Figure(figsize=(12, 3.8), dpi=130, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for result in results:
@@ -398,6 +406,7 @@ def figure_of_settling(results: list[dict]) -> Figure:
     middle.set(xlabel="step", ylabel="effective rank of σ², mean of the layers")
     right.plot([], [], "C2", label="with the end")
     right.plot([], [], "0.6", label="of two draws of data")
+    right.axhline(size / large, color="C3", linestyle=":", linewidth=1, label="of random subspaces")
     right.legend(frameon=False, fontsize=8)
     right.set(xlabel="step", ylabel="overlap of the kept subspaces", ylim=(0, 1.03))
     return figure
@@ -414,4 +423,4 @@ def task_of(result: dict) -> str:
         return f"recall of {task['pairs']} pairs of {task['keys']} keys"
     if "told" in task:
         return f"copying {task['told']} symbols of {task['symbols']} from among {task['length']}"
-    return f"English, {task['vocab_size']} tokens"
+    return f"English, a vocabulary of {task['vocab_size']}"
