@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -363,7 +364,7 @@ def figure_of_seeds(arms: Arms, large: int, sizes: Iterable[int], value: Callabl
     panels = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, size in zip(panels, sizes, strict=True):
         values = {arm: [value(result) for result in arms[arm]] for arm in shown[size]}
-        order = sorted(values, key=lambda arm: (arm != throughout(large), statistics.mean(values[arm])))
+        order = sorted(values, key=partial(_place, values, throughout(large)))
         for row, arm in enumerate(order):
             there_are = [each for each in values[arm] if math.isfinite(each)]
             axes.plot(there_are, [row] * len(there_are), "o", color="C0", markersize=4, alpha=0.5, markeredgewidth=0)
@@ -380,8 +381,14 @@ def figure_of_seeds(arms: Arms, large: int, sizes: Iterable[int], value: Callabl
         axes.grid(axis="y", color="0.93")
         axes.set_axisbelow(True)
         axes.set_title(f"{large} → {size}", fontsize=9)
-    panels[-1].set_xlabel(f"{label} (dots: seeds; bar: median; diamond: mean)")
+    panels[-1].set_xlabel(f"{label} (dots: seeds; bar: median; diamond: mean)", fontsize=8)
     return figure
+
+
+def _place(values: dict[str, list[float]], first: str, arm: str) -> tuple:
+    """Return what arms are sorted by: how many seeds have no finite value, then the mean of the others."""
+    there_are = [each for each in values[arm] if math.isfinite(each)]
+    return arm != first, len(values[arm]) - len(there_are), statistics.mean(there_are or [0])
 
 
 def figure_of_settling(results: list[dict], large: int, size: int) -> Figure:
