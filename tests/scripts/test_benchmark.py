@@ -128,4 +128,7 @@ def test_sizes_for_a_gpu_are_those_of_the_published_models(scripts):
     mamba1, mamba2 = (family(args) for family in scripts("benchmark").FAMILIES.values())
     assert mamba1.shape == mamba2.shape and mamba1.shape.channels == 2 * 768
     assert mamba1.own_scans == ["triton", "torch"] and mamba2.own_scans[-1] == "torch"
-    assert scripts("benchmark").parse_arguments(["mamba"])[1:] == (["mamba"], ["scan", "training", "throughput", "decoding"])
+    assert scripts("benchmark").parse_arguments(["mamba"])[1:] == (
+        ["mamba"],
+        ["scan", "training", "throughput", "decoding"],
+    )
