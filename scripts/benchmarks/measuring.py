@@ -30,12 +30,9 @@ def prepare(args: Arguments) -> None:
 
 def machine(args: Arguments) -> dict:
     """Return what the numbers were taken on."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "avx512": any(" avx512f " in line for line in lines),
+        "cpu": processor(),
+        "avx512": any(" avx512f " in line for line in cpu_info()),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "threads": torch.get_num_threads(),
@@ -44,6 +41,18 @@ def machine(args: Arguments) -> dict:
         "transformers": transformers.__version__,
         **env_report(),
     }
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    names = [line.split(":", 1)[1].strip() for line in cpu_info() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def cpu_info() -> list[str]:
+    """Return what Linux says of the processor, and nothing elsewhere."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,11 @@ class Study:
         """Yield a run for every difficulty at every size."""
         for task in self.difficulties:
             for size in self.sizes:
-                recipe = Recipe(size, self.learning_rates[(len(self.learning_rates) - 1) // 2], self.steps)
-                yield Run(difficulty_run(task.difficulty, size), TUNING_SEED, recipe, task)
+                yield Run(difficulty_run(task.difficulty, size), TUNING_SEED, self.swept(size), task)
+
+    def swept(self, size: int) -> Recipe:
+        """Return how a size is trained at every difficulty: at the learning rate in the middle of the grid."""
+        return Recipe(size, self.learning_rates[(len(self.learning_rates) - 1) // 2], self.steps)
 
     def tuning(self) -> Iterator[Run]:
         """Yield a run for every learning rate at every size."""

@@ -170,16 +170,21 @@ def clock_of(arms: Arms) -> dict[str, float]:
 
 def seconds_of(result: dict, clock: dict[str, float], end: int | None = None) -> float:
     """Return the time of a run up to a step, or of all of it: its steps at each size by the clock, and the cuts."""
+    end = steps_of(result) if end is None else end
+    cutting = result["cutting_seconds"] if any(cut["step"] <= end for cut in result["cuts"]) else 0.0
+    return cutting + sum(steps * clock[str(size)] for size, steps in steps_at_sizes(result, end) if steps)
+
+
+def steps_at_sizes(result: dict, end: int) -> list[tuple[int, int]]:
+    """Return (size, steps) of a run up to a step, for each size that it has had, in turn."""
+    recipe = result["settings"]["recipe"]
     changes = [
-        (0, result["settings"]["recipe"]["state_size"]),
+        (0, recipe["projected"][0] if recipe.get("projected") else recipe["state_size"]),
         *((cut["step"], max(cut["state_sizes"])) for cut in result["cuts"]),
     ]
     changes += [(growth["step"], growth["state_size"]) for growth in result.get("growths", [])]
-    end = steps_of(result) if end is None else end
     ends = [min(step, end) for step, _ in changes[1:]] + [end]
-    steps = [(max(0, last - first), size) for (first, size), last in zip(changes, ends, strict=True)]
-    cutting = result["cutting_seconds"] if any(cut["step"] <= end for cut in result["cuts"]) else 0.0
-    return cutting + sum(count * clock[str(size)] for count, size in steps if count)
+    return [(size, max(0, last - first)) for (first, size), last in zip(changes, ends, strict=True)]
 
 
 def steps_of(result: dict) -> int:

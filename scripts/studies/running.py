@@ -7,7 +7,6 @@ an `arm`, a `seed` and a `name` for its folder. All that a result depends on is 
 import json
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
+from benchmarks.measuring import processor
 from transformers.utils.logging import disable_progress_bar
 
 from hf_compressm.storage.files import write_aside, write_json
@@ -66,11 +66,8 @@ def carry_out(study, run, root: Path, threads: int) -> tuple:
 
 def machine() -> str:
     """Return the name of the processor, and of the GPU if there is one: times compare on the same machine alone."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return ", ".join([names[0] if names else platform.processor(), *gpu])
+    return ", ".join([processor(), *gpu])
 
 
 def result_file(folder: Path) -> Path:

@@ -20,7 +20,6 @@ All arms of a seed see the same sequences in the same order, so up to its cut a 
 GPU but for round-off, which grows.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +31,6 @@ from .arms import (
     as_long_as,
     cut_at,
     cut_when_able,
-    difficulty_run,
     from_scratch,
     projected,
     rate_run,
@@ -43,17 +41,11 @@ from .arms import (
 from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, TUNING_SEED, Run, Study, Task, once
 from .models import AFRESH, ROWS, model_of, project, reductions
 from .running import carry_out_all
-from .scalar_decay_results import first_able, report, throughput
+from .scalar_decay_results import first_able, merit, report, throughput
 from .subspaces import SubspaceObserver
 from .text import EnglishText
 from .training import PROBED_SEQUENCES, Observer, Recipe, ranking_batches, trained
 
-H100 = {
-    128: 65_000,
-    64: 100_000,
-    32: 150_000,
-    16: 195_000,
-}  # tokens/s by N, state-spaces/mamba #479; below 16 as at 16
 BALANCED, STOCK = {"basis": "balanced"}, {"basis": "axis"}
 LATER = 0.25  # when a cut is made that others are to last as long as
 AS_STOCK = "greedy, refitted"
@@ -100,9 +92,9 @@ class ScalarDecayStudy(Study):
         self.task.prepare(root)
         starts = self.best_starts(carry_out_all(self, [*self.sweep(), *self.tuning()], root, jobs))
         full = starts[self.sizes[0]].recipe(self.sizes[0], self.steps)
-        name = throughout(self.sizes[0])
-        reference = carry_out_all(self, [Run(name, seed, full, self.task) for seed in seeds], root, jobs)
-        arms = [self.arms(starts, full, reference[Run(name, seed, full, self.task).name]) for seed in seeds]
+        runs = [Run(throughout(self.sizes[0]), seed, full, self.task) for seed in seeds]
+        reference = carry_out_all(self, runs, root, jobs)
+        arms = [self.arms(starts, full, reference[run.name]) for run in runs]
         runs = [Run(arm, seed, arms[i][arm], self.task) for arm in arms[0] for i, seed in enumerate(seeds)]
         carry_out_all(self, runs, root, jobs)
 
@@ -129,13 +121,10 @@ class ScalarDecayStudy(Study):
         """Print the tables, and put them and the figures beside the runs."""
         report(root, results)
 
-    def sweep(self) -> Iterator[Run]:
-        """Yield a run for every difficulty at every size, from a start in the middle of the grid."""
+    def swept(self, size: int) -> Recipe:
+        """Return how a size is trained at every difficulty: from a start in the middle of the grid."""
         start = Start(self.learning_rates[len(self.learning_rates) // 2], self.scales[len(self.scales) // 2])
-        for task in self.difficulties:
-            for size in self.sizes:
-                arm = difficulty_run(task.difficulty, size)
-                yield Run(arm, TUNING_SEED, start.recipe(size, self.steps), task)
+        return start.recipe(size, self.steps)
 
     def tuning(self) -> Iterator[Run]:
         """Yield the runs of the grid, for every size and for the projected control."""
@@ -159,12 +148,10 @@ class ScalarDecayStudy(Study):
     def best_starts(self, results: dict[str, dict]) -> dict[int | None, Start]:
         """Return size → the start that passed 90 % first, or led to the lowest loss; of the projected one for None."""
 
-        def merit(size: int | None, start: Start) -> tuple[float, float]:
-            result = results[self.tried(size, start).name]
-            step = first_able(result["probes"])
-            return math.inf if step is None else step, result["loss"]
+        def merit_of(size: int | None, start: Start) -> tuple[float, float]:
+            return merit(results[self.tried(size, start).name])
 
-        return {size: min(self.grid, key=partial(merit, size)) for size in (*self.sizes, None)}
+        return {size: min(self.grid, key=partial(merit_of, size)) for size in (*self.sizes, None)}
 
     @property
     def middle(self) -> int:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from benchmarks.measuring import table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,10 +16,11 @@ from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_aside
 
 from .arms import ABLE, cut_at, cut_when_able, from_scratch, projected, started_as, then_reduced, throughout
+from .language_results import BEFORE_COMPARISON, spread, steps_at_sizes
 from .running import by_arm
+from .training import effective_number
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
-BEFORE_COMPARISON = ("difficulty", "rate")  # how the arms of the runs begin that only prepare the comparison
 PUBLISHED = {128: 65, 64: 100, 32: 150, 16: 195}  # thousand tokens/s on an H100 by N, state-spaces/mamba #479
 RESAMPLES = 10_000
 
@@ -26,6 +28,12 @@ RESAMPLES = 10_000
 def first_able(probes: list[dict], size: int | None = None) -> int | None:
     """Return the first step at which a model of this size, of any for None, was right in 90 % of the cases."""
     return next((p["step"] for p in probes if p["accuracy"] >= ABLE and size in (None, p["state_size"])), None)
+
+
+def merit(result: dict) -> tuple[float, float]:
+    """Return what starts are compared by, less is better: the step at which a run became able, then its loss."""
+    step = first_able(result["probes"])
+    return math.inf if step is None else step, result["loss"]
 
 
 def report(root: Path, results: list[dict]) -> None:
@@ -73,8 +81,7 @@ def tuning(arms: Arms) -> str:
         told = f"{run['accuracy']:.1%}" + (f" ({able})" if able else "")
         if "recall_loss" in run:
             told = f"{run['loss']:.3f}"
-        merit = math.inf if able is None else able, run["loss"]
-        rows.setdefault(row, {})[recipe["learning_rate"], recipe.get("map_scale", 1.0)] = merit, told
+        rows.setdefault(row, {})[recipe["learning_rate"], recipe.get("map_scale", 1.0)] = merit(run), told
     lines = []
     for (size, is_projected, end), cells in sorted(rows.items(), reverse=True):
         best = min(cells, key=cells.get)
@@ -124,10 +131,8 @@ def comparison(arms: Arms, large: int, size: int) -> str:
     header += [f"more than {scratch}", f"more than {control}"]
     text = f"## {large} → {size} ({task_of(arms[full][0])})\n\n"
     text += f"With bootstrap intervals of 95 % over the seeds. A step counts at which a model of {size} states passed "
-    text += (
-        f"{ABLE:.0%}; for {full}, one of {large}. A price is in steps of N = {large}, by the published throughputs "
-    )
-    text += "of an H100. Differences are in points, by seed, ± one standard deviation; in brackets in "
+    text += f"{ABLE:.0%}; for {full}, one of {large}. A price is in steps of N = {large}, by the published "
+    text += "throughputs of an H100. Differences are in points, by seed, ± one standard deviation; in brackets in "
     text += "how many seeds an arm is better.\n\n"
     return text + table(header, rows)
 
@@ -165,10 +170,8 @@ def comparison_of_text(arms: Arms, large: int, size: int) -> str:
     header += [f"less loss than {scratch}", f"less loss than {control}"]
     text = f"## {large} → {size} ({task_of(arms[full][0])})\n\n"
     text += "Loss on validation text, and at the values of random pairs of tokens that were just read; with bootstrap "
-    text += (
-        "intervals of 95 % over the seeds. Differences are by seed, ± one standard deviation; in brackets in how many "
-    )
-    text += "seeds an arm is better.\n\n"
+    text += "intervals of 95 % over the seeds. Differences are by seed, ± one standard deviation; in brackets in how "
+    text += "many seeds an arm is better.\n\n"
     return text + table(header, rows)
 
 
@@ -187,15 +190,7 @@ def price(result: dict, end: float, large: int) -> float:
     """Return what the steps up to one cost, in steps at N = `large`."""
     if math.isinf(end):
         return end
-    sizes = [(0, result["settings"]["recipe"]["state_size"])]
-    if projection := result["settings"]["recipe"].get("projected"):
-        sizes = [(0, projection[0])]
-    sizes += [(cut["step"], max(cut["state_sizes"])) for cut in result["cuts"]]
-    ends = [min(step, end) for step, _ in sizes[1:]] + [end]
-    return sum(
-        max(0, last - first) * throughput(large) / throughput(size)
-        for (first, size), last in zip(sizes, ends, strict=True)
-    )
+    return sum(steps * throughput(large) / throughput(size) for size, steps in steps_at_sizes(result, end))
 
 
 def with_interval(values: list[float], statistic: Callable, digits: int) -> str:
@@ -256,24 +251,17 @@ def reduced(results: list[dict]) -> str:
         for point in result["reduced"]:
             found.setdefault(point["way"], {}).setdefault(point["state_size"], []).append(point)
     sizes = sorted({size for of_way in found.values() for size in of_way}, reverse=True)
-    rows = [
-        [
-            way,
-            *(f"{spread(points, 'accuracy', 100, 1)} ({spread(points, 'loss', 1, 2)})" for points in of_way.values()),
-        ]
-        for way, of_way in found.items()
-    ]
+    rows = [[way, *map(accuracy_and_loss, of_way.values())] for way, of_way in found.items()]
     text = f"## Reduced after training ({len(results)} seeds)\n\n"
-    text += "Accuracy in % and in brackets loss in nats, without any further training; before it, accuracy "
-    text += f"{spread(results, 'accuracy', 100, 1)} and loss {spread(results, 'loss', 1, 4)}.\n\n"
+    text += "Accuracy in % and in brackets loss in nats, without any further training; before it "
+    text += f"{accuracy_and_loss(results, 4)}.\n\n"
     return text + table(["", *(f"N = {size}" for size in sizes)], rows)
 
 
-def spread(points: list[dict], name: str, scale: float, digits: int) -> str:
-    """Return mean ± one standard deviation."""
-    values = [scale * point[name] for point in points]
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+def accuracy_and_loss(points: list[dict], digits: int = 2) -> str:
+    """Return accuracy in %, and in brackets the loss with these digits, means ± standard deviations."""
+    accuracy, loss = [100 * point["accuracy"] for point in points], [point["loss"] for point in points]
+    return f"{spread(accuracy, 1)} ({spread(loss, digits)})"
 
 
 def subspaces(results: list[dict]) -> str:
@@ -311,11 +299,8 @@ def subspaces(results: list[dict]) -> str:
 
 def effective_rank(point: dict) -> float:
     """Return exp of the entropy of σ² / Σ σ², the mean over the layers."""
-    ranks = []
-    for spectrum in point["hankel_singular_values"]:
-        shares = np.square(np.array(spectrum)) / np.square(spectrum).sum()
-        ranks.append(math.exp(-sum(share * math.log(share) for share in shares if share > 0)))
-    return statistics.mean(ranks)
+    spectra = map(torch.tensor, point["hankel_singular_values"])
+    return statistics.mean(effective_number(spectrum.double().square()) for spectrum in spectra)
 
 
 def figure_of_curves(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:

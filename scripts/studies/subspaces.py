@@ -8,6 +8,8 @@ from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMConfig, analyze
 
+from .training import OBSERVATIONS
+
 
 @dataclass(frozen=True)
 class Subspaces:
@@ -33,7 +35,7 @@ class SubspaceObserver(TrainerCallback):
         self.size, self.halves, self.seen = size, (batches[::2], batches[1::2]), []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % max(1, state.max_steps // 10) == 0:
+        if state.global_step % max(1, state.max_steps // OBSERVATIONS) == 0:
             first, second = (self.subspaces(model, batches) for batches in self.halves)
             self.seen.append(Subspaces(state.global_step, (first, second)))
 

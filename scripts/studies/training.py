@@ -16,13 +16,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_compressm import (
-    CompreSSMCallback,
-    CompreSSMConfig,
-    CompreSSMSchedule,
-    install_scan,
-    parameter_groups,
-)
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMSchedule, install_scan, parameter_groups
 from hf_compressm.architectures import state_layers, state_sizes
 from hf_compressm.storage.history import save_history
 from hf_compressm.surgery.shrink_and_grow import grow_state
