@@ -41,7 +41,8 @@ from .arms import (
 from .language import COPYING, MIDDLE, RECALL, REFIT, SETTLED, TUNING_SEED, Run, Study, Task, once
 from .models import AFRESH, ROWS, model_of, project, reductions
 from .running import carry_out_all
-from .scalar_decay_results import first_able, merit, report, throughput
+from .scalar_decay_readings import first_able, merit, throughput
+from .scalar_decay_results import report
 from .subspaces import SubspaceObserver
 from .text import EnglishText
 from .training import PROBED_SEQUENCES, Observer, Recipe, ranking_batches, trained

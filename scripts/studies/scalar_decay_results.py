@@ -1,39 +1,36 @@
-"""This module makes the tables and figures of the studies of Mamba-2, from the JSONs of their runs alone."""
+"""This module makes the report of a study of Mamba-2, its tables and figures, from the JSONs of its runs alone."""
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from benchmarks.measuring import table
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from hf_compressm.plotting import save_figure
 from hf_compressm.storage.files import write_aside
 
-from .arms import ABLE, cut_at, cut_when_able, from_scratch, projected, started_as, then_reduced, throughout
-from .language_results import BEFORE_COMPARISON, spread, steps_at_sizes
+from .arms import ABLE, from_scratch, projected, then_reduced, throughout
+from .language_results import BEFORE_COMPARISON, spread
 from .running import by_arm
-from .training import effective_number
+from .scalar_decay_figures import figure_of_curves, figure_of_seeds, figure_of_settling
+from .scalar_decay_readings import (
+    Arms,
+    arms_that_end_at,
+    around_the_cut,
+    best_from_scratch,
+    effective_rank,
+    end_size,
+    first_able,
+    merit,
+    price,
+    recipe_of,
+    step_or_never,
+    task_of,
+)
 
-Arms = dict[str, list[dict]]  # arm → its results, a seed each
-PUBLISHED = {128: 65, 64: 100, 32: 150, 16: 195}  # thousand tokens/s on an H100 by N, state-spaces/mamba #479
 RESAMPLES = 10_000
-
-
-def first_able(probes: list[dict], size: int | None = None) -> int | None:
-    """Return the first step at which a model of this size, of any for None, was right in 90 % of the cases."""
-    return next((p["step"] for p in probes if p["accuracy"] >= ABLE and size in (None, p["state_size"])), None)
-
-
-def merit(result: dict) -> tuple[float, float]:
-    """Return what starts are compared by, less is better: the step at which a run became able, then its loss."""
-    step = first_able(result["probes"])
-    return math.inf if step is None else step, result["loss"]
 
 
 def report(root: Path, results: list[dict]) -> None:
@@ -61,11 +58,6 @@ def report(root: Path, results: list[dict]) -> None:
     text = "\n".join(section for section in sections if section)
     write_aside(root / "tables.md", lambda path: path.write_text(text))
     print(text)
-
-
-def end_size(result: dict) -> int:
-    """Return N at the end of a run."""
-    return max(result["state_sizes"])
 
 
 def tuning(arms: Arms) -> str:
@@ -137,18 +129,6 @@ def comparison(arms: Arms, large: int, size: int) -> str:
     return text + table(header, rows)
 
 
-def arms_that_end_at(arms: Arms, large: int, size: int) -> list[str]:
-    """Return N throughout, then the arms that are as small at the end: from scratch, projected, cut."""
-    found = [arm for arm, results in arms.items() if end_size(results[0]) == size]
-    return [throughout(large), *sorted(found, key=lambda arm: ("→" in arm, "projected" in arm))]
-
-
-def best_from_scratch(arms: Arms, large: int, size: int) -> str:
-    """Return which start served the small size better with all seeds, where there are two."""
-    there_are = [arm for arm in (from_scratch(size), started_as(size, large)) if arm in arms]
-    return max(there_are, key=lambda arm: statistics.mean(result["accuracy"] for result in arms[arm]))
-
-
 def comparison_of_text(arms: Arms, large: int, size: int) -> str:
     """Tell what every arm of a language model that ends at this size came to, and what it recalls of random tokens."""
     full, scratch, control = throughout(large), from_scratch(size), projected(size, large, "balanced")
@@ -173,24 +153,6 @@ def comparison_of_text(arms: Arms, large: int, size: int) -> str:
     text += "intervals of 95 % over the seeds. Differences are by seed, ± one standard deviation; in brackets in how "
     text += "many seeds an arm is better.\n\n"
     return text + table(header, rows)
-
-
-def step_or_never(result: dict) -> float:
-    """Return the first step at which the model was as small as at the end, and able; ∞ if there is none."""
-    step = first_able(result["probes"], end_size(result))
-    return math.inf if step is None else step
-
-
-def throughput(size: int) -> float:
-    """Return the published throughput at N, or at the next size that is known."""
-    return PUBLISHED[min(known for known in PUBLISHED if known >= size)]
-
-
-def price(result: dict, end: float, large: int) -> float:
-    """Return what the steps up to one cost, in steps at N = `large`."""
-    if math.isinf(end):
-        return end
-    return sum(steps * throughput(large) / throughput(size) for size, steps in steps_at_sizes(result, end))
 
 
 def with_interval(values: list[float], statistic: Callable, digits: int) -> str:
@@ -232,14 +194,6 @@ def cuts(arms: Arms) -> str:
         return ""
     header = ["arm", "step of the cut", "accuracy before", "right after", "at the end"]
     return "## What a cut costs at once (medians)\n\n" + table(header, rows)
-
-
-def around_the_cut(result: dict) -> tuple[float, float, float]:
-    """Return the accuracy before a cut, after it and at the end."""
-    step, probes = result["cuts"][0]["step"], result["probes"]
-    before = [p["accuracy"] for p in probes if p["step"] <= step and p["state_size"] > end_size(result)]
-    after = [p["accuracy"] for p in probes if p["step"] >= step and p["state_size"] == end_size(result)]
-    return (before or [math.nan])[-1], (after or [math.nan])[0], result["accuracy"]
 
 
 def reduced(results: list[dict]) -> str:
@@ -295,124 +249,3 @@ def subspaces(results: list[dict]) -> str:
     text += "Overlaps are mean squared cosines of the principal angles of the subspaces that a cut would keep, 1 for "
     text += "equal ones; the effective rank is exp of the entropy of σ², mean over layers and seeds.\n\n"
     return text + table(header, rows)
-
-
-def effective_rank(point: dict) -> float:
-    """Return exp of the entropy of σ² / Σ σ², the mean over the layers."""
-    spectra = map(torch.tensor, point["hankel_singular_values"])
-    return statistics.mean(effective_number(spectrum.double().square()) for spectrum in spectra)
-
-
-def figure_of_curves(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
-    """Draw the accuracy along training, the median over the seeds with quartiles, of the chief arms of each size."""
-    sizes = list(sizes)
-    figure = Figure(figsize=(1 + 3.8 * len(sizes), 4.4), dpi=130, layout="constrained")
-    for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
-        shown = {
-            throughout(large): throughout(large),
-            best_from_scratch(arms, large, size): "r from scratch",
-            projected(size, large, "balanced"): f"r projected from {large} at the start",
-            cut_at(0.25, large, size): f"{large} → r at 25 %",
-            cut_when_able(large, size): f"{large} → r at {100 * ABLE:.0f} % accuracy",
-        }
-        for i, (arm, label) in enumerate(shown.items()):
-            if arm in arms:
-                _draw_curve(axes, arms[arm], f"C{i}", label)
-        axes.axhline(100 * ABLE, color="grey", linestyle=":", linewidth=1)
-        axes.set(xlabel="step", title=f"r = {size}")
-    figure.axes[0].set_ylabel("accuracy, % (median and quartiles of the seeds)")
-    told = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*told, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    return figure
-
-
-def _draw_curve(axes: Axes, results: list[dict], colour: str, label: str) -> None:
-    """Draw the last probe of each step, of the steps that all runs have."""
-    curves = [{probe["step"]: 100 * probe["accuracy"] for probe in result["probes"]} for result in results]
-    steps = sorted(set.intersection(*map(set, curves)))
-    low, middle, high = np.quantile([[curve[step] for step in steps] for curve in curves], [0.25, 0.5, 0.75], axis=0)
-    axes.plot(steps, middle, color=colour, label=label, linewidth=1.5)
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def figure_of_seeds(arms: Arms, large: int, sizes: Iterable[int], value: Callable, label: str) -> Figure:
-    """Draw a value of every seed in a line for each arm, those of one size in a panel.
-
-    Args:
-        value: result → number; infinite ones are counted beside the line.
-    """
-    sizes = list(sizes)
-    shown = {size: arms_that_end_at(arms, large, size) for size in sizes}
-    heights = [len(of_size) + 2 for of_size in shown.values()]
-    most = max(len(results) for results in arms.values())
-    figure = Figure(figsize=(8, 1 + 0.24 * sum(heights)), dpi=130, layout="constrained")
-    panels = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, size in zip(panels, sizes, strict=True):
-        values = {arm: [value(result) for result in arms[arm]] for arm in shown[size]}
-        order = sorted(values, key=partial(_place, values, throughout(large)))
-        for row, arm in enumerate(order):
-            there_are = [each for each in values[arm] if math.isfinite(each)]
-            axes.plot(there_are, [row] * len(there_are), "o", color="C0", markersize=4, alpha=0.5, markeredgewidth=0)
-            for statistic, mark in ((statistics.median, "|"), (statistics.mean, "d")):
-                if math.isfinite(middle := statistic(values[arm])):
-                    style = {"markersize": 11, "markeredgewidth": 2} if mark == "|" else {"markersize": 5}
-                    axes.plot([middle], [row], mark, color="C3", **style)
-            if missing := len(values[arm]) - len(there_are):
-                place = {"xy": (1.01, row), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
-                axes.annotate(f"{missing} of {len(values[arm])} never", **place, fontsize=7, va="center", color="C3")
-        seeds = {arm: "" if len(values[arm]) == most else f" ({len(values[arm])} seeds)" for arm in order}
-        axes.set_yticks(range(len(order)), [arm + seeds[arm] for arm in order], fontsize=7)
-        axes.set_ylim(len(order) - 0.5, -0.5)
-        axes.grid(axis="y", color="0.93")
-        axes.set_axisbelow(True)
-        axes.set_title(f"{large} → {size}", fontsize=9)
-    panels[-1].set_xlabel(f"{label} (dots: seeds; bar: median; diamond: mean)", fontsize=8)
-    return figure
-
-
-def _place(values: dict[str, list[float]], first: str, arm: str) -> tuple:
-    """Return what arms are sorted by: how many seeds have no finite value, then the mean of the others."""
-    there_are = [each for each in values[arm] if math.isfinite(each)]
-    return arm != first, len(values[arm]) - len(there_are), statistics.mean(there_are or [0])
-
-
-def figure_of_settling(results: list[dict], large: int, size: int) -> Figure:
-    """Draw beside the accuracy of N throughout the effective rank and the overlap of subspaces, every seed.
-
-    Args:
-        size: r, the dimension of the subspaces.
-    """
-    figure = Figure(figsize=(12, 3.8), dpi=130, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for result in results:
-        left.plot(
-            *zip(*((p["step"], 100 * p["accuracy"]) for p in result["probes"]), strict=True), "C0", linewidth=0.8
-        )
-        points = [(point["step"], effective_rank(point)) for point in result["curve"]]
-        middle.plot(*zip(*points, strict=True), "C1", linewidth=0.8)
-        for name, colour in (("with_end", "C2"), ("of_draws", "0.6")):
-            points = [(point["step"], point[name]) for point in result.get("subspaces", [])]
-            if points:
-                right.plot(*zip(*points, strict=True), colour, linewidth=0.8)
-    left.set(xlabel="step", ylabel="accuracy, %")
-    middle.set(xlabel="step", ylabel="effective rank of σ², mean of the layers")
-    right.plot([], [], "C2", label="with the end")
-    right.plot([], [], "0.6", label="of two draws of data")
-    right.axhline(size / large, color="C3", linestyle=":", linewidth=1, label="of random subspaces")
-    right.legend(frameon=False, fontsize=8)
-    right.set(xlabel="step", ylabel="overlap of the kept subspaces", ylim=(0, 1.03))
-    return figure
-
-
-def recipe_of(result: dict) -> dict:
-    return result["settings"]["recipe"]
-
-
-def task_of(result: dict) -> str:
-    """Return the task of a run in words."""
-    task = result["settings"]["task"]
-    if "pairs" in task:
-        return f"recall of {task['pairs']} pairs of {task['keys']} keys"
-    if "told" in task:
-        return f"copying {task['told']} symbols of {task['symbols']} from among {task['length']}"
-    return f"English, a vocabulary of {task['vocab_size']}"
