@@ -220,6 +220,19 @@ RECALL_32 = replace(RECALL, pairs=32, queries=32, keys=64)
 RECALL_64 = replace(RECALL, pairs=64, queries=64, keys=128)
 RECALL_128 = replace(RECALL, pairs=128, queries=128, keys=256)
 
+ENGLISH = ScalarDecayStudy(
+    task=EnglishText(vocab_size=257, length=512, validation_sequences=64),
+    architecture=TWO_BLOCKS,
+    training={"per_device_train_batch_size": 4},
+    steps=1500,
+    sizes=(64, 8),
+    learning_rates=(4e-3, 8e-3, 1.6e-2),
+    scales=(1.0, 4.0),
+    windows=(0.10, 0.25, 0.50),
+    ablations=False,
+    seeds=(0, 1, 2),
+)
+
 STUDIES = {
     "recall-mamba2": ScalarDecayStudy(
         task=RECALL_32,
@@ -255,18 +268,8 @@ STUDIES = {
         ablations=False,
         seeds=(0, 1, 2, 3, 4),
     ),
-    "lm-mamba2": ScalarDecayStudy(
-        task=EnglishText(vocab_size=257, length=512, validation_sequences=64),
-        architecture=TWO_BLOCKS,
-        training={"per_device_train_batch_size": 4},
-        steps=1500,
-        sizes=(64, 8),
-        learning_rates=(4e-3, 8e-3, 1.6e-2),
-        scales=(1.0, 4.0),
-        windows=(0.10, 0.25, 0.50),
-        ablations=False,
-        seeds=(0, 1, 2),
-    ),
+    "lm-mamba2": ENGLISH,
+    "lm-bpe-mamba2": replace(ENGLISH, task=replace(ENGLISH.task, vocab_size=2048), learning_rates=(8e-3, 1.6e-2)),
     "recall-bamba": ScalarDecayStudy(
         task=RECALL,
         architecture=HYBRID,

@@ -282,6 +282,31 @@ def test_recall_of_a_mamba2_is_studied_against_its_controls(tmp_path):
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
 
 
+TOLD_AGAIN = """
+import shutil, sys
+from pathlib import Path
+from reproduce import STUDIES
+from studies.running import GATHERED, all_results
+
+cards, folder = map(Path, sys.argv[1:])
+for gathered in cards.glob(f"*/{GATHERED}"):
+    name = {"lru-digits": "digits"}.get(gathered.parent.name, gathered.parent.name)
+    again = folder / gathered.parent.name
+    again.mkdir()
+    shutil.copy(gathered, again)
+    STUDIES[name].report(again, all_results(again))
+"""
+
+
+def test_a_card_tells_what_its_runs_say(tmp_path):
+    run_program(TOLD_AGAIN, ROOT / "model_cards", tmp_path, **ONE_THREAD)
+    told = {file.parent.name: file.read_text().splitlines() for file in tmp_path.glob("*/*.md")}
+    assert told.keys() == {file.parent.name for file in (ROOT / "model_cards").glob("*/results.json")}
+    for name, lines in told.items():
+        card = (ROOT / "model_cards" / name / "README.md").read_text().splitlines()
+        assert [line for line in lines if line not in card] == [], name
+
+
 def test_the_cost_of_the_theory_is_measured(tmp_path):
     options = "--state_sizes 8 16 --state_size 16 --reduced_size 4 --length 16 --rounds 1 --threads 1".split()
     output = run_script("benchmark_analysis", *options, "--output_dir", tmp_path).stdout
