@@ -28,7 +28,7 @@ from .storage.records import ReductionEvent
 from .surgery.basis import in_basis, prepared_for
 from .surgery.checks import check_state_tensors
 from .surgery.shrink_and_grow import shrink_state
-from .theory.criteria import scores_by_rank, squared_errors
+from .theory.criteria import is_conditional, scores_by_rank, squared_errors
 from .theory.plan import plan_fingerprint
 
 
@@ -125,7 +125,8 @@ def _analyze(
 
 def _squared_errors(analysis: StateAnalysis) -> dict[int, Tensor]:
     """Return layer → squared error of the states that go when the r strongest stay, r = 0 … N, (N + 1,)."""
-    covariances = analysis.covariances if analysis.compensate else dict.fromkeys(analysis.scores)
+    discounts = analysis.compensate and not is_conditional(analysis.criterion)
+    covariances = analysis.covariances if discounts else dict.fromkeys(analysis.scores)
     return {
         index: squared_errors(scores, analysis.score_power, covariances[index])
         for index, scores in analysis.scores.items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .group_criteria import GROUP_CRITERIA, GroupCriterion, GroupStates
+from .group_criteria import GROUP_CRITERIA, GroupCriterion, GroupStates, pursuit_gains
 from .selective import Statistics, Surrogate, complement, gramian_diagonals, unexplained_shares
 
 
@@ -79,6 +79,23 @@ def ghost(layer: LayerStates) -> Tensor:
     E[C²].
     """
     return (layer.statistics.product_energy / layer.statistics.tokens).sqrt()
+
+
+@_criterion(power=2)
+def greedy(layer: LayerStates) -> Tensor:
+    """Return how much of the squared error a state takes away when it is chosen, one after the other.
+
+    The states chosen before explain what they can of Π by least squares, as `compensation` does; the next is the one
+    whose rest, in the metric E[C Cᵀ], is the largest: an orthogonal matching pursuit, as in layers with scalar decay.
+    C and h are taken as independent, and the metric is scaled so that single states sum up to the errors of `output`.
+    """
+    statistics = layer.statistics
+    covariance, metric = statistics.gated_covariance, statistics.sampled_output.sum(0)
+    energy = (covariance.diagonal() * metric.diagonal()).sum().clamp_min(1e-300)
+    return pursuit_gains(covariance, metric * (statistics.output_energy.sum() / energy)) / statistics.tokens
+
+
+greedy.is_conditional = True  # what others predict of a state is not in its score, so nothing is left to discount
 
 
 @_criterion(power=2)
@@ -178,6 +195,11 @@ def score_power(criterion: Criterion | str) -> int:
     A function of the user's own says so by an attribute `power`; without one its scores count as amplitudes.
     """
     return getattr((CRITERIA | GROUP_CRITERIA)[criterion] if isinstance(criterion, str) else criterion, "power", 1)
+
+
+def is_conditional(criterion: str) -> bool:
+    """Say whether a named score of a state already lacks what the states before it in the ranking predict."""
+    return getattr(CRITERIA.get(criterion), "is_conditional", False)
 
 
 def scores_by_rank(scores: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def greedy(layer: GroupStates) -> Tensor:
     The states chosen before explain what they can of P, by least squares; the next is the one whose rest, in the
     metric Q, is the largest: an orthogonal matching pursuit.
     """
-    return torch.stack([_pursuit(P, Q) for P, Q in zip(*layer.statistics.gramians, strict=True)])
+    return torch.stack([pursuit_gains(P, Q) for P, Q in zip(*layer.statistics.gramians, strict=True)])
 
 
 def choose_columns(statistics: GroupStatistics, size: int) -> Tensor:
@@ -159,8 +159,8 @@ def _swapped(gram: Tensor, kept: Tensor) -> Tensor:
     return kept
 
 
-def _pursuit(P: Tensor, Q: Tensor) -> Tensor:
-    """Return the gain of every state when it is chosen by the pursuit of `greedy`, (N,)."""
+def pursuit_gains(P: Tensor, Q: Tensor) -> Tensor:
+    """Return by how much tr Q (P - P_:K P_KK⁻¹ P_K:) falls when `greedy` adds each state to K, (N,)."""
     rest, rest_Q, chosen, gains = P, P @ Q, [], P.new_zeros(len(P))
     floor = 1e-12 * P.diagonal().max()
     for _ in range(len(P)):

@@ -15,7 +15,8 @@ Their arms, for the full size N and the smaller sizes r of a study, are:
   from (maps and moments with the first seed only);
 - with two cycles of the learning rate: N, r from scratch and the cut at 50 %, soon after which the second cycle starts
   (the first seed only);
-- cut to r, with and without a refit, at the first tenth after which N of the same seed has 90 % accuracy;
+- cut to r at the first tenth after which N of the same seed has 90 % accuracy: without a refit, and with one, of the
+  states that `output` and of those that `greedy` chose;
 - at equal time: r from scratch with more steps and N with fewer, to last as long as the run that is cut at 50 %; of
   seeds that are added later as many as of those before.
 
@@ -249,7 +250,9 @@ class Study:
                 curve = results[name_of(throughout(full), seed)]["curve"]
                 moment = next((point["step"] / self.steps for point in curve if point["accuracy"] >= ABLE), 0.9)
                 goal, arm = {"target_state_size": size}, cut_when_able(full, size)
-                for name, options in ((arm, goal), (refitted(arm), goal | REFIT)):
+                cuts = {arm: goal, refitted(arm): goal | REFIT}
+                cuts[refitted(f"{arm}, greedy")] = goal | REFIT | {"criterion": "greedy"}
+                for name, options in cuts.items():
                     recipe = Recipe(full, rates[full], self.steps, reduction=options, schedule=once(moment))
                     yield Run(name, seed, recipe, self.task)
 

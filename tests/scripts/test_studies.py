@@ -197,7 +197,7 @@ def test_recall_is_studied_in_every_arm_and_told_from_the_results_alone(tmp_path
     sizes = {arm: result["state_sizes"] for arm, result in results.items()}
     assert sizes["N = 8 throughout"] == [8, 8] and sizes["N = 2 from scratch"] == [2, 2]
     reached = [arm for arm in results if arm.startswith("8 → 2")]
-    assert len(reached) == 20 and all(sizes[arm] == [2, 2] for arm in reached if "flat" not in arm)
+    assert len(reached) == 21 and all(sizes[arm] == [2, 2] for arm in reached if "flat" not in arm)
     assert all(sizes[arm][0] in (2, 4, 8) for arm in reached if "flat" in arm)
     assert results["8 → 1 at 10 %, grown to 2 at 50 %"]["state_sizes"] == [2, 2]
     cut = results["8 → 2 at 25 %"]

@@ -27,7 +27,7 @@ def test_of_states_that_others_make_up_for_only_what_they_do_not_predict_counts(
 
 def test_every_criterion_says_its_power_and_an_own_one_may():
     squares = {name for name in CRITERIA if score_power(name) == 2}
-    assert squares == {"aire", "last", "taylor"}
+    assert squares == {"greedy", "aire", "last", "taylor"}
 
     def own(layer):
         return CRITERIA["output"](layer).square()
@@ -35,6 +35,21 @@ def test_every_criterion_says_its_power_and_an_own_one_may():
     assert score_power(own) == 1
     own.power = 2
     assert score_power(own) == 2
+
+
+def test_what_a_score_has_discounted_is_not_discounted_again(trained, batches):
+    """The scores of `greedy` lack what others predict, so a global allocation compares their sums as they are."""
+    model, _ = trained
+
+    def undiscounted(layer):
+        return CRITERIA["greedy"](layer)
+
+    undiscounted.power = 2
+    sizes = [
+        analyze(model, batches, CompreSSMConfig(tolerance=0.1, allocation="global", **options)).state_sizes
+        for options in ({"criterion": "greedy"}, {"criterion": undiscounted, "compensate": False})
+    ]
+    assert sizes[0] == sizes[1] and len(set(sizes[0].values())) == 2
 
 
 def test_a_global_allocation_is_the_same_by_a_score_and_by_its_square(trained, batches):

@@ -192,6 +192,31 @@ def test_output_energy_is_the_error_of_the_gated_output_when_a_state_is_removed(
         assert scores[n].square().item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+def test_the_gains_of_the_pursuit_are_what_each_choice_takes_away_from_what_the_kept_do_not_predict():
+    layer = layer_states(random_scan())
+    gains, single = CRITERIA["greedy"](layer), CRITERIA["output"](layer).square()
+    covariance, metric = layer.statistics.gated_covariance, layer.statistics.sampled_output.sum(0)
+    metric = metric * single.sum() / (covariance.diagonal() * metric.diagonal()).sum()
+    order = gains.argsort(descending=True)
+    for count in range(1, 7):
+        kept, dropped = order[:count], order[count:]
+        explained = torch.linalg.solve(covariance[kept][:, kept], covariance[kept][:, dropped])
+        rest = covariance[dropped][:, dropped] - covariance[dropped][:, kept] @ explained
+        error = (metric[dropped][:, dropped] * rest).sum()
+        torch.testing.assert_close(gains[dropped].sum(), error, rtol=1e-9, atol=1e-12)
+
+
+def test_of_two_states_that_are_copies_the_pursuit_keeps_one():
+    """By the errors of single states both would be kept, since both are strong."""
+    scan = random_scan()
+    for name in ("B", "C"):
+        scan[name][:, 4] = scan[name][:, 1] = 3 * scan[name][:, 1]
+    scan["A"][:, 4] = scan["A"][:, 1] = -0.05
+    layer = layer_states(scan)
+    assert set(CRITERIA["output"](layer).topk(2).indices.tolist()) == {1, 4}
+    assert len({1, 4} & set(CRITERIA["greedy"](layer).topk(6).indices.tolist())) == 1
+
+
 def test_ghost_is_what_removing_a_state_changes_before_the_gate_and_the_output_projection():
     scan = random_scan()
     bare = scan | {"gate": None, "channel_weight": torch.ones(5, dtype=torch.float64)}
