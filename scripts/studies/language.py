@@ -23,7 +23,7 @@ Their arms, for the full size N and the smaller sizes r of a study, are:
 Where a task has a range of difficulties, one run for each and for each size comes first: it shows where N decides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -112,7 +112,7 @@ class Study:
     def carry_out(self, seeds: list[int], root: Path, jobs: int) -> None:
         """Carry out all runs that have no results yet."""
         self.task.prepare(root)
-        before = carry_out_all(self, [*self.sweep(), *self.tuning()], root, jobs)
+        before = carry_out_all(self, [*self.sweep(self.swept), *self.tuning()], root, jobs)
         rates = self.best_rates(before)
         compared = list(self.compared(rates, seeds))
         results = carry_out_all(self, compared, root, jobs)
@@ -146,11 +146,11 @@ class Study:
         """Print the tables, and put them and the figures beside the runs."""
         report(root, results)
 
-    def sweep(self) -> Iterator[Run]:
-        """Yield a run for every difficulty at every size."""
+    def sweep(self, recipe: Callable[[int], Recipe]) -> Iterator[Run]:
+        """Yield a run for every difficulty at every size, trained as `recipe` says of the size."""
         for task in self.difficulties:
             for size in self.sizes:
-                yield Run(difficulty_run(task.difficulty, size), TUNING_SEED, self.swept(size), task)
+                yield Run(difficulty_run(task.difficulty, size), TUNING_SEED, recipe(size), task)
 
     def swept(self, size: int) -> Recipe:
         """Return how a size is trained at every difficulty: at the learning rate in the middle of the grid."""

@@ -91,7 +91,8 @@ class ScalarDecayStudy(Study):
     def carry_out(self, seeds: list[int], root: Path, jobs: int) -> None:
         """Carry out all runs that have no results yet; an arm is finished before the next one, the important first."""
         self.task.prepare(root)
-        starts = self.best_starts(carry_out_all(self, [*self.sweep(), *self.tuning()], root, jobs))
+        starts = self.best_starts(carry_out_all(self, list(self.tuning()), root, jobs))
+        carry_out_all(self, list(self.sweep(lambda size: starts[size].recipe(size, self.steps))), root, jobs)
         full = starts[self.sizes[0]].recipe(self.sizes[0], self.steps)
         runs = [Run(throughout(self.sizes[0]), seed, full, self.task) for seed in seeds]
         reference = carry_out_all(self, runs, root, jobs)
@@ -121,11 +122,6 @@ class ScalarDecayStudy(Study):
     def report(self, root: Path, results: list[dict]) -> None:
         """Print the tables, and put them and the figures beside the runs."""
         report(root, results)
-
-    def swept(self, size: int) -> Recipe:
-        """Return how a size is trained at every difficulty: from a start in the middle of the grid."""
-        start = Start(self.learning_rates[len(self.learning_rates) // 2], self.scales[len(self.scales) // 2])
-        return start.recipe(size, self.steps)
 
     def tuning(self) -> Iterator[Run]:
         """Yield the runs of the grid, for every size and for the projected control."""
