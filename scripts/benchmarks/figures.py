@@ -96,9 +96,15 @@ def _draw_step(axes: Axes, cut: dict) -> None:
 
 
 def _draw_throughput(axes: Axes, speeds: dict[str, float]) -> None:
-    axes.plot([int(size) for size in speeds], speeds.values(), "o-", color=COLOURS[OURS], markersize=4)
+    plain = {int(name): speed for name, speed in speeds.items() if name.isdecimal()}
+    balanced = {int(name.split()[0]): speed for name, speed in speeds.items() if not name.isdecimal()}
+    for found, style, label in ((plain, "o-", "N states"), (balanced, "o:", "N balanced states of the most")):
+        if found:
+            axes.plot(found.keys(), found.values(), style, color=COLOURS[OURS], markersize=4, label=label)
+    if balanced:
+        axes.legend(fontsize=7, frameon=False)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([int(size) for size in speeds], speeds)
+    axes.set_xticks(list(plain), map(str, plain))
     axes.set_ylim(bottom=0)
     axes.set_title("training", fontsize=9)
     axes.set_xlabel("state size N")
