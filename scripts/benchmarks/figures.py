@@ -101,8 +101,6 @@ def _draw_throughput(axes: Axes, speeds: dict[str, float]) -> None:
     for found, style, label in ((plain, "o-", "N states"), (balanced, "o:", "N balanced states of the most")):
         if found:
             axes.plot(found.keys(), found.values(), style, color=COLOURS[OURS], markersize=4, label=label)
-    if balanced:
-        axes.legend(fontsize=7, frameon=False)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(plain), map(str, plain))
     axes.set_ylim(bottom=0)

@@ -1,7 +1,9 @@
 """This module reads off the results of the studies of Mamba-2 what their tables and figures show."""
 
+import json
 import math
 import statistics
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,7 @@ from .language_results import steps_at_sizes
 from .training import effective_number
 
 Arms = dict[str, list[dict]]  # arm → its results, a seed each
+CLOCK = "price.json"  # what scripts/benchmark.py wrote for `throughput` at the shapes of a study
 PUBLISHED = {128: 65, 64: 100, 32: 150, 16: 195}  # thousand tokens/s on an H100 by N, state-spaces/mamba #479
 
 
@@ -59,6 +62,29 @@ def price(result: dict, end: float, large: int) -> float:
     if math.isinf(end):
         return end
     return sum(steps * throughput(large) / throughput(size) for size, steps in steps_at_sizes(result, end))
+
+
+def clock_of(root: Path) -> dict[str, float]:
+    """Return the seconds of a step by N, and by "r balanced of N", where a benchmark measured them; else nothing."""
+    if not (root / CLOCK).exists():
+        return {}
+    measured = json.loads((root / CLOCK).read_text())["mamba2"]["throughput"]["seconds"]
+    return {name: statistics.median(seconds) for name, seconds in measured.items()}
+
+
+def seconds(result: dict, end: float, large: int, clock: dict[str, float]) -> float:
+    """Return what the steps up to one take by a clock, those at a size in between as at the next one that is known."""
+    if math.isinf(end):
+        return end
+    recipe = recipe_of(result)
+    is_balanced = recipe.get("projected") or (recipe["reduction"] or {}).get("basis") == "balanced"
+    kind = f" balanced of {large}" if is_balanced else ""
+    names = [f"{size}{kind}" for size in range(large) if f"{size}{kind}" in clock]
+    of_size = {int(name.split()[0]): clock[name] for name in [*names, str(large)]}
+    return sum(
+        steps * of_size[min(known for known in of_size if known >= size)]
+        for size, steps in steps_at_sizes(result, end)
+    )
 
 
 def around_the_cut(result: dict) -> tuple[float, float, float]:

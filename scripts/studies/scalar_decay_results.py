@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from .scalar_decay_readings import (
     arms_that_end_at,
     around_the_cut,
     best_from_scratch,
+    clock_of,
     effective_rank,
     end_size,
     first_able,
     merit,
     price,
     recipe_of,
+    seconds,
     step_or_never,
     task_of,
 )
@@ -42,7 +45,8 @@ def report(root: Path, results: list[dict]) -> None:
     full = throughout(large)
     if full in compared:
         sizes = sorted({end_size(of_arm[0]) for of_arm in compared.values()} - {large}, reverse=True)
-        compare, is_text = (comparison_of_text, True) if "recall_loss" in compared[full][0] else (comparison, False)
+        is_text = "recall_loss" in compared[full][0]
+        compare = comparison_of_text if is_text else partial(comparison, clock=clock_of(root))
         sections += [compare(compared, large, size) for size in sizes]
         sections += [cuts(compared), reduced(compared.get(then_reduced(large), [])), subspaces(compared[full])]
         if is_text:
@@ -98,8 +102,12 @@ def difficulties(arms: Arms) -> str:
     return "## Difficulty (one seed)\n\n" + table(["", *(f"N = {size}" for size in sizes)], rows)
 
 
-def comparison(arms: Arms, large: int, size: int) -> str:
-    """Tell what every arm that ends at this size came to, beside N throughout."""
+def comparison(arms: Arms, large: int, size: int, clock: dict[str, float]) -> str:
+    """Tell what every arm that ends at this size came to, beside N throughout.
+
+    Args:
+        clock: as of `clock_of`; without one no seconds are told.
+    """
     full, scratch = throughout(large), best_from_scratch(arms, large, size)
     control = projected(size, large, "balanced")
     rows = []
@@ -107,6 +115,7 @@ def comparison(arms: Arms, large: int, size: int) -> str:
         results = arms[arm]
         steps = [step_or_never(result) for result in results]
         prices = [price(result, step, large) for result, step in zip(results, steps, strict=True)]
+        times = [seconds(result, step, large, clock) for result, step in zip(results, steps, strict=True) if clock]
         rows.append(
             [
                 arm,
@@ -115,17 +124,21 @@ def comparison(arms: Arms, large: int, size: int) -> str:
                 f"{sum(map(math.isfinite, steps))}",
                 with_interval(steps, statistics.median, 0),
                 with_interval(prices, statistics.median, 0),
+                *([with_interval(times, statistics.median, 1)] if clock else []),
                 paired(results, arms.get(scratch, []), "accuracy", 100, 1),
                 paired(results, arms.get(control, []), "accuracy", 100, 1),
             ]
         )
     header = ["arm", "seeds", "accuracy at the end, %", f"seeds that passed {ABLE:.0%}", "median step", "median price"]
+    header += ["median seconds"] if clock else []
     header += [f"more than {scratch}", f"more than {control}"]
     text = f"## {large} → {size} ({task_of(arms[full][0])})\n\n"
     text += f"With bootstrap intervals of 95 % over the seeds. A step counts at which a model of {size} states passed "
     text += f"{ABLE:.0%}; for {full}, one of {large}. A price is in steps of N = {large}, by the published "
-    text += "throughputs of an H100. Differences are in points, by seed, ± one standard deviation; in brackets in "
-    text += "how many seeds an arm is better.\n\n"
+    text += (
+        f"throughputs of an H100{', seconds are those of one CPU core' if clock else ''}. Differences are in points, "
+    )
+    text += "by seed, ± one standard deviation; in brackets in how many seeds an arm is better.\n\n"
     return text + table(header, rows)
 
 

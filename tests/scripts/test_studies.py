@@ -293,7 +293,8 @@ for gathered in cards.glob(f"*/{GATHERED}"):
     name = {"lru-digits": "digits"}.get(gathered.parent.name, gathered.parent.name)
     again = folder / gathered.parent.name
     again.mkdir()
-    shutil.copy(gathered, again)
+    for file in gathered.parent.glob("*.json"):  # beside the runs, what a step of theirs takes
+        shutil.copy(file, again)
     STUDIES[name].report(again, all_results(again))
 """
 
