@@ -6,7 +6,7 @@
     python scripts/reproduce.py lm-large    # the same in tokens, about 30 M parameters, N = 128, bf16: for a GPU
 
     python scripts/reproduce.py recall-mamba2       # 32 pairs, ten seeds: 500 runs of two minutes on a core
-    python scripts/reproduce.py recall-hard-mamba2  # 128 pairs
+    python scripts/reproduce.py recall-hard-mamba2  # 64 pairs: runs of five minutes on a core
     python scripts/reproduce.py copying-mamba2      # half an hour on two CPU cores
     python scripts/reproduce.py lm-mamba2           # bytes of English; an hour and a half
     python scripts/reproduce.py recall-bamba        # a small hybrid; an hour and a half

@@ -241,7 +241,7 @@ STUDIES = {
         tuned_on=RECALL,
     ),
     "recall-hard-mamba2": ScalarDecayStudy(
-        task=RECALL_128,
+        task=RECALL_64,
         architecture=TWO_BLOCKS,
         training=BATCHES_OF_64,
         steps=600,
