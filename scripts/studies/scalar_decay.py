@@ -45,7 +45,7 @@ from .scalar_decay_readings import first_able, merit, throughput
 from .scalar_decay_results import report
 from .subspaces import SubspaceObserver
 from .text import EnglishText
-from .training import PROBED_SEQUENCES, Observer, Recipe, ranking_batches, trained
+from .training import Observer, Recipe, ranking_batches, trained
 
 BALANCED, STOCK = {"basis": "balanced"}, {"basis": "axis"}
 LATER = 0.25  # when a cut is made that others are to last as long as
@@ -109,7 +109,7 @@ class ScalarDecayStudy(Study):
         batches = ranking_batches(data, self.training)
         if recipe.projected:
             project(model, *recipe.projected, batches, run.seed)
-        measure, probe, observers = task.measure(root), task.measure(root, PROBED_SEQUENCES), ()
+        measure, probe, observers = task.measure(root), task.measure(root, task.probed), ()
         if run.arm == throughout(self.sizes[0]):
             turning = SubspaceObserver(self.middle, batches)
             observers = Observer(measure, batches), turning

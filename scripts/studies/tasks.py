@@ -50,6 +50,8 @@ def answered(model: nn.Module, data: Sequences, batch_size: int) -> dict[str, fl
 class GeneratedTask:
     """Generated tasks have these methods in common; a task defines `sequences(count, seed)`."""
 
+    probed = 256  # sequences, where a run is watched closely
+
     def prepare(self, root: Path) -> None:
         """Do nothing, since nothing has to be there before a run."""
 

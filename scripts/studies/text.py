@@ -51,6 +51,8 @@ class EnglishText:
     tokenizer_characters: int = 8_000_000
     packages: tuple[str, ...] = tuple(PACKAGES)
 
+    probed = 8  # sequences, where a run is watched closely
+
     def prepare(self, root: Path) -> None:
         """Write the tokens beside the runs, once.
 

@@ -29,7 +29,7 @@ OBSERVATIONS = 10  # in each run: after every tenth of the steps
 RANKING_BATCHES = 8  # two draws of four
 WHEN_FLAT = "flat"
 FLAT = 0.8  # the share of the states that the scores amount to, from which on they are flat
-PROBES, PROBED_SEQUENCES = 40, 256  # where the moment counts at which a model becomes able to do a task
+PROBES = 40  # in each run, where the moment counts at which a model becomes able to do a task
 
 
 @dataclass(frozen=True)
