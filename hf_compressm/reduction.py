@@ -89,7 +89,7 @@ def _analyze(
             {index: scores_by_rank(scores) for index, scores in analysis.scores.items()},
             allocation,
             loss_of=lambda some: losses.loss(analysis.plan(sizes | some)),
-            errors=_squared_errors(analysis) if allocation == "global" else None,
+            errors=_squared_errors(analysis, config) if allocation == "global" else None,
         )
         plan = from_first_process({index: entry.cpu() for index, entry in analysis.plan(chosen).items()})
         spectra = analysis.hankel_singular_values()
@@ -123,9 +123,9 @@ def _analyze(
     )
 
 
-def _squared_errors(analysis: StateAnalysis) -> dict[int, Tensor]:
+def _squared_errors(analysis: StateAnalysis, config: CompreSSMConfig) -> dict[int, Tensor]:
     """Return layer → squared error of the states that go when the r strongest stay, r = 0 … N, (N + 1,)."""
-    discounts = analysis.compensate and not is_conditional(analysis.criterion)
+    discounts = analysis.compensate and not is_conditional(config.criterion)
     covariances = analysis.covariances if discounts else dict.fromkeys(analysis.scores)
     return {
         index: squared_errors(scores, analysis.score_power, covariances[index])

@@ -85,9 +85,10 @@ def ghost(layer: LayerStates) -> Tensor:
 def greedy(layer: LayerStates) -> Tensor:
     """Return how much of the squared error a state takes away when it is chosen, one after the other.
 
-    The states chosen before explain what they can of Π by least squares, as `compensation` does; the next is the one
-    whose rest, in the metric E[C Cᵀ], is the largest: an orthogonal matching pursuit, as in layers with scalar decay.
-    C and h are taken as independent, and the metric is scaled so that single states sum up to the errors of `output`.
+    The states chosen before explain what they can of Π by least squares, as in `compensation`, but for its ridge; the
+    next is the one whose rest, in the metric E[C Cᵀ], is the largest: an orthogonal matching pursuit. C and h are
+    taken as independent; the metric, weighted by the gates of the sampled channels, is scaled so that errors of single
+    states sum up to those of `output`.
     """
     statistics = layer.statistics
     covariance, metric = statistics.gated_covariance, statistics.sampled_output.sum(0)
@@ -197,9 +198,12 @@ def score_power(criterion: Criterion | str) -> int:
     return getattr((CRITERIA | GROUP_CRITERIA)[criterion] if isinstance(criterion, str) else criterion, "power", 1)
 
 
-def is_conditional(criterion: str) -> bool:
-    """Say whether a named score of a state already lacks what the states before it in the ranking predict."""
-    return getattr(CRITERIA.get(criterion), "is_conditional", False)
+def is_conditional(criterion: Criterion | str | None) -> bool:
+    """Say whether the score of a state already lacks what the states before it in the ranking predict of it.
+
+    A function of the user's own says so by an attribute `is_conditional`.
+    """
+    return getattr(CRITERIA.get(criterion) if isinstance(criterion, str) else criterion, "is_conditional", False)
 
 
 def scores_by_rank(scores: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ then counts for little. This file holds mathematics only.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from .scalar_decay import GroupStatistics
 
 SWAP_GAIN = 2.0  # a swap has to multiply the volume of the kept columns by this much, at least
+AHEAD = 1e-9  # by this share a state's score is above that of the next one where both would be equal
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,11 @@ def _swapped(gram: Tensor, kept: Tensor) -> Tensor:
 
 
 def pursuit_gains(P: Tensor, Q: Tensor) -> Tensor:
-    """Return by how much tr Q (P - P_:K P_KK⁻¹ P_K:) falls when `greedy` adds each state to K, (N,)."""
+    """Return by how much tr Q (P - P_:K P_KK⁻¹ P_K:) falls when `greedy` adds each state to K, (N,).
+
+    States may be worth little before, and much beside, each other. Where a gain is thus larger than the one before it,
+    both count as their mean: the order of the scores is that of the choices, and their sum the whole error.
+    """
     rest, rest_Q, chosen, gains = P, P @ Q, [], P.new_zeros(len(P))
     floor = 1e-12 * P.diagonal().max()
     for _ in range(len(P)):
@@ -171,4 +177,17 @@ def pursuit_gains(P: Tensor, Q: Tensor) -> Tensor:
         chosen.append(state)
         share = rest[:, state] / rest[state, state].clamp_min(floor)
         rest, rest_Q = (each - torch.outer(share, each[state]) for each in (rest, rest_Q))
+    gains[chosen] = _falling(gains[chosen])
     return gains
+
+
+def _falling(values: Tensor) -> Tensor:
+    """Return the nearest values that never rise, (N,): means over stretches, in which those before stay just ahead."""
+    stretches: list[list[float]] = []
+    for value in values.tolist():
+        stretches.append([value])
+        while len(stretches) > 1 and fmean(stretches[-1]) > fmean(stretches[-2]):
+            last = stretches.pop()
+            stretches[-1] += last
+    means = [fmean(stretch) * (1 - AHEAD * place) for stretch in stretches for place in range(len(stretch))]
+    return values.new_tensor(means)

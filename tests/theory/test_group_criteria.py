@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_compressm.theory.criteria import choose_states, score_power, scores_by_rank, squared_errors, state_scores
-from hf_compressm.theory.group_criteria import GROUP_CRITERIA, GroupStates, choose_columns
+from hf_compressm.theory.group_criteria import GROUP_CRITERIA, GroupStates, choose_columns, pursuit_gains
 from hf_compressm.theory.scalar_decay import GroupStatistics
 
 GROUPS, N, CHANNELS, TOKENS = 2, 6, 5, 400
@@ -70,6 +70,15 @@ def test_the_gains_of_the_pursuit_are_what_each_choice_takes_away_from_the_error
             kept = order[:count]
             rest = P - P[:, kept] @ torch.linalg.solve(P[kept][:, kept], P[kept])
             torch.testing.assert_close(of_group[order[count:]].sum(), (Q @ rest).trace(), rtol=1e-9, atol=1e-12)
+
+
+def test_states_that_are_worth_much_only_together_do_not_come_before_what_was_chosen_earlier():
+    """In y = 10 (h₁ - h₂) + h₃ the first two, nearly equal, alone say nothing of y: the pursuit begins with h₃."""
+    P = torch.tensor([[100.01, 99.99, 0], [99.99, 100.01, 0], [0, 0, 1]], dtype=torch.float64)
+    C = torch.tensor([10.0, -10, 1], dtype=torch.float64)
+    gains = pursuit_gains(P, torch.outer(C, C))
+    assert gains.argmax() == 2
+    torch.testing.assert_close(gains.sum(), C @ P @ C, rtol=1e-6, atol=0)
 
 
 def test_swaps_find_columns_that_pivots_miss():

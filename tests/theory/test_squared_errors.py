@@ -41,15 +41,18 @@ def test_what_a_score_has_discounted_is_not_discounted_again(trained, batches):
     """The scores of `greedy` lack what others predict, so a global allocation compares their sums as they are."""
     model, _ = trained
 
-    def undiscounted(layer):
+    def own(layer):
         return CRITERIA["greedy"](layer)
 
-    undiscounted.power = 2
-    sizes = [
-        analyze(model, batches, CompreSSMConfig(tolerance=0.1, allocation="global", **options)).state_sizes
-        for options in ({"criterion": "greedy"}, {"criterion": undiscounted, "compensate": False})
-    ]
-    assert sizes[0] == sizes[1] and len(set(sizes[0].values())) == 2
+    own.power = 2
+
+    def sizes_by(criterion):
+        config = CompreSSMConfig(tolerance=0.1, allocation="global", criterion=criterion)
+        return analyze(model, batches, config).state_sizes
+
+    assert sizes_by(own) != sizes_by("greedy")
+    own.is_conditional = True
+    assert sizes_by(own) == sizes_by("greedy")
 
 
 def test_a_global_allocation_is_the_same_by_a_score_and_by_its_square(trained, batches):
