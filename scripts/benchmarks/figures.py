@@ -98,7 +98,8 @@ def _draw_step(axes: Axes, cut: dict) -> None:
 def _draw_throughput(axes: Axes, speeds: dict[str, float]) -> None:
     plain = {int(name): speed for name, speed in speeds.items() if name.isdecimal()}
     balanced = {int(name.split()[0]): speed for name, speed in speeds.items() if not name.isdecimal()}
-    for found, style, label in ((plain, "o-", "N states"), (balanced, "o:", "N balanced states of the most")):
+    of_most = f"N balanced states of {max(plain)} features"
+    for found, style, label in ((plain, "o-", "N states"), (balanced, "o:", of_most)):
         if found:
             axes.plot(found.keys(), found.values(), style, color=COLOURS[OURS], markersize=4, label=label)
     axes.set_xscale("log", base=2)

@@ -1,5 +1,7 @@
 """This study tells the price of a state: the tokens per second that a model trains on, by N and by what states are."""
 
+import torch
+
 from .family import Family
 from .measuring import Limits, median, ratio_quartiles, show, table, time_in_turn
 from .training import Training
@@ -17,8 +19,13 @@ def study_throughput(family: Family, limits: Limits) -> dict:
     trainings = {str(size): Training(family, size) for size in sizes}
     if BALANCED in family.bases:
         for size in sorted(set(sizes) - {max(sizes)}):
-            projected = trainings[f"{size} balanced of {max(sizes)}"] = Training(family, max(sizes))
-            projected.cut(size, BALANCED)
+            name = f"{size} balanced of {max(sizes)}"
+            try:
+                trainings[name] = Training(family, max(sizes))
+                trainings[name].cut(size, BALANCED)
+            except torch.OutOfMemoryError:
+                print(f"  {name} does not fit into memory.", flush=True)
+                trainings.pop(name, None)
     seconds = time_in_turn({name: each.step for name, each in trainings.items()}, family.args.rounds, family.args)
     tokens, smallest = family.shape.batch * family.shape.length, str(min(sizes))
     return {
@@ -35,4 +42,4 @@ def throughput_tables(family: Family, result: dict) -> str:
     text = "### Training by N\n\n"
     text += f"{family.args.num_hidden_layers} layers of width {family.shape.channels // 2}, batch {family.shape.batch}"
     text += f", L {family.shape.length}\n\n"
-    return text + table(["N", "tokens per second", f"time of a token / that at N = {result['smallest']}"], rows)
+    return text + table(["states", "tokens per second", f"time of a token / that at N = {result['smallest']}"], rows)

@@ -27,7 +27,7 @@ def figure_of_curves(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
         }
         for i, (arm, label) in enumerate(shown.items()):
             if arm in arms:
-                _draw_curve(axes, arms[arm], f"C{i}", label)
+                _draw_curve(axes, arms[arm], f"C{i}", label, "--" if i == 0 else "-")  # it is that of a cut until then
         axes.axhline(100 * ABLE, color="grey", linestyle=":", linewidth=1)
         axes.set(xlabel="step", title=f"r = {size}")
     figure.axes[0].set_ylabel("accuracy, % (median and quartiles of the seeds)")
@@ -36,12 +36,12 @@ def figure_of_curves(arms: Arms, large: int, sizes: Iterable[int]) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, results: list[dict], colour: str, label: str) -> None:
+def _draw_curve(axes: Axes, results: list[dict], colour: str, label: str, style: str) -> None:
     """Draw the last probe of each step, of the steps that all runs have."""
     curves = [{probe["step"]: 100 * probe["accuracy"] for probe in result["probes"]} for result in results]
     steps = sorted(set.intersection(*map(set, curves)))
     low, middle, high = np.quantile([[curve[step] for step in steps] for curve in curves], [0.25, 0.5, 0.75], axis=0)
-    axes.plot(steps, middle, color=colour, label=label, linewidth=1.5)
+    axes.plot(steps, middle, style, color=colour, label=label, linewidth=1.5, zorder=3 if style == "--" else 2)
     axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -76,7 +76,7 @@ def figure_of_seeds(arms: Arms, large: int, sizes: Iterable[int], value: Callabl
         axes.grid(axis="y", color="0.93")
         axes.set_axisbelow(True)
         axes.set_title(f"{large} → {size}", fontsize=9)
-    panels[-1].set_xlabel(f"{label} (dots: seeds; bar: median; diamond: mean)", fontsize=8)
+    panels[-1].set_xlabel(f"{label}\n(dots: seeds; bar: median; diamond: mean, where all have one)", fontsize=8)
     return figure
 
 
@@ -93,6 +93,7 @@ def figure_of_settling(results: list[dict], large: int, size: int) -> Figure:
         size: r, the dimension of the subspaces.
     """
     figure = Figure(figsize=(12, 3.8), dpi=130, layout="constrained")
+    figure.suptitle(f"N = {large} throughout, a line a seed", fontsize=9)
     left, middle, right = figure.subplots(1, 3)
     for result in results:
         left.plot(

@@ -53,7 +53,7 @@ def report(root: Path, results: list[dict]) -> None:
             ends = figure_of_seeds(compared, large, sizes, lambda r: r["loss"], "loss at the end, nats")
         else:
             save_figure(figure_of_curves(compared, large, sizes), root / "curves.png")
-            steps = f"step at which a model of the final size passed {ABLE:.0%}"
+            steps = f"step at which a model of the final size, so after its cut, passed {ABLE:.0%}"
             save_figure(figure_of_seeds(compared, large, sizes, step_or_never, steps), root / "steps.png")
             percent = "accuracy at the end, %"
             ends = figure_of_seeds(compared, large, sizes, lambda r: 100 * r["accuracy"], percent)

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
@@ -54,15 +56,21 @@ def test_a_finished_study_is_not_run_again_but_reported(study):
 
 
 @pytest.fixture(scope="module")
-def tasks():
-    """The module `studies.tasks`, as the scripts import it."""
+def studies():
+    """The package `studies`, as the scripts import it."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
+        import studies.scalar_decay_readings
         import studies.tasks
 
-        yield studies.tasks
+        yield studies
     finally:
         sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture
+def tasks(studies):
+    return studies.tasks
 
 
 def test_recall_asks_for_the_value_that_a_key_came_with(tasks):
@@ -299,13 +307,38 @@ for gathered in cards.glob(f"*/{GATHERED}"):
 """
 
 
+def tables(text: str) -> list[str]:
+    return re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+
+
 def test_a_card_tells_what_its_runs_say(tmp_path):
     run_program(TOLD_AGAIN, ROOT / "model_cards", tmp_path, **ONE_THREAD)
-    told = {file.parent.name: file.read_text().splitlines() for file in tmp_path.glob("*/*.md")}
+    told = {file.parent.name: tables(file.read_text()) for file in tmp_path.glob("*/*.md")}
     assert told.keys() == {file.parent.name for file in (ROOT / "model_cards").glob("*/results.json")}
-    for name, lines in told.items():
-        card = (ROOT / "model_cards" / name / "README.md").read_text().splitlines()
-        assert [line for line in lines if line not in card] == [], name
+    for name, found in told.items():
+        card = tables((ROOT / "model_cards" / name / "README.md").read_text())
+        assert found and [table for table in found if table not in card] == [], name
+
+
+def test_a_run_takes_what_its_steps_take_by_a_clock(studies, tmp_path):
+    """Beside stock sizes a clock may know balanced states, which take longer; a size in between counts as the next."""
+    steps = {"64": [1.0, 2.0, 9.0], "8": [1.0], "16 balanced of 64": [1.75], "8 balanced of 64": [1.5]}
+    readings, root = studies.scalar_decay_readings, tmp_path
+    assert readings.clock_of(root) == {}
+    (root / "price.json").write_text(json.dumps({"mamba2": {"throughput": {"seconds": steps}}}))
+    clock = readings.clock_of(root)
+
+    def seconds(end, cuts=(), size=64, **recipe):
+        recipe = {"state_size": size, "reduction": None} | recipe
+        cuts = [{"step": step, "state_sizes": [1, left]} for step, left in cuts]
+        return readings.seconds({"settings": {"recipe": recipe}, "cuts": cuts}, end, 64, clock)
+
+    balanced, stock = {"basis": "balanced"}, {"basis": "axis"}
+    assert seconds(10) == 20 and seconds(10, size=8) == 10 and seconds(math.inf) == math.inf
+    assert seconds(10, projected=(8, "random")) == 15
+    assert seconds(10, [(4, 8)], reduction=balanced) == 4 * 2 + 6 * 1.5
+    assert seconds(10, [(4, 8)], reduction=stock) == 4 * 2 + 6 * 1
+    assert seconds(10, [(2, 20), (4, 12), (9, 8)], reduction=balanced) == 2 * 2 + 2 * 2 + 5 * 1.75 + 1 * 1.5
 
 
 def test_the_cost_of_the_theory_is_measured(tmp_path):
