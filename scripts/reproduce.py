@@ -9,6 +9,7 @@
     python scripts/reproduce.py recall-hard-mamba2  # 64 pairs: runs of five minutes on a core
     python scripts/reproduce.py copying-mamba2      # half an hour on two CPU cores
     python scripts/reproduce.py lm-mamba2           # bytes of English; an hour and a half
+    python scripts/reproduce.py lm-bpe-mamba2       # tokens of English; two hours
     python scripts/reproduce.py recall-bamba        # a small hybrid; an hour and a half
 
     python scripts/reproduce.py digits      # LRU: scikit-learn's 8 × 8 digits; about 20 minutes on two CPU cores
