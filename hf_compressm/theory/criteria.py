@@ -38,11 +38,14 @@ Criterion = Callable[[LayerStates], Tensor]
 CRITERIA: dict[str, Criterion] = {}  # by name
 
 
-def _criterion(power: int) -> Callable[[Criterion], Criterion]:
-    """Register a criterion whose score is the amplitude of an error (power 1) or the square of one (power 2)."""
+def _criterion(power: int, conditional: bool = False) -> Callable[[Criterion], Criterion]:
+    """Register a criterion whose score is the amplitude of an error (power 1) or the square of one (power 2).
+
+    A conditional score lacks already what the states before it in the ranking predict of a state.
+    """
 
     def register(function: Criterion) -> Criterion:
-        function.power = power
+        function.power, function.is_conditional = power, conditional
         CRITERIA[function.__name__] = function
         return function
 
@@ -81,7 +84,7 @@ def ghost(layer: LayerStates) -> Tensor:
     return (layer.statistics.product_energy / layer.statistics.tokens).sqrt()
 
 
-@_criterion(power=2)
+@_criterion(power=2, conditional=True)
 def greedy(layer: LayerStates) -> Tensor:
     """Return how much of the squared error a state takes away when it is chosen, one after the other.
 
@@ -94,9 +97,6 @@ def greedy(layer: LayerStates) -> Tensor:
     covariance, metric = statistics.gated_covariance, statistics.sampled_output.sum(0)
     energy = (covariance.diagonal() * metric.diagonal()).sum().clamp_min(1e-300)
     return pursuit_gains(covariance, metric * (statistics.output_energy.sum() / energy)) / statistics.tokens
-
-
-greedy.is_conditional = True  # what others predict of a state is not in its score, so nothing is left to discount
 
 
 @_criterion(power=2)
@@ -195,7 +195,7 @@ def score_power(criterion: Criterion | str) -> int:
 
     A function of the user's own says so by an attribute `power`; without one its scores count as amplitudes.
     """
-    return getattr((CRITERIA | GROUP_CRITERIA)[criterion] if isinstance(criterion, str) else criterion, "power", 1)
+    return getattr(_function(criterion), "power", 1)
 
 
 def is_conditional(criterion: Criterion | str | None) -> bool:
@@ -203,7 +203,12 @@ def is_conditional(criterion: Criterion | str | None) -> bool:
 
     A function of the user's own says so by an attribute `is_conditional`.
     """
-    return getattr(CRITERIA.get(criterion) if isinstance(criterion, str) else criterion, "is_conditional", False)
+    return getattr(_function(criterion), "is_conditional", False)
+
+
+def _function(criterion: Criterion | str | None) -> Criterion | GroupCriterion | None:
+    """Return the function of a name; what two families call alike has the same attributes in both."""
+    return (CRITERIA | GROUP_CRITERIA)[criterion] if isinstance(criterion, str) else criterion
 
 
 def scores_by_rank(scores: Tensor) -> Tensor:

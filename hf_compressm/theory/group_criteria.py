@@ -41,11 +41,14 @@ GroupCriterion = Callable[[GroupStates], Tensor]
 GROUP_CRITERIA: dict[str, GroupCriterion] = {}  # by name
 
 
-def _criterion(power: int) -> Callable[[GroupCriterion], GroupCriterion]:
-    """Register a criterion whose score is the amplitude of an error (power 1) or the square of one (power 2)."""
+def _criterion(power: int, conditional: bool = False) -> Callable[[GroupCriterion], GroupCriterion]:
+    """Register a criterion whose score is the amplitude of an error (power 1) or the square of one (power 2).
+
+    A conditional score lacks already what the states before it in the ranking predict of a state.
+    """
 
     def register(function: GroupCriterion) -> GroupCriterion:
-        function.power = power
+        function.power, function.is_conditional = power, conditional
         GROUP_CRITERIA[function.__name__] = function
         return function
 
@@ -89,7 +92,7 @@ def random(layer: GroupStates) -> Tensor:
     return scores.to(layer.statistics.tokens.device)
 
 
-@_criterion(power=1)
+@_criterion(power=1, conditional=True)
 def rrqr(layer: GroupStates) -> Tensor:
     """Return |R_kk| of a QR decomposition with column pivots of stacked B and C, in the place of the state of pivot k.
 
@@ -99,7 +102,7 @@ def rrqr(layer: GroupStates) -> Tensor:
     return torch.stack([_pivoted(gram)[1] for gram in _stacked_gram(layer.statistics)]).sqrt()
 
 
-@_criterion(power=2)
+@_criterion(power=2, conditional=True)
 def greedy(layer: GroupStates) -> Tensor:
     """Return how much of the expected squared error a state takes away when it is chosen, one after the other.
 

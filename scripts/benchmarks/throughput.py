@@ -1,5 +1,7 @@
 """This study tells the price of a state: the tokens per second that a model trains on, by N and by what states are."""
 
+from collections.abc import Iterable
+
 import torch
 
 from .family import Family
@@ -27,13 +29,17 @@ def study_throughput(family: Family, limits: Limits) -> dict:
                 print(f"  {name} does not fit into memory.", flush=True)
                 trainings.pop(name, None)
     seconds = time_in_turn({name: each.step for name, each in trainings.items()}, family.args.rounds, family.args)
-    tokens, smallest = family.shape.batch * family.shape.length, str(min(sizes))
+    tokens, smallest = family.shape.batch * family.shape.length, smallest_of(seconds)
     return {
-        "smallest": smallest,
         "tokens_per_second": {name: tokens / median(values) for name, values in seconds.items()},
         "price_quartiles": {name: ratio_quartiles(values, seconds[smallest]) for name, values in seconds.items()},
         "seconds": seconds,
     }
+
+
+def smallest_of(names: Iterable[str]) -> str:
+    """Return the smallest N of those that were timed, balanced states aside."""
+    return min(filter(str.isdecimal, names), key=int)
 
 
 def throughput_tables(family: Family, result: dict) -> str:
@@ -42,4 +48,4 @@ def throughput_tables(family: Family, result: dict) -> str:
     text = "### Training by N\n\n"
     text += f"{family.args.num_hidden_layers} layers of width {family.shape.channels // 2}, batch {family.shape.batch}"
     text += f", L {family.shape.length}\n\n"
-    return text + table(["states", "tokens per second", f"time of a token / that at N = {result['smallest']}"], rows)
+    return text + table(["states", "tokens per second", f"time of a token / that at N = {smallest_of(prices)}"], rows)

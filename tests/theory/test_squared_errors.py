@@ -5,6 +5,7 @@ import torch
 
 from hf_compressm import CompreSSMConfig, analyze
 from hf_compressm.theory.criteria import CRITERIA, score_power, squared_errors
+from hf_compressm.theory.group_criteria import GROUP_CRITERIA
 from hf_compressm.theory.selective import unexplained_shares
 
 AMPLITUDES = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)
@@ -35,6 +36,13 @@ def test_every_criterion_says_its_power_and_an_own_one_may():
     assert score_power(own) == 1
     own.power = 2
     assert score_power(own) == 2
+
+
+def test_scores_of_one_name_are_of_one_kind_in_both_families():
+    """A record has the name alone."""
+    for name in CRITERIA.keys() & GROUP_CRITERIA.keys():
+        of_states, of_groups = CRITERIA[name], GROUP_CRITERIA[name]
+        assert (of_states.power, of_states.is_conditional) == (of_groups.power, of_groups.is_conditional), name
 
 
 def test_what_a_score_has_discounted_is_not_discounted_again(trained, batches):
